@@ -1,0 +1,137 @@
+"""Plumbing that every script shares: device, keyed randomness, files that are written whole, the command line.
+
+Nothing in here knows of diffusion, views or preferences: an equation that needs this file is in the wrong file.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+class InputError(ValueError):
+    """Wrong input from the user: one line with what, got, expected and remedy. `cli` prints it and exits with 1."""
+
+
+def cli(main: Callable[[Any], Any], config: type, doc: str | None) -> None:
+    """Parse the command line into `config`, run `main`; an InputError becomes one line on stderr and exit status 1."""
+    cfg = tyro.cli(config, description=doc, config=(tyro.conf.FlagConversionOff,))
+    try:
+        main(cfg)
+    except InputError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+# --- device and randomness ---
+
+
+def get_device(name: str = "auto") -> torch.device:
+    """"auto" takes the CUDA GPU if there is one, otherwise the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: no CUDA GPU found, expected one. Use --device cpu.")
+    return torch.device(name)
+
+
+def key_seed(*key: int) -> int:
+    """Mix integers, e.g. (seed, object, candidate), into one 63-bit seed (splitmix64's finaliser after each)."""
+    state = 0x9E3779B97F4A7C15
+    for part in key:
+        state = (state ^ (int(part) + 0x9E3779B97F4A7C15)) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
+
+
+def keyed_generator(*key: int) -> torch.Generator:
+    """A CPU generator that depends on the key alone, never on batch size, device or what was drawn before."""
+    return torch.Generator().manual_seed(key_seed(*key))
+
+
+# --- files: written beside and renamed, so that a killed run never leaves half a file ---
+
+
+def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Call `write` on a temporary path in the same folder, then rename it to `path`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # keeps the suffix: Pillow chooses a format by it
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def save_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON; dataclasses are converted by the caller."""
+    write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=2, default=str) + "\n"))
+
+
+def load_json(path: str | Path) -> Any:
+    """Read a JSON file; a missing or broken one raises InputError."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error}); expected a file this project wrote.") from None
+
+
+def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a flat dict of tensors as safetensors."""
+    whole = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    write_atomic(path, lambda p: save_file(whole, str(p), metadata=metadata))
+
+
+def load_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Read a safetensors file to the CPU; a missing or broken one raises InputError."""
+    try:
+        return load_file(str(path))
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{path}: not readable as safetensors ({error}); expected a whole file. Delete it and make it again."
+        ) from None
+
+
+def load_weights(module: torch.nn.Module, path: str | Path) -> None:
+    """Load safetensors weights strictly; names or shapes that do not fit raise InputError with the first of them."""
+    tensors, own = load_tensors(path), module.state_dict()
+    wrong = [k for k in sorted(own.keys() | tensors.keys()) if k not in own or k not in tensors]
+    wrong += [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
+    if wrong:
+        raise InputError(
+            f"{path}: {len(wrong)} tensors are missing, unexpected or of another shape (first: {wrong[0]}); "
+            f"expected the weights of {type(module).__name__} with the config beside the file."
+        )
+    module.load_state_dict(tensors)
+
+
+def log_line(path: str | Path, **values: Any) -> None:
+    """Append one JSON object to a .jsonl log."""
+    with open(path, "a") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def provenance(cfg: Any) -> dict[str, Any]:
+    """Command, config, commit, hardware and versions: what makes a number a result."""
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+    return {
+        "command": "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "config": asdict(cfg),
+        "commit": git.stdout.strip() or "unknown",
+        "torch": torch.__version__,
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
+        "threads": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
