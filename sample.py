@@ -1,0 +1,241 @@
+"""Hand-written DDPM: noise schedule, posterior step, step log-prob, log-ratio, and a sampler that keeps trajectories.
+
+The denoising chain is the Markov decision process of Sec. 3.2.2. At step k the state is s_k = (x_t, t, c), where c is
+the noised reference; the action a_k is the next, less noisy x_s; and the policy is the sampler's own Gaussian
+
+    pi_theta(a_k | s_k) = N(a_k; mean_theta(x_t, t, c), var_t I)          joint over the V views.
+
+DEVIATION: the paper's Eq. (1) freezes the score between two times and integrates the reverse SDE exactly, which gives a
+wider Gaussian. We take the DDPM posterior (Ho et al. 2020, Eq. 7), as D3PO's code and every peer does.
+
+Letters: B rows (an object with one candidate's noise), V views, K network calls, c h w latent sizes, n train timesteps.
+
+Run:
+    python sample.py --image photo.png --model checkpoints/toy --out views.png
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common import InputError, cli, get_device, key_seed, keyed_generator
+from data import VIEWS, read_image, write_png
+from model import ModelConfig, MultiViewUNet, load
+
+
+class Schedule:
+    """q(x_t | x_0) = N(sqrt(ab_t) x_0, (1 - ab_t) I) with Stable Diffusion's scaled-linear betas, shifted towards noise."""
+
+    def __init__(self, cfg: ModelConfig, num_train: int = 1000):
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, num_train, dtype=torch.float64) ** 2
+        alpha_bar = (1 - betas).cumprod(0)
+        # Small images are recognisable at noise levels where large ones are not, and if the noised views give the
+        # object away at nearly every t, nothing teaches the network to look at the reference. Dividing the
+        # signal-to-noise ratio ab / (1 - ab) by s^2 moves all of it down: ab' = ab / (ab + s^2 (1 - ab)).
+        shift = cfg.schedule_shift
+        self.alpha_bar = alpha_bar / (alpha_bar + shift**2 * (1 - alpha_bar))  # (n,) float64
+        self.prediction = cfg.prediction
+        self.num_train = num_train
+
+    def ab(self, t: Tensor) -> Tensor:
+        """alpha_bar at t (B,), shaped (B, 1, 1, 1, 1) to meet (B, V, c, h, w); t = -1 means clean, ab = 1."""
+        padded = torch.cat([self.alpha_bar, self.alpha_bar.new_ones(1)]).to(t.device)  # index -1 is the last: 1
+        return padded[t].float().view(-1, 1, 1, 1, 1)
+
+    def timesteps(self, num_steps: int) -> list[tuple[int, int]]:
+        """K pairs (t, s) from noise to clean: "leading" spacing with offset 1, and s = -1 (clean) after the last call."""
+        if not 1 <= num_steps <= self.num_train:
+            raise InputError(f"num_steps is {num_steps}, expected 1 to {self.num_train}. Choose another.")
+        stride = self.num_train // num_steps
+        times = [1 + stride * k for k in reversed(range(num_steps))]
+        times = [min(t, self.num_train - 1) for t in times]
+        return list(zip(times, times[1:] + [-1], strict=True))
+
+
+def forward_noise(schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """x_t = sqrt(ab_t) x_0 + sqrt(1 - ab_t) noise, for x0 (B, V, c, h, w) or (B, c, h, w) and t (B,)."""
+    ab = schedule.ab(t).view(-1, *[1] * (x0.ndim - 1))
+    return ab.sqrt() * x0 + (1 - ab).sqrt() * noise
+
+
+def noised_reference(
+    schedule: Schedule,
+    cfg: ModelConfig,
+    y: Tensor,  # (B, c, h, w) reference latent
+    t: Tensor,  # (B,)
+    noise: Tensor,  # (B, c, h, w) epsilon_Y
+) -> Tensor:  # (B, c, h, w) Y_t
+    """Y_t: the reference at the same noise level as the views, scaled up first so that it is seen before they are.
+
+    The paper's literal reading is ref_scale = 1; Zero123++ leaves out the latent's scaling factor, which makes it about 5.
+    """
+    return forward_noise(schedule, cfg.ref_scale * y, t, noise)
+
+
+def split_prediction(schedule: Schedule, prediction: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Whatever the network predicts -> (x0, eps), tied by x_t = sqrt(ab) x0 + sqrt(1 - ab) eps."""
+    ab = schedule.ab(t)
+    if schedule.prediction == "x0":
+        return prediction, (x_t - ab.sqrt() * prediction) / (1 - ab).sqrt()
+    return (x_t - (1 - ab).sqrt() * prediction) / ab.sqrt(), prediction
+
+
+def ddpm_step(
+    schedule: Schedule,
+    prediction: Tensor,  # (B, V, c, h, w) the network's output at x_t
+    x_t: Tensor,  # (B, V, c, h, w)
+    t: Tensor,  # (B,) timestep of x_t
+    s: Tensor,  # (B,) the next, lower timestep; -1 is clean
+) -> tuple[Tensor, Tensor]:  # mean (B, V, c, h, w), var (B, 1, 1, 1, 1)
+    """The Gaussian of one denoising step: the posterior q(x_s | x_t, x_0) with the predicted x0 in place of x_0.
+
+    Into the clean image (s = -1) the variance is 0: that step has no density, and nothing trains on it.
+    """
+    x0, eps = split_prediction(schedule, prediction, x_t, t)
+    ab_t, ab_s = schedule.ab(t), schedule.ab(s)
+    # var = (1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s)
+    var = (1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s)
+    # mean = sqrt(ab_s) x0 + sqrt(1 - ab_s - var) eps        (DDIM at eta = 1; the clamp is for rounding at s = -1)
+    mean = ab_s.sqrt() * x0 + (1 - ab_s - var).clamp(min=0).sqrt() * eps
+    return mean, var
+
+
+def log_prob(
+    x: Tensor,  # (B, V, c, h, w) the action taken
+    mean: Tensor,  # (B, V, c, h, w)
+    var: Tensor,  # (B, 1, 1, 1, 1), > 0
+) -> Tensor:  # (B,) sum over V c h w
+    """log N(x; mean, var I), SUMMED over all dimensions of all views: the density of the joint action.
+
+    (D3PO's and DDPO's code take the mean over c h w instead, which is the same number divided by their count.)
+    """
+    # log N = -1/2 [ |x - mean|^2 / var + D log(2 pi var) ]
+    return -0.5 * ((x - mean) ** 2 / var + (2 * torch.pi * var).log()).flatten(1).sum(1)
+
+
+def log_ratio(
+    action: Tensor,  # (B, V, c, h, w)
+    mean_theta: Tensor,  # (B, V, c, h, w) mean of the policy in training
+    mean_pre: Tensor,  # (B, V, c, h, w) mean of the frozen pre-trained policy
+    var: Tensor,  # (B, 1, 1, 1, 1)
+) -> Tensor:  # (B,) sum over V c h w
+    """log pi_theta(a|s) - log pi_pre(a|s), summed, as a factored difference of squares:
+
+        [ |a - mean_pre|^2 - |a - mean_theta|^2 ] / (2 var) = < mean_theta - mean_pre, a - (mean_theta + mean_pre) / 2 > / var
+
+    Subtracting two log-densities of size 10^5 would leave no digit of a difference of size 10^-3 in float32; here nothing
+    large is ever formed, and equal means give exactly 0.
+    """
+    return ((mean_theta - mean_pre) * (action - (mean_theta + mean_pre) / 2) / var).flatten(1).sum(1)
+
+
+@dataclass
+class Trajectory:
+    """What the chain did, in fp32: half precision would move the log-ratio at equal weights away from 0."""
+
+    states: Tensor  # (B, K + 1, V, c, h, w): x_T first, the clean latent last; the action at call k is states[:, k + 1]
+    y: Tensor  # (B, c, h, w) clean reference latent
+    candidate_noise: Tensor  # (B, c, h, w) a n, zero for the clean condition
+    ref_noise: Tensor  # (B, c, h, w) epsilon_Y, one draw for the whole chain
+    images: Tensor  # (B, V, 3, H, W) in [0, 1]
+
+
+def draw(shape: tuple[int, ...], keys: list[tuple[int, ...]]) -> Tensor:
+    """Standard normal (len(keys), *shape), each row from its own key: no sample depends on its batch."""
+    return torch.stack([torch.randn(shape, generator=keyed_generator(*key)) for key in keys])
+
+
+@torch.no_grad()
+def sample(
+    model: MultiViewUNet,
+    ref: Tensor,  # (B, 3, H, W) reference images in [0, 1]
+    seeds: list[int],  # one an object: x_T and epsilon_Y depend on it alone
+    num_steps: int = 20,  # K
+    candidates: list[int] | None = None,  # one a row: candidate noise and step noises depend on (seed, candidate)
+    noise_scales: list[float] | None = None,  # one a row: a of App. B, the scale of the candidate noise
+    guidance: float = 0.0,  # w of eps_clean + w (eps_clean - eps_noised); 0: none
+    guidance_noise: float = 0.5,  # a of the noised reference that guidance pushes away from
+) -> Trajectory:
+    """Run the chain for B rows. The images are in `.images` (B, V, 3, H, W)."""
+    cfg, device = model.cfg, ref.device
+    schedule = Schedule(cfg)
+    batch = len(ref)
+    if len(seeds) != batch:
+        raise InputError(f"{len(seeds)} seeds for {batch} references, expected one a row.")
+    candidates = candidates or [0] * batch
+    scales = torch.tensor(noise_scales or [0.0] * batch, device=device).view(-1, 1, 1, 1)
+    latent = (cfg.latent_channels, cfg.latent_size, cfg.latent_size)
+
+    # What the candidates of one object share is keyed by its seed; what sets them apart also by the candidate.
+    x = draw((len(VIEWS), *latent), [(seed, 0) for seed in seeds]).to(device)
+    ref_noise = draw(latent, [(seed, 1) for seed in seeds]).to(device)
+    keys = list(zip(seeds, candidates, strict=True))
+    unit_noise = draw(latent, [(seed, 2, candidate) for seed, candidate in keys]).to(device)
+    step_noise = [keyed_generator(seed, 3, candidate) for seed, candidate in keys]
+
+    y = model.encode(ref)
+    states = [x]
+    for t_int, s_int in schedule.timesteps(num_steps):
+        t, s = torch.full((batch,), t_int, device=device), torch.full((batch,), s_int, device=device)
+        prediction = model(x, t, noised_reference(schedule, cfg, y + scales * unit_noise, t, ref_noise))
+        if guidance:  # the training-free counterpart of D3PO on noised candidates: step away from their prediction
+            worse = model(x, t, noised_reference(schedule, cfg, y + guidance_noise * unit_noise, t, ref_noise))
+            prediction = prediction + guidance * (prediction - worse)
+        mean, var = ddpm_step(schedule, prediction, x, t, s)
+        noise = torch.stack([torch.randn(x.shape[1:], generator=generator) for generator in step_noise]).to(device)
+        x = mean + var.sqrt() * noise
+        states.append(x)
+    return Trajectory(torch.stack(states, 1), y, scales * unit_noise, ref_noise, model.decode(x))
+
+
+def sample_images(
+    model: MultiViewUNet,
+    ref: Tensor,  # (N, 3, H, W) in [0, 1]
+    seed: int,  # object i is drawn with key (seed, i)
+    num_steps: int = 20,
+    batch_size: int = 8,
+    label: str = "sample",
+    **kwargs: float,  # guidance, guidance_noise
+) -> Tensor:  # (N, V, 3, H, W) in [0, 1], on the CPU, rounded to 8 bits as a PNG would be
+    """`sample` over many references in batches, with a progress bar."""
+    device = next(model.parameters()).device
+    images = []
+    for i in tqdm(range(0, len(ref), batch_size), desc=label, leave=False, disable=None):
+        part = ref[i : i + batch_size].to(device)
+        seeds = [key_seed(seed, i + j) for j in range(len(part))]
+        images.append(sample(model, part, seeds, num_steps, **kwargs).images.cpu())
+    return (torch.cat(images) * 255).round() / 255
+
+
+@dataclass(frozen=True)
+class Config:
+    """Command line of `python sample.py`."""
+
+    image: str  # any RGB, RGBA, grey or palette picture of any size; alpha is composited on white, padded to a square
+    model: str = "checkpoints/toy"  # folder that train_sft.py or train_d3po.py wrote
+    out: str = "views.png"  # strip of the five views; each view also goes to <out without suffix>/<view>.png
+    seed: int = 0  # of x_T and all noises
+    num_steps: int = 20  # network calls K
+    device: str = "auto"  # auto, cpu or cuda
+
+
+def main(cfg: Config) -> dict:
+    """Image -> five views. Returns the paths that were written."""
+    if not cfg.out.endswith(".png"):
+        raise InputError(f"--out {cfg.out}: expected a name ending in .png.")
+    model = load(cfg.model, get_device(cfg.device))
+    ref = read_image(cfg.image, model.cfg.image_size)[None].float() / 255
+    images = sample_images(model, ref, cfg.seed, cfg.num_steps)[0]  # (V, 3, H, W)
+    folder = Path(cfg.out).with_suffix("")
+    for view, image in zip(VIEWS, images, strict=True):
+        write_png(folder / f"{view}.png", image)
+    write_png(cfg.out, torch.cat(list(images), dim=-1))
+    print(f"wrote {cfg.out} ({' | '.join(VIEWS)}) and {folder}/{{{','.join(VIEWS)}}}.png")
+    return {"out": cfg.out, "folder": str(folder)}
+
+
+if __name__ == "__main__":
+    cli(main, Config, __doc__)

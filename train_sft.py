@@ -1,0 +1,247 @@
+"""Stage 1: L_simple-MV. Pre-training, the SFT baseline, and the independent-view baseline (paper Sec. 3.2.1).
+
+    L_simple-MV = E_{X_0, Y, t, noise} | grad log q_t(X_t | X_0) - s_theta(X_t, Y_t, t) |^2        V views jointly
+
+One of the four side views is drawn as the reference Y and the others are renamed relative to it (data.relative_views).
+Views and reference get independent noise at one common t. The toy network predicts the clean image, so the loss above
+is its squared error times a weight; we weight it as v-prediction would, which is 1 / (1 - alpha_bar_t).
+
+`python train_sft.py` trains the toy model from nothing; with --init it fine-tunes every weight, or with --attention_only
+the attention layers as the paper's SFT baseline does. `--no-cross_view`-style independent views: --cross_view False.
+
+Run:
+    python train_sft.py                                                    # toy, from nothing
+    python train_sft.py --cross_view False --out out/sft_independent       # the Zero123-style baseline
+    python train_sft.py --init checkpoints/toy --attention_only True --split preference --num_objects 240
+
+    Writes out/sft/{config.json, log.jsonl, model.safetensors (EMA), state.pt, grid.png}. The same command resumes.
+"""
+
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common import InputError, cli, get_device, keyed_generator, load_json, log_line, provenance, save_json, write_atomic
+from data import SPLITS, load_split, relative_views
+from evaluate import grid, hull_iou, psnr
+from model import PRESETS, MultiViewUNet, load
+from sample import Schedule, forward_noise, noised_reference, sample_images
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults train the shipped toy model; checkpoints/README.md has the exact commands."""
+
+    preset: str = "toy"  # size of a network trained from nothing: toy or small
+    cross_view: bool = True  # False: views do not see each other (the Zero123-style baseline)
+    init: str = ""  # start from this model folder instead of from nothing
+    attention_only: bool = False  # train the attention layers only (App. B)
+    data: str = "toys"  # toys, or a folder of renders (see data.py)
+    split: str = "train"  # objects to train on: train, or preference for the SFT baseline
+    num_objects: int = 4096  # how many of them
+    out: str = "out/sft"  # where everything goes
+
+    steps: int = 6000  # optimizer steps
+    batch_size: int = 8  # objects a step, each with its V views
+    lr: float = 6e-4  # peak learning rate; linear warm-up, then cosine to 0
+    warmup: int = 200  # steps of warm-up
+    ema: float = 0.999  # decay of the averaged weights, which are the ones saved and evaluated
+    seed: int = 0  # of weights, batches and noise
+
+    eval_every: int = 1000  # evaluate, save weights and grid
+    eval_objects: int = 32  # validation objects
+    log_every: int = 50  # log the mean loss
+    num_steps: int = 20  # network calls when sampling for evaluation
+    bf16: bool = True  # autocast the forward to bfloat16 (measured 2 to 3x faster here on a CPU that has it)
+    threads: int = 0  # torch threads; 0 leaves torch's choice (1 can be much faster on a busy machine)
+    device: str = "auto"  # auto, cpu or cuda
+
+
+def simple_loss(
+    model: MultiViewUNet,
+    schedule: Schedule,
+    latents: Tensor,  # (B, V, c, h, w) clean views
+    y: Tensor,  # (B, c, h, w) clean reference
+    t: Tensor,  # (B,)
+    noise: Tensor,  # (B, V, c, h, w)
+    ref_noise: Tensor,  # (B, c, h, w)
+) -> Tensor:  # (B,) weighted squared error, mean over V c h w
+    """L_simple-MV of each object at one t."""
+    x_t = forward_noise(schedule, latents, t, noise)
+    prediction = model(x_t, t, noised_reference(schedule, model.cfg, y, t, ref_noise))
+    if schedule.prediction == "epsilon":
+        return ((prediction - noise) ** 2).flatten(1).mean(1)
+    # With v = sqrt(ab) eps - sqrt(1 - ab) x0 and x_t fixed, an error d in x0 is an error -d / sqrt(1 - ab) in v.
+    weight = 1 / (1 - schedule.ab(t).flatten())
+    return weight * ((prediction - latents) ** 2).flatten(1).mean(1)
+
+
+def training_batch(
+    views: Tensor,  # (N, V, 3, S, S) uint8 all training objects
+    step: int,
+    cfg: Config,
+    model: MultiViewUNet,
+    device: torch.device,
+) -> tuple[Tensor, ...]:
+    """The arguments of `simple_loss` after the schedule, a function of (seed, step) alone: resuming changes nothing."""
+    g = keyed_generator(cfg.seed, step)
+    index = torch.randint(len(views), (cfg.batch_size,), generator=g)
+    sides = torch.randint(4, (cfg.batch_size,), generator=g)  # "randomly choose an image" of the four sides, Sec. 6.1
+    batch = torch.stack([relative_views(views[i], int(r)) for i, r in zip(index, sides, strict=True)])
+    latents = model.encode(batch.to(device).float() / 255)  # (B, V, c, h, w)
+    # Stratified t: one uniform draw, spread evenly over the batch. Same expectation, less noise in the gradient.
+    u = (torch.rand((), generator=g) + torch.arange(cfg.batch_size) / cfg.batch_size) % 1
+    t = 1 + (u * 999).long()
+    noise = torch.randn(latents.shape, generator=g)
+    ref_noise = torch.randn(latents[:, 0].shape, generator=g)
+    return latents, latents[:, 0], t.to(device), noise.to(device), ref_noise.to(device)
+
+
+@torch.no_grad()
+def reference_use(
+    model: MultiViewUNet,
+    views: Tensor,  # (N, V, 3, S, S) uint8
+    device: torch.device,
+    times: tuple[int, ...] = (200, 500, 800, 950),
+) -> dict[str, float]:
+    """Squared error of x0 with the right and with a wrong reference, by t: the first thing to look at in any run.
+
+    A network that ignores its reference has equal numbers. At high t, where the views are all noise, only a network that
+    has learned to look things up in the reference has a small first number.
+    """
+    schedule = Schedule(model.cfg)
+    latents = model.encode(views.to(device).float() / 255)
+    result = {}
+    for t_int in times:
+        t = torch.full((len(latents),), t_int, device=device)
+        g = keyed_generator(t_int)
+        noise = torch.randn(latents.shape, generator=g).to(device)
+        ref_noise = torch.randn(latents[:, 0].shape, generator=g).to(device)
+        x_t = forward_noise(schedule, latents, t, noise)
+        for name, y in (("right", latents[:, 0]), ("wrong", latents[:, 0].roll(1, 0))):
+            prediction = model(x_t, t, noised_reference(schedule, model.cfg, y, t, ref_noise))
+            if schedule.prediction == "epsilon":
+                ab = schedule.ab(t)
+                prediction = (x_t - (1 - ab).sqrt() * prediction) / ab.sqrt()
+            result[f"x0_error_t{t_int}_{name}_ref"] = round(((prediction - latents) ** 2).mean().item(), 4)
+    return result
+
+
+def evaluate(model: MultiViewUNet, views: Tensor, cfg: Config, device: torch.device, picture: Path) -> dict[str, float]:
+    """Sample the validation objects from their front view; numbers, and a picture of the first eight."""
+    truth = views.float() / 255
+    with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
+        images = sample_images(model, truth[:, 0], cfg.seed, cfg.num_steps, label="evaluate")
+        use = reference_use(model, views, device)
+
+    def mean_psnr(candidate: Tensor, first: int) -> float:
+        return psnr(candidate[:, first:].flatten(0, 1), truth[:, first:].flatten(0, 1)).mean().item()
+
+    grid(picture, {"truth": truth[:8], "sampled": images[:8]}, truth[:8, 0])
+    return {
+        "psnr": mean_psnr(images, 0),
+        "psnr_unseen": mean_psnr(images, 1),
+        "psnr_unseen_white": mean_psnr(torch.ones_like(truth), 1),
+        "psnr_unseen_copied_reference": mean_psnr(truth[:, :1].expand_as(truth), 1),
+        "hull": hull_iou(images).mean().item(),
+        "hull_truth": hull_iou(truth).mean().item(),
+        **use,
+    }
+
+
+def main(cfg: Config) -> dict:
+    """Train until cfg.steps, resuming from cfg.out; returns the last evaluation."""
+    if cfg.preset not in PRESETS:
+        raise InputError(f"--preset {cfg.preset}: unknown, expected one of {', '.join(PRESETS)}.")
+    if cfg.split not in SPLITS:
+        raise InputError(f"--split {cfg.split}: unknown, expected one of {', '.join(SPLITS)}.")
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    device, out = get_device(cfg.device), Path(cfg.out)
+    if (out / "config.json").is_file() and (out / "state.pt").is_file():
+        previous = load_json(out / "run.json")["config"]
+        ignored = {"out", "threads", "device", "eval_every", "log_every"}
+        changed = [k for k, v in asdict(cfg).items() if k not in ignored and previous.get(k) != v]
+        if changed:
+            raise InputError(
+                f"{out}: holds a run with another {', '.join(changed)}; expected the same command to resume it. "
+                "Use another --out, or delete the folder."
+            )
+    torch.manual_seed(cfg.seed)
+    if cfg.init:
+        model = load(cfg.init, device)
+    else:
+        model = MultiViewUNet(replace(PRESETS[cfg.preset], cross_view=cfg.cross_view)).to(device)
+    size = model.cfg.image_size
+    train_views = load_split(cfg.data, cfg.split, cfg.num_objects, size)
+    val_views = load_split(cfg.data, "validation", cfg.eval_objects, size)
+
+    model.train().requires_grad_(not cfg.attention_only)
+    parameters = model.attention_parameters() if cfg.attention_only else list(model.parameters())
+    for p in parameters:
+        p.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    schedule = Schedule(model.cfg)
+    ema = {k: v.clone() for k, v in model.state_dict().items()}
+
+    start, seconds, result = 0, 0.0, {}
+    if (out / "state.pt").is_file():
+        state = torch.load(out / "state.pt", map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema, start, seconds, result = state["ema"], state["step"], state["seconds"], state["result"]
+        print(f"{out}: going on at step {start}")
+    out.mkdir(parents=True, exist_ok=True)
+    save_json(out / "run.json", provenance(cfg))
+
+    clock, losses = time.time() - seconds, []
+    bar = tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, desc="train_sft", disable=None)
+    for step in bar:
+        # evaluate and save
+        if (step % cfg.eval_every == 0 or step == cfg.steps) and step > start:
+            averaged = MultiViewUNet(model.cfg).to(device).eval()
+            averaged.load_state_dict(ema)
+            result = evaluate(averaged, val_views, cfg, device, out / "grid.png")
+            seconds = time.time() - clock
+            log_line(out / "log.jsonl", step=step, seconds=round(seconds), **result)
+            tqdm.write(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in result.items()))
+            averaged.save(out)
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema}
+            state |= {"step": step, "seconds": seconds, "result": result}
+            write_atomic(out / "state.pt", lambda p, state=state: torch.save(state, p))
+        if step == cfg.steps:
+            break
+
+        # batch, forward, backward, step
+        lr = cfg.lr * min(1, (step + 1) / cfg.warmup) * 0.5 * (1 + torch.tensor(torch.pi * step / cfg.steps).cos().item())
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        batch = training_batch(train_views, step, cfg, model, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
+            loss = simple_loss(model, schedule, *batch).mean()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        if not torch.isfinite(norm):
+            raise InputError(f"step {step}: the gradient is {norm.item()}, expected a finite one. Lower --lr.")
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(cfg.ema, (1 + step) / (10 + step))  # a short memory first, so that the start is forgotten
+        for name, value in model.state_dict().items():
+            ema[name].lerp_(value, 1 - decay)
+
+        # log
+        losses.append(loss.item())
+        if (step + 1) % cfg.log_every == 0:
+            mean = sum(losses) / len(losses)
+            losses = []
+            log_line(out / "log.jsonl", step=step + 1, loss=mean, grad_norm=norm.item(), seconds=round(time.time() - clock))
+            bar.set_postfix(loss=f"{mean:.4f}")
+    return result
+
+
+if __name__ == "__main__":
+    cli(main, Config, __doc__)
