@@ -1,0 +1,246 @@
+"""The contrastive 3D-consistency scorer: how well does each view belong to the reference? (paper Sec. 5)
+
+    score_m = f(e(Y), e(X_m))        e: DINOv2 CLS embedding      f: linear, or bilinear (see `Scorer`)
+    reward  = sum_{m=1..4} score_m   the paper's "contrastive score", the feedback of MV-D3PO-C
+
+Images in, one number for each view out: near 1 for a view that looks like the reference's own object, near
+0 for a generated one. `train_scorer.py` makes the weights. View 0 shows the reference itself, so the reward
+leaves it out.
+
+Run:
+    python scorer.py --ref r.png --views DIR        # DIR holds {front,right,back,left,top}.png
+
+Expect:
+    one line for each view and their sum; ground truth is near 4, a plainly wrong set near 0.
+
+    Reads the folder that train_scorer.py wrote (config.json, model.safetensors); writes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import Dinov2Config, Dinov2Model
+
+from common import InputError, cli, get_device, load_json, load_weights, save_json, save_tensors
+from data import VIEWS, read_image
+
+HEADS = ("bilinear", "concat")
+
+
+@dataclass(frozen=True)
+class ScorerConfig:
+    """What `config.json` holds: all that is needed to build the network again without its origin."""
+
+    head: str = "bilinear"  # bilinear | concat
+    image_size: int = 64  # side of the square that the encoder sees, a multiple of its patch
+    resize: bool = False  # True: any image is brought to image_size; False: another size is an error
+    encoder: dict[str, Any] = field(default_factory=dict)  # fields of transformers' Dinov2Config
+
+
+class Scorer(nn.Module):
+    """f(e_Y, e_X) with a DINOv2 encoder e, both trained.
+
+    The paper's f is "a linear layer" on the two embeddings. On their concatenation it is additive,
+
+        f(Y, X) = w.e_Y + u.e_X + b   =>   f(Y1, X1) + f(Y2, X2) = f(Y1, X2) + f(Y2, X1)   for all images,
+
+    so exchanging the views of two objects never changes the total: `concat` can say "X looks real", never
+    "X belongs to Y". The least that can is linear in the outer product e_Y (x) e_X, the bilinear form e_Y^T
+    W e_X, which changes that total by (e_Y1 - e_Y2)^T W (e_X1 - e_X2). `bilinear` adds it to the terms
+    above; with W = 0 it is `concat`.
+
+    FORK: the paper's f does not see which view m is, so right and left exchanged score the same. A row of
+    w, u, b and a W for each m would see it.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, cfg: ScorerConfig) -> None:
+        super().__init__()
+        encoder = Dinov2Config(**cfg.encoder)
+        if cfg.head not in HEADS:
+            raise InputError(f"scorer head {cfg.head!r}: expected one of {', '.join(HEADS)}.")
+        patch: Any = encoder.patch_size
+        if cfg.image_size % patch:
+            raise InputError(
+                f"scorer image_size {cfg.image_size}: expected a multiple of the encoder's patch, {patch}. "
+                f"Take {max(cfg.image_size // patch, 1) * patch}."
+            )
+        self.cfg = cfg
+        self.encoder = Dinov2Model(encoder)
+        dim = encoder.hidden_size
+        # Zero start and bias 1/2, the best constant for targets 0 and 1: the first steps move the
+        # prediction where the embeddings point, instead of undoing a random head. The head's own gradient
+        # is not zero there.
+        self.linear = nn.Linear(2 * dim, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.constant_(self.linear.bias, 0.5)
+        self.W = nn.Parameter(torch.zeros(dim, dim)) if cfg.head == "bilinear" else None
+        # ImageNet's mean and deviation, which the published DINOv2 weights expect. Constants, not weights.
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.linear.weight.device
+
+    def embed(self, images: Tensor) -> Tensor:
+        """e: (N, 3, H, W) in [0, 1] -> (N, d), the CLS token after the last LayerNorm."""
+        size = self.cfg.image_size
+        if images.shape[-2:] != (size, size):
+            # An encoder trained at one size gives numbers for any other, meaningless ones; DINOv2 itself
+            # was trained at many. The stock image processor would crop a centred object's edges: a plain
+            # resize does not. DINOv2 also drops, silently, the pixels beyond a multiple of the patch;
+            # image_size is one.
+            if not self.cfg.resize:
+                h, w = images.shape[-2:]
+                raise InputError(
+                    f"scorer: got images of {h} x {w} px, expected {size} x {size}, its training size. "
+                    f"Resize the images or train a scorer with --image_size {h}."
+                )
+            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        return self.encoder((images - self.mean) / self.std).pooler_output
+
+    def head(self, e_ref: Tensor, e_views: Tensor) -> Tensor:
+        """f: e_Y (B, d) and e_X (B, V, d) -> (B, V)."""
+        e_ref = repeat(e_ref, "B d -> B V d", V=e_views.shape[1])
+        f = self.linear(torch.cat([e_ref, e_views], dim=-1)).squeeze(-1)  # w.e_Y + u.e_X + b
+        if self.W is not None:
+            f = f + ((e_ref @ self.W) * e_views).sum(-1)  # + e_Y^T W e_X
+        return f
+
+    def forward(
+        self,
+        ref: Tensor,  # (B, 3, H, W) reference images Y in [0, 1]
+        views: Tensor,  # (B, V, 3, H, W) views X_m in [0, 1], real or generated
+    ) -> Tensor:  # (B, V) one score for each view
+        if ref.ndim != 4 or views.ndim != 5 or len(ref) != len(views) or ref.shape[1:] != views.shape[2:]:
+            raise InputError(
+                f"scorer: got ref {tuple(ref.shape)} and views {tuple(views.shape)}; "
+                "expected (B, 3, H, W) and (B, V, 3, H, W) of one size."
+            )
+        both = torch.cat([ref[:, None], views], dim=1)  # (B, 1+V, 3, H, W): one pass of the encoder for all
+        e = self.embed(rearrange(both, "B R C H W -> (B R) C H W"))
+        e = rearrange(e, "(B R) d -> B R d", B=len(ref))
+        return self.head(e[:, 0], e[:, 1:])
+
+    @torch.no_grad()
+    def score(self, ref: Tensor, views: Tensor) -> Tensor:
+        """`forward` in evaluation mode, without gradient, on the scorer's device: (B, V)."""
+        training = self.training
+        self.eval()
+        scores = self(ref.to(self.device), views.to(self.device))
+        self.train(training)
+        return scores
+
+    def save(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors."""
+        save_json(Path(folder) / "config.json", asdict(self.cfg))
+        save_tensors(Path(folder) / "model.safetensors", self.state_dict())
+
+    @staticmethod
+    def load(folder: str | Path, device: str | torch.device = "cpu") -> Scorer:
+        """Read what `save` wrote, for evaluation."""
+        values = load_json(Path(folder) / "config.json")
+        try:
+            scorer = Scorer(ScorerConfig(**values))
+        except TypeError as error:  # another kind of config.json
+            raise InputError(
+                f"{folder}/config.json: not a scorer's ({error}); expected a folder of train_scorer.py."
+            ) from None
+        load_weights(scorer, Path(folder) / "model.safetensors")
+        return scorer.to(device).eval()
+
+
+def small_scorer(
+    head: str, image_size: int, patch_size: int, hidden_size: int, num_layers: int, num_heads: int
+) -> Scorer:
+    """A small DINOv2 architecture from scratch, for toys."""
+    encoder = Dinov2Config(
+        image_size=image_size,
+        patch_size=patch_size,
+        hidden_size=hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+    )
+    return Scorer(ScorerConfig(head, image_size, resize=False, encoder=encoder.to_diff_dict()))
+
+
+def pretrained_scorer(backbone: str, head: str, image_size: int = 224) -> Scorer:
+    """A published DINOv2 (hub id or folder) and a new head; image_size is rounded down to whole patches."""
+    try:
+        loaded: Any = Dinov2Model.from_pretrained(backbone, output_loading_info=True)
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # not there, no network, or not the format
+        raise InputError(
+            f"--backbone {backbone}: cannot load ({str(error).splitlines()[0]}); expected a hub id such as "
+            "facebook/dinov2-base or a local folder with its config.json and model.safetensors."
+        ) from None
+    encoder, report = loaded
+    # transformers only warns where weights are missing and goes on with random ones.
+    if report["missing_keys"]:
+        raise InputError(
+            f"--backbone {backbone}: {len(report['missing_keys'])} weights of a DINOv2 are missing "
+            f"(first: {sorted(report['missing_keys'])[0]}); expected a whole DINOv2, as facebook/dinov2-base."
+        )
+    patch = encoder.config.patch_size
+    size = max(image_size // patch, 1) * patch
+    scorer = Scorer(ScorerConfig(head, size, resize=True, encoder=encoder.config.to_diff_dict()))
+    scorer.encoder = encoder.float()
+    return scorer
+
+
+def contrastive_reward(
+    scorer: Scorer,
+    ref: Tensor,  # (B, 3, H, W)
+    views: Tensor,  # (B, V, 3, H, W), view 0 being the reference's own
+) -> Tensor:  # (B,)
+    """The paper's contrastive score: the sum over the other views; view 0 would reward a copy of ref."""
+    return scorer.score(ref, views)[:, 1:].sum(dim=1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Score one set of views."""
+
+    scorer: str = "out/scorer"  # folder that train_scorer.py wrote
+    ref: str = "r.png"  # reference image
+    views: str = "views"  # folder with front.png, right.png, back.png, left.png, top.png
+    device: str = "auto"  # auto | cpu | cuda
+
+
+def main(cfg: Config) -> dict[str, float]:
+    """Print the score of each view and the reward."""
+    scorer = Scorer.load(cfg.scorer, get_device(cfg.device))
+    size = scorer.cfg.image_size
+    paths = [Path(cfg.ref)] + [Path(cfg.views) / f"{view}.png" for view in VIEWS]
+    ref, *views = [read_image(path, size).float() / 255 for path in paths]  # each (3, H, W)
+    scores = scorer.score(ref[None], torch.stack(views)[None])[0]  # (V,)
+    result = {view: float(score) for view, score in zip(VIEWS, scores, strict=True)}
+    for view, score in result.items():
+        print(
+            f"{view:6s} {score:7.4f}"
+            + ("   (the reference's own view: not in the sum)" if view == VIEWS[0] else "")
+        )
+    result["sum"] = float(scores[1:].sum())
+    print(f"{'sum':6s} {result['sum']:7.4f}")
+    return result
+
+
+if __name__ == "__main__":
+    cli(main, Config, __doc__)
