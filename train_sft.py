@@ -81,20 +81,21 @@ def simple_loss(
 
 
 def training_batch(
-    views: Tensor,  # (N, V, 3, S, S) uint8 all training objects
-    step: int,
-    cfg: Config,
     model: MultiViewUNet,
+    views: Tensor,  # (N, V, 3, S, S) uint8 all training objects
+    batch_size: int,
+    seed: int,
+    step: int,
     device: torch.device,
 ) -> tuple[Tensor, ...]:
     """The arguments of `simple_loss` after the schedule, a function of (seed, step) alone: resuming changes nothing."""
-    g = keyed_generator(cfg.seed, step)
-    index = torch.randint(len(views), (cfg.batch_size,), generator=g)
-    sides = torch.randint(4, (cfg.batch_size,), generator=g)  # "randomly choose an image" of the four sides, Sec. 6.1
+    g = keyed_generator(seed, step)
+    index = torch.randint(len(views), (batch_size,), generator=g)
+    sides = torch.randint(4, (batch_size,), generator=g)  # "randomly choose an image" of the four sides, Sec. 6.1
     batch = torch.stack([relative_views(views[i], int(r)) for i, r in zip(index, sides, strict=True)])
     latents = model.encode(batch.to(device).float() / 255)  # (B, V, c, h, w)
     # Stratified t: one uniform draw, spread evenly over the batch. Same expectation, less noise in the gradient.
-    u = (torch.rand((), generator=g) + torch.arange(cfg.batch_size) / cfg.batch_size) % 1
+    u = (torch.rand((), generator=g) + torch.arange(batch_size) / batch_size) % 1
     t = 1 + (u * 999).long()
     noise = torch.randn(latents.shape, generator=g)
     ref_noise = torch.randn(latents[:, 0].shape, generator=g)
@@ -220,7 +221,7 @@ def main(cfg: Config) -> dict:
         lr = cfg.lr * min(1, (step + 1) / cfg.warmup) * 0.5 * (1 + torch.tensor(torch.pi * step / cfg.steps).cos().item())
         for group in optimizer.param_groups:
             group["lr"] = lr
-        batch = training_batch(train_views, step, cfg, model, device)
+        batch = training_batch(model, train_views, cfg.batch_size, cfg.seed, step, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
             loss = simple_loss(model, schedule, *batch).mean()
         loss.backward()

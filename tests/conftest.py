@@ -1,9 +1,32 @@
-"""One torch thread for the tests: on a busy machine two threads can be many times slower than one."""
+"""One torch thread (on a busy machine two can be many times slower), and a tiny model that all tests share."""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from model import ModelConfig, MultiViewUNet  # noqa: E402
+
 torch.set_num_threads(1)
+TINY = ModelConfig(image_size=16, channels=(16, 32), head_dim=8, position_freqs=2)
+
+
+def random_model(**changes) -> MultiViewUNet:
+    """A tiny network whose every weight is random, the zero-initialised view embedding included."""
+    torch.manual_seed(0)
+    model = MultiViewUNet(ModelConfig(**{**vars(TINY), **changes}))
+    torch.nn.init.normal_(model.unet.class_embedding.weight, std=0.5)
+    return model.eval()
+
+
+@pytest.fixture
+def tiny() -> MultiViewUNet:
+    return random_model()
+
+
+@pytest.fixture
+def tiny_folder(tmp_path) -> str:
+    random_model().save(tmp_path / "tiny")
+    return str(tmp_path / "tiny")

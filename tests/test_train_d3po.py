@@ -1,0 +1,215 @@
+"""The D3PO loss, the pairs on disk, the check before the first update, and the whole script on two steps."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import random_model
+
+import train_d3po as D
+from common import InputError, keyed_generator, load_json
+from data import make_toys
+from model import load
+from sample import Schedule, log_ratio
+from scorer import Scorer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # toys are cached under ./out/data
+
+
+def config(tmp_path, **changes) -> D.Config:
+    if not (tmp_path / "pre").exists():
+        random_model().save(tmp_path / "pre")
+    small = {"num_objects": 3, "eval_objects": 2, "num_steps": 5, "first_call": 1, "steps": 2, "batch_pairs": 2}
+    defaults = {"model": str(tmp_path / "pre"), "out": str(tmp_path / "out"), "feedback": "noise_scale", "log_every": 1}
+    return D.Config(**{**defaults, **small, **changes})
+
+
+# --- the loss ---
+
+
+def test_loss_is_log_2_at_theta_equal_pre():
+    loss, metrics = D.d3po_loss(torch.zeros(3), torch.zeros(3), beta=0.1)
+    assert loss.item() == pytest.approx(math.log(2))
+    assert metrics["margin"] == 0 and metrics["accuracy"] == 0.5
+
+
+def test_loss_of_a_hand_computed_value():
+    # beta 0.5: margins 0.5 (2 - 0) = 1 and 0.5 (-1 - 3) = -2; mean of log(1 + e^-1) and log(1 + e^2)
+    loss, metrics = D.d3po_loss(torch.tensor([2.0, -1.0]), torch.tensor([0.0, 3.0]), beta=0.5)
+    assert loss.item() == pytest.approx((0.3132617 + 2.1269280) / 2, abs=1e-6)
+    assert metrics["accuracy"] == 0.5 and metrics["margin"] == pytest.approx(-0.5)
+
+
+def test_swapping_winner_and_loser_negates_the_margin():
+    w, l = torch.randn(2, 4)
+    one, swapped = D.d3po_loss(w, l, 0.3), D.d3po_loss(l, w, 0.3)
+    assert one[1]["margin"] == pytest.approx(-swapped[1]["margin"])
+    # softplus(-m) - softplus(m) = -m
+    assert (one[0] - swapped[0]).item() == pytest.approx(-one[1]["margin"], abs=1e-6)
+
+
+def test_descent_moves_the_winners_mean_to_its_action_and_the_losers_away():
+    g = torch.Generator().manual_seed(0)
+    pre = torch.randn(2, 5, 4, 2, 2, generator=g)
+    action = pre + 0.1 * torch.randn(pre.shape, generator=g)
+    var = torch.full((2, 1, 1, 1, 1), 0.01)
+    mean = pre.clone().requires_grad_(True)
+    ratio = log_ratio(action, mean, pre, var)
+    D.d3po_loss(ratio[:1], ratio[1:], beta=1.0)[0].backward()
+    assert mean.grad is not None
+    towards = torch.nn.functional.cosine_similarity(-mean.grad.flatten(1), (action - pre).flatten(1))
+    torch.testing.assert_close(towards, torch.tensor([1.0, -1.0]))
+    # dL/dmean_w = -beta/2 (a - mean) / var at theta = pre
+    torch.testing.assert_close(mean.grad[0], -0.5 * (action - pre)[0] / 0.01)
+
+
+def test_equal_step_weight_evens_out_an_error_in_x0():
+    schedule = Schedule(random_model().cfg)
+    calls = schedule.timesteps(20)[4:19]
+    weights = D.step_weights(schedule, calls, "equal")
+    t, s = (torch.tensor(z) for z in zip(*calls, strict=True))
+    x = torch.randn(15, 5, 3, 2, 2)
+    mean, var = D.ddpm_step(schedule, x, torch.zeros_like(x), t, s)
+    moved, _ = D.ddpm_step(schedule, x + 0.1, torch.zeros_like(x), t, s)
+    worth = weights * ((moved - mean).square() / var).flatten(1).mean(1)
+    torch.testing.assert_close(worth, worth[:1].expand(15), rtol=1e-3, atol=0)
+    assert D.step_weights(schedule, calls, "none").eq(1).all()
+
+
+# --- candidates, preferences, means ---
+
+
+def collected(tmp_path, **changes):
+    cfg = config(tmp_path, **changes)
+    model, views = load(cfg.model), make_toys(3, 16, 1)
+    folder = tmp_path / "candidates"
+    D.collect(model, views, cfg, folder, CPU)
+    return cfg, model, views, folder
+
+
+def test_pairs_name_the_best_and_the_worst(tmp_path):
+    cfg, _, views, folder = collected(tmp_path)
+    pairs = D.prefer(cfg, views, folder, CPU)
+    assert [(p["object"], p["winner"], p["loser"]) for p in pairs] == [(0, 0, 4), (1, 0, 4), (2, 0, 4)]
+    every = D.prefer(config(tmp_path, pairs="all"), views, folder, CPU)
+    assert len(every) == 30 and all(p["winner"] < p["loser"] for p in every)
+
+
+def test_ties_make_no_pair(tmp_path, monkeypatch):
+    cfg, _, views, folder = collected(tmp_path)
+    monkeypatch.setattr(D, "feedback_fn", lambda cfg, device: lambda ref, images, truth: torch.zeros(len(images)))
+    with pytest.raises(InputError, match="tie"):
+        D.prefer(cfg, views, folder, CPU)
+
+
+def test_candidates_of_another_run_are_refused(tmp_path):
+    cfg, model, views, folder = collected(tmp_path)
+    with pytest.raises(InputError, match="candidates of another run"):
+        D.collect(model, views, config(tmp_path, seed=1), folder, CPU)
+
+
+@pytest.mark.parametrize("condition", ["clean", "sampled"])
+def test_log_ratio_is_exactly_zero_before_the_first_update(tmp_path, condition):
+    cfg, model, views, folder = collected(tmp_path, condition=condition)
+    schedule = Schedule(model.cfg)
+    pairs = D.Pairs(D.prefer(cfg, views, folder, CPU), folder, tmp_path / "means", cfg, schedule)
+    D.store_means(model, schedule, pairs, CPU)
+    with torch.no_grad():
+        for items in ([(0, 0), (1, 2)], [(2, 1), (0, 2)]):
+            batch = pairs.batch(items, CPU)
+            mean, var = D.policy_mean(model, schedule, batch)
+            assert (log_ratio(batch["action"], mean, pairs.mean_pre(items, CPU), var) == 0).all()
+            if condition == "sampled":  # then the actions are the policy's own: standardised, they are its step noise
+                z = (batch["action"] - mean) / var.sqrt()
+                assert abs(z.std().item() - 1) < 0.02
+
+
+def test_a_fixed_pair_is_learned(tmp_path):
+    """The margin grows, and the winner's action becomes likelier under the clean condition."""
+    cfg, model, views, folder = collected(tmp_path)
+    schedule = Schedule(model.cfg)
+    pairs = D.Pairs(D.prefer(cfg, views, folder, CPU)[:1], folder, tmp_path / "means", cfg, schedule)
+    D.store_means(model, schedule, pairs, CPU)
+    items = [(0, 1), (0, 2)]
+    batch, pre = pairs.batch(items, CPU), pairs.mean_pre(items, CPU)
+    optimizer = torch.optim.AdamW(model.attention_parameters(), lr=1e-3)
+    margins = []
+    for _ in range(15):
+        mean, var = D.policy_mean(model, schedule, batch)
+        ratio = log_ratio(batch["action"], mean, pre, var)
+        loss, metrics = D.d3po_loss(*ratio.chunk(2), beta=0.1)
+        margins.append(metrics["margin"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert margins[0] == 0 and margins[-1] > 0.5
+    assert metrics["log_ratio_w"] > 0
+
+
+def test_random_feedback_is_keyed(tmp_path):
+    cfg = config(tmp_path, feedback="random")
+    reward = D.feedback_fn(cfg, CPU)(torch.zeros(5), torch.zeros(5, 1), torch.zeros(1))
+    assert torch.equal(reward, torch.rand(5, generator=keyed_generator(0, 7)))
+
+
+# --- the script ---
+
+
+def test_two_steps_of_main(tmp_path):
+    result = D.main(config(tmp_path, feedback="hull", noise_scales=(0.0, 5.0), steps=2, lr=1e-3))
+    out = tmp_path / "out" / "d3po_hull"
+    for name in ("config.json", "model.safetensors", "log.jsonl", "run.json", "results.json", "pairs.json", "grid.png"):
+        assert (out / name).stat().st_size > 0
+    assert load_json(out / "results.json")["after"].keys() == result["before"].keys()
+    logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert {"loss_d3po", "margin", "accuracy", "loss_simple", "grad_d3po", "grad_simple"} <= logged[0].keys()
+    assert logged[0]["loss_d3po"] == pytest.approx(math.log(2), abs=1e-4)
+    # fine-tuned weights, saved and loaded, change the picture
+    views = make_toys(1, 16, 2).float() / 255
+    before, after = (D.sample(load(m), views[:, 0], [0], 3).images for m in (config(tmp_path).model, out))
+    assert (before - after).abs().max() > 1e-3
+    assert D.main(config(tmp_path, feedback="hull", noise_scales=(0.0, 5.0), steps=2, lr=1e-3))["after"] == result["after"]
+
+
+def test_resumed_equals_uninterrupted(tmp_path):
+    D.main(config(tmp_path, out=str(tmp_path / "whole"), steps=3))
+    for steps in (2, 3):
+        D.main(config(tmp_path, out=str(tmp_path / "parts"), steps=steps))
+    whole, parts = (load(tmp_path / name / "d3po_noise_scale").state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+def test_training_refuses_means_of_another_policy(tmp_path):
+    D.main(config(tmp_path, steps=1))
+    out = tmp_path / "out" / "d3po_noise_scale"
+    (out / "state.pt").unlink()
+    other = random_model()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.2)
+    other.save(tmp_path / "pre")
+    with pytest.raises(InputError, match="before the first update"):
+        D.main(config(tmp_path, steps=1))
+
+
+@pytest.mark.slow
+def test_contrastive_trains_its_own_scorer(tmp_path):
+    random_model(image_size=64, channels=(16, 32)).save(tmp_path / "pre")
+    result = D.main(config(tmp_path, feedback="contrastive", negatives=str(tmp_path / "pre")))
+    assert Scorer.load(tmp_path / "out" / "scorer_pre")
+    assert math.isfinite(result["after"]["contrastive"])
+
+
+def test_wrong_input_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="--feedback taste: unknown, expected one of contrastive"):
+        D.main(config(tmp_path, feedback="taste"))
+    with pytest.raises(InputError, match="--first_call 4"):
+        D.main(config(tmp_path, first_call=4))
+    with pytest.raises(InputError, match="no config.json"):
+        D.main(config(tmp_path, model=str(tmp_path / "nowhere")))

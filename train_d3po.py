@@ -1,0 +1,440 @@
+"""Stage 3: MV-D3PO. Collect candidates, prefer by 3D-consistency feedback, fine-tune (paper Sec. 3.2.2, Eq. 2, App. B).
+
+    L = -log sigmoid( beta [log pi_theta/pi_pre (a_w|s_w) - log pi_theta/pi_pre (a_l|s_l)] ) + lambda L_simple-MV
+
+For each reference the pre-trained model draws five candidates, which share x_T and see the reference through more and
+more noise (App. B). A feedback scores the finished images; the best and the worst become winner and loser; and at each
+of the last denoising steps the policy is moved towards the winner's action and away from the loser's. L_simple-MV on
+the ground truth of the same objects holds it in place.
+
+The stages, each reused when it is there already (out/ is the default of --out):
+
+    out/candidates/      five trajectories an object, whatever the feedback
+    out/scorer_*/        the contrastive scorer, made by train_scorer.py when --feedback contrastive asks for it
+    out/d3po_<feedback>/ pairs.json, means/ (pi_pre's means), log.jsonl, model.safetensors, results.json, grid.png
+
+Run:
+    python train_d3po.py --feedback contrastive      # or matching, or hull (no training, no weights)
+
+Letters: P pairs, G candidates of a reference, K network calls of which J are trained, V views, c h w latent sizes.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from common import (
+    InputError,
+    cli,
+    get_device,
+    key_seed,
+    keyed_generator,
+    load_json,
+    load_tensors,
+    log_line,
+    provenance,
+    save_json,
+    save_tensors,
+    write_atomic,
+)
+from data import load_split, relative_views
+from evaluate import grid, hull_iou, psnr, score_images
+from matcher import matching_reward
+from model import MultiViewUNet, load
+from sample import Schedule, ddpm_step, log_ratio, noised_reference, sample, sample_images
+from scorer import Scorer, contrastive_reward
+from train_scorer import Config as ScorerTraining
+from train_scorer import main as train_scorer
+from train_sft import simple_loss, training_batch
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults are the toy run on a CPU; paper values are named in the comments."""
+
+    feedback: str = "contrastive"  # contrastive, matching, hull; controls: random, noise_scale, oracle
+    model: str = "checkpoints/toy"  # pi_pre: a folder that train_sft.py wrote
+    negatives: str = "zero123"  # what the scorer learns to tell from truth: zero123, pretrained (C (pre)), or a folder
+    scorer: str = ""  # a trained scorer's folder; empty: train one
+    matcher: str = "sift"  # sift or loftr, for --feedback matching
+    data: str = "toys"  # toys, or a folder of renders (see data.py)
+    num_objects: int = 48  # preference objects (paper: 240)
+    eval_objects: int = 32  # validation objects
+    out: str = "out"  # where everything goes
+
+    num_steps: int = 20  # network calls K of the sampler (paper: 50)
+    first_call: int = 4  # train calls first_call .. K - 2 (paper: the last 40); the very last has no density
+    noise_scales: tuple[float, ...] = (0.0, 0.1, 0.3, 0.5, 0.8)  # a of the candidates (App. B)
+    pairs: Literal["best_worst", "all"] = "best_worst"  # which candidates of one reference are compared
+    condition: Literal["clean", "sampled"] = "clean"  # the reference that the loss sees: noiseless, or as sampled
+
+    steps: int = 150  # optimizer steps (paper: 1800)
+    batch_pairs: int = 4  # pairs a step, and ground-truth objects for L_simple-MV
+    lr: float = 5e-5  # AdamW, constant; attention layers only (App. B)
+    beta_dpo: float = 1e-4  # beta of Eq. 2 on the log-ratio SUMMED over V c h w
+    lambda_simple: float = 1.0  # weight of L_simple-MV (paper: 1)
+    step_weight: Literal["none", "equal"] = "none"  # equal: rescale the log-ratio so that all steps weigh the same
+    seed: int = 0  # of candidates, pairs, batches and noise
+
+    eval_every: int = 150  # evaluate and save
+    log_every: int = 10  # log means of the last steps
+    batch_size: int = 8  # objects at a time when sampling
+    threads: int = 0  # torch threads; 0 leaves torch's choice (1 can be much faster on a busy machine)
+    device: str = "auto"  # auto, cpu or cuda
+
+
+# --- the loss ---
+
+
+def d3po_loss(
+    log_ratio_w: Tensor,  # (P,) log pi_theta/pi_pre of the winner's action, summed over V c h w
+    log_ratio_l: Tensor,  # (P,) of the loser's
+    beta: float,
+) -> tuple[Tensor, dict[str, float]]:
+    """Eq. 2, mean over pairs, each at one denoising step. No clip: the paper's equation has none (D3PO's code has)."""
+    # L = -log sigmoid( beta log_ratio_w - beta log_ratio_l )
+    margin = beta * (log_ratio_w - log_ratio_l)
+    loss = -F.logsigmoid(margin).mean()
+    return loss, {
+        "loss_d3po": loss.item(),  # log 2 = 0.693 at theta = pre
+        "margin": margin.mean().item(),
+        "accuracy": ((margin > 0).float() + 0.5 * (margin == 0).float()).mean().item(),
+        "log_ratio_w": log_ratio_w.mean().item(),
+        "log_ratio_l": log_ratio_l.mean().item(),
+    }
+
+
+def step_weights(schedule: Schedule, calls: list[tuple[int, int]], mode: str) -> Tensor:  # (J,)
+    """Factors on the log-ratio of each trained step.
+
+    The step's mean depends on the predicted x0 as m x0, so an error d in x0 is worth m^2 d^2 / var in log-probability,
+    which grows a hundredfold towards the end of the chain. "equal" divides that out (keeping the mean weight).
+    """
+    if mode == "none":
+        return torch.ones(len(calls))
+    t, s = (torch.tensor(z) for z in zip(*calls, strict=True))
+    one, zero = torch.ones(len(calls), 1, 1, 1, 1), torch.zeros(len(calls), 1, 1, 1, 1)
+    as_x0 = Schedule.__new__(Schedule)
+    as_x0.__dict__ = {**schedule.__dict__, "prediction": "x0"}
+    m, var = ddpm_step(as_x0, one, zero, t, s)  # the mean at x_t = 0 and x0 = 1 is m itself
+    worth = (m**2 / var).flatten()
+    return worth.mean() / worth
+
+
+# --- candidates: one file an object, the same for every feedback ---
+
+
+def collect(
+    model: MultiViewUNet,
+    views: Tensor,  # (N, V, 3, S, S) uint8, preference objects
+    cfg: Config,
+    folder: Path,
+    device: torch.device,
+) -> None:
+    """Draw G candidates of every object and keep the part of their chains that is trained on."""
+    made_by = {k: getattr(cfg, k) for k in ("model", "data", "num_steps", "first_call", "noise_scales", "seed")}
+    made_by["noise_scales"] = list(cfg.noise_scales)
+    if (folder / "config.json").is_file() and load_json(folder / "config.json") != made_by:
+        raise InputError(
+            f"{folder}: candidates of another run ({load_json(folder / 'config.json')}), expected {made_by}. "
+            "Use another --out, or delete the folder."
+        )
+    save_json(folder / "config.json", made_by)
+    todo = [i for i in range(len(views)) if not (folder / f"{i:04d}.safetensors").is_file()]
+    for i in tqdm(todo, desc="collect candidates", disable=None):
+        ref = views[i, :1].to(device).float().expand(len(cfg.noise_scales), -1, -1, -1) / 255
+        candidates = list(range(len(cfg.noise_scales)))
+        seeds = [key_seed(cfg.seed, i)] * len(candidates)
+        chain = sample(model, ref, seeds, cfg.num_steps, candidates, list(cfg.noise_scales))
+        tensors = {
+            "states": chain.states[:, cfg.first_call : cfg.num_steps],  # (G, J + 1, V, c, h, w): x_t, and the actions
+            "y": chain.y[:1],
+            "candidate_noise": chain.candidate_noise,
+            "ref_noise": chain.ref_noise[:1],
+            "images": (chain.images * 255).round().to(torch.uint8),
+        }
+        save_tensors(folder / f"{i:04d}.safetensors", tensors)
+
+
+# --- feedback: one number for each candidate, larger is more consistent ---
+
+
+def feedback_fn(cfg: Config, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The function (ref (G,3,S,S), images (G,V,3,S,S), truth (V,3,S,S)) -> (G,) that ranks candidates. Only the oracle
+    looks at the truth.
+
+    FORK: your own feedback is one more entry here.
+    """
+    scorer = Scorer.load(cfg.scorer, device) if cfg.feedback == "contrastive" else None
+    coin = keyed_generator(cfg.seed, 7)
+
+    def contrastive(ref: Tensor, images: Tensor, truth: Tensor) -> Tensor:
+        assert scorer is not None
+        return contrastive_reward(scorer, ref, images)
+
+    feedbacks = {
+        "contrastive": contrastive,  # Sec. 5
+        "matching": lambda ref, images, truth: matching_reward(ref, images, cfg.matcher).float(),  # Sec. 6.1
+        "hull": lambda ref, images, truth: hull_iou(images),  # ours: do the silhouettes fit one object?
+        "random": lambda ref, images, truth: torch.rand(len(images), generator=coin),
+        "noise_scale": lambda ref, images, truth: -torch.tensor(cfg.noise_scales),
+        "oracle": lambda ref, images, truth: psnr(images[:, 1:].flatten(1, 2), truth[None, 1:].flatten(1, 2)),
+    }
+    if cfg.feedback not in feedbacks:
+        raise InputError(f"--feedback {cfg.feedback}: unknown, expected one of {', '.join(feedbacks)}.")
+    return feedbacks[cfg.feedback]
+
+
+def prefer(cfg: Config, views: Tensor, candidates: Path, device: torch.device) -> list[dict]:
+    """Rank the candidates of each object: a list of {object, winner, loser, rewards}. Ties make no pair."""
+    reward_of = feedback_fn(cfg, device)
+    pairs = []
+    for i in tqdm(range(len(views)), desc=f"{cfg.feedback} feedback", disable=None):
+        images = load_tensors(candidates / f"{i:04d}.safetensors")["images"].to(device).float() / 255
+        truth = views[i].to(device).float() / 255
+        rewards = reward_of(truth[:1].expand(len(images), -1, -1, -1), images, truth).cpu()
+        order = rewards.argsort(descending=True).tolist()
+        chosen = [(order[0], order[-1])]
+        if cfg.pairs == "all":
+            chosen = [(a, b) for j, a in enumerate(order) for b in order[j + 1 :]]
+        pairs += [
+            {"object": i, "winner": w, "loser": l, "rewards": [round(r, 5) for r in rewards.tolist()]}
+            for w, l in chosen
+            if rewards[w] > rewards[l]
+        ]
+    if not pairs:
+        raise InputError(
+            f"--feedback {cfg.feedback}: all candidates of all {len(views)} objects tie, so there is nothing to prefer. "
+            "Use another feedback, or larger images."
+        )
+    return pairs
+
+
+# --- pi_pre's means: computed once, so that no second network is held while training ---
+
+
+class Pairs:
+    """Winner and loser chains on disk, read by memory map: only what a batch needs is ever loaded."""
+
+    def __init__(self, pairs: list[dict], candidates: Path, means: Path, cfg: Config, schedule: Schedule):
+        self.pairs, self.means, self.cfg = pairs, means, cfg
+        self.files = {i: safe_open(candidates / f"{i:04d}.safetensors", "pt") for i in {p["object"] for p in pairs}}
+        calls = schedule.timesteps(cfg.num_steps)
+        self.calls = calls[cfg.first_call : cfg.num_steps - 1]  # J (t, s), without the last call: it has no density
+
+    def batch(self, items: list[tuple[int, int]], device: torch.device) -> dict[str, Tensor]:
+        """Items (pair, j) -> rows: all winners, then all losers, each pair at one common step j."""
+        rows = [(n, j, who) for who in ("winner", "loser") for n, j in items]
+        parts: dict[str, list[Tensor]] = {"x_t": [], "action": [], "y": [], "ref_noise": []}
+        for n, j, who in rows:
+            file, g = self.files[self.pairs[n]["object"]], self.pairs[n][who]
+            parts["x_t"].append(file.get_slice("states")[g, j])
+            parts["action"].append(file.get_slice("states")[g, j + 1])
+            # The condition of the loss. Under the one a candidate was sampled with, the noise scale alone can decide
+            # the winner, and then the expected gradient at theta = pre is zero (E_pi[grad log pi] = 0, for winner and
+            # loser each). Under the clean one, the policy that is used moves towards what won.
+            noise = file.get_slice("candidate_noise")[g] if self.cfg.condition == "sampled" else 0
+            parts["y"].append(file.get_tensor("y")[0] + noise)
+            parts["ref_noise"].append(file.get_tensor("ref_noise")[0])
+        batch = {k: torch.stack(v).to(device) for k, v in parts.items()}
+        t, s = (torch.tensor([self.calls[j][z] for _, j, _ in rows], device=device) for z in (0, 1))
+        return batch | {"t": t, "s": s}
+
+    def mean_pre(self, items: list[tuple[int, int]], device: torch.device) -> Tensor:  # (2 P, V, c, h, w)
+        """The stored means of the frozen policy, in the row order of `batch`."""
+        means = [safe_open(self.means / f"{n:04d}.safetensors", "pt").get_slice("means") for n, _ in items]
+        rows = [m[side, j] for side in (0, 1) for m, (_, j) in zip(means, items, strict=True)]
+        return torch.stack(rows).to(device)
+
+
+def policy_mean(model: MultiViewUNet, schedule: Schedule, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """mean_theta (2 P, V, c, h, w) and var of the rows of `Pairs.batch`."""
+    ref_t = noised_reference(schedule, model.cfg, batch["y"], batch["t"], batch["ref_noise"])
+    return ddpm_step(schedule, model(batch["x_t"], batch["t"], ref_t), batch["x_t"], batch["t"], batch["s"])
+
+
+@torch.no_grad()
+def store_means(model: MultiViewUNet, schedule: Schedule, pairs: Pairs, device: torch.device) -> None:
+    """mean_pre of every pair and trained step, in batches of the training shape: then equal weights give exactly equal
+    means, because kernels (and so their rounding) depend on the shape."""
+    size, J = pairs.cfg.batch_pairs, len(pairs.calls)
+    todo = [n for n in range(len(pairs.pairs)) if not (pairs.means / f"{n:04d}.safetensors").is_file()]
+    for n in tqdm(todo, desc="means of the pre-trained policy", disable=None):
+        means = []
+        for first in range(0, J, size):
+            steps = [min(first + i, J - 1) for i in range(size)]  # the last batch is filled up
+            mean, _ = policy_mean(model, schedule, pairs.batch([(n, j) for j in steps], device))
+            means.append(mean.unflatten(0, (2, size))[:, : min(size, J - first)].cpu())
+        save_tensors(pairs.means / f"{n:04d}.safetensors", {"means": torch.cat(means, 1)})  # (2, J, V, c, h, w)
+
+
+# --- evaluation and the loop ---
+
+
+@torch.no_grad()
+def evaluate(
+    model: MultiViewUNet, views: Tensor, cfg: Config, scorer: Scorer | None, device: torch.device
+) -> tuple[dict[str, float], Tensor]:
+    """Sample the validation objects from their front view: mean metrics, and the images (N, V, 3, S, S)."""
+    truth = views.float() / 255
+    images = sample_images(model, truth[:, 0], cfg.seed, cfg.num_steps, cfg.batch_size, label="evaluate")
+    scores = score_images(images, truth, truth[:, 0], scorer=scorer)
+    return {k: float(v.mean()) for k, v in scores.items()}, images
+
+
+def grad_norm(gradients: list[Tensor]) -> float:
+    """The norm of all gradients as one vector."""
+    return torch.stack([g.norm() for g in gradients]).norm().item()
+
+
+def main(cfg: Config) -> dict:
+    """All stages, those already there reused. Returns what results.json holds."""
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    if not 0 <= cfg.first_call < cfg.num_steps - 1:
+        raise InputError(f"--first_call {cfg.first_call}: expected 0 to {cfg.num_steps - 2}, below --num_steps minus 1.")
+    device, clock, seconds = get_device(cfg.device), time.time(), {}
+    out = Path(cfg.out) / f"d3po_{cfg.feedback}"
+
+    def stage(name: str) -> None:  # print what the stage took
+        seconds[name] = round(time.time() - clock - sum(seconds.values()), 1)
+        print(f"[{name}: {seconds[name]:.0f} s]")
+
+    model = load(cfg.model, device)
+    schedule, size = Schedule(model.cfg), model.cfg.image_size
+    raw = load_split(cfg.data, "preference", cfg.num_objects, size)
+    # Like in pre-training, one of the four sides is the reference, drawn once for each object.
+    sides = torch.randint(4, (len(raw),), generator=keyed_generator(cfg.seed, 5)).tolist()
+    views = torch.stack([relative_views(v, r) for v, r in zip(raw, sides, strict=True)])
+    val_views = load_split(cfg.data, "validation", cfg.eval_objects, size)
+    stage("data")
+
+    if cfg.feedback == "contrastive" and not cfg.scorer:
+        folder = str(Path(cfg.out) / f"scorer_{Path(cfg.negatives).name}")
+        train_scorer(ScorerTraining(negatives=cfg.negatives, data=cfg.data, out=folder, device=cfg.device))
+        cfg = Config(**{**asdict(cfg), "scorer": folder})
+    scorer = Scorer.load(cfg.scorer, device) if cfg.scorer else None
+    stage("scorer")
+
+    collect(model, views, cfg, Path(cfg.out) / "candidates", device)
+    stage("candidates")
+
+    if (out / "pairs.json").is_file():
+        pairs_list = load_json(out / "pairs.json")
+    else:
+        pairs_list = prefer(cfg, views, Path(cfg.out) / "candidates", device)
+        save_json(out / "pairs.json", pairs_list)
+    winners = [cfg.noise_scales[p["winner"]] for p in pairs_list]
+    losers = [cfg.noise_scales[p["loser"]] for p in pairs_list]
+    shares = {a: f"{winners.count(a)}/{losers.count(a)}" for a in cfg.noise_scales}
+    print(f"{len(pairs_list)} pairs of {len(views)} objects; noise scale: times winner/loser: {shares}")
+    stage("feedback")
+
+    pairs = Pairs(pairs_list, Path(cfg.out) / "candidates", out / "means", cfg, schedule)
+    store_means(model, schedule, pairs, device)
+    stage("means")
+
+    if (out / "before.safetensors").is_file():
+        before, before_images = load_json(out / "before.json"), load_tensors(out / "before.safetensors")["images"]
+    else:
+        before, before_images = evaluate(model, val_views, cfg, scorer, device)
+        save_json(out / "before.json", before)
+        save_tensors(out / "before.safetensors", {"images": before_images})
+    stage("evaluate before")
+
+    model.requires_grad_(False)
+    parameters = model.attention_parameters()
+    for p in parameters:
+        p.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    weights = step_weights(schedule, pairs.calls, cfg.step_weight).to(device)
+    J, start, after, after_images = len(pairs.calls), 0, {}, before_images
+    if (out / "state.pt").is_file():
+        state = torch.load(out / "state.pt", map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, after, after_images = state["step"], state["after"], state["after_images"]
+        print(f"{out}: going on at step {start}")
+    save_json(out / "run.json", provenance(cfg))
+    dims = model.cfg.latent_channels * model.cfg.latent_size**2 * views.shape[1]
+    print(f"beta {cfg.beta_dpo:g} on the summed log-ratio is beta {cfg.beta_dpo * dims:.3g} on its mean over {dims} dims")
+
+    sums: dict[str, list[float]] = {}
+    bar = tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, desc="train_d3po", disable=None)
+    for step in bar:
+        # evaluate and save
+        if (step % cfg.eval_every == 0 or step == cfg.steps) and step > start:
+            after, after_images = evaluate(model, val_views, cfg, scorer, device)
+            log_line(out / "log.jsonl", step=step, **{f"val_{k}": v for k, v in after.items()})
+            model.save(out)
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            state |= {"after": after, "after_images": after_images}
+            write_atomic(out / "state.pt", lambda p, state=state: torch.save(state, p))
+        if step == cfg.steps:
+            break
+
+        # batch: pairs at random steps, a function of (seed, step) alone
+        g = keyed_generator(cfg.seed, 6, step)
+        chosen = torch.randint(len(pairs_list), (cfg.batch_pairs,), generator=g).tolist()
+        items = list(zip(chosen, torch.randint(J, (cfg.batch_pairs,), generator=g).tolist(), strict=True))
+        batch = pairs.batch(items, device)
+
+        # forward: winner and loser in one call
+        mean_theta, var = policy_mean(model, schedule, batch)
+        ratio = log_ratio(batch["action"], mean_theta, pairs.mean_pre(items, device), var)  # (2 P,)
+        ratio = ratio * weights[[j for _, j in items] * 2]
+        ratio_w, ratio_l = ratio.chunk(2)
+        if step == 0 and cfg.beta_dpo * ratio.abs().max() > 1e-3:
+            raise InputError(
+                f"before the first update beta * log-ratio is {cfg.beta_dpo * ratio.abs().max():.2g}, expected below 1e-3: "
+                f"the stored means are not this policy's. Delete {out}/means and {cfg.out}/candidates and start again."
+            )
+        loss_d3po, metrics = d3po_loss(ratio_w, ratio_l, cfg.beta_dpo)
+        real = training_batch(model, raw, cfg.batch_pairs, cfg.seed, step, device)
+        loss_simple = simple_loss(model, schedule, *real).mean()
+
+        # backward, once for each loss to see their gradients apart; step
+        from_d3po = torch.autograd.grad(loss_d3po, parameters)
+        from_simple = torch.autograd.grad(cfg.lambda_simple * loss_simple, parameters)
+        for p, a, b in zip(parameters, from_d3po, from_simple, strict=True):
+            p.grad = a + b
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        if not torch.isfinite(norm):
+            raise InputError(f"step {step}: the gradient is {norm.item()}, expected a finite one. Lower --lr or --beta_dpo.")
+        optimizer.step()
+
+        # log
+        metrics |= {"loss_simple": loss_simple.item()}
+        metrics |= {"grad_d3po": grad_norm(list(from_d3po)), "grad_simple": grad_norm(list(from_simple))}
+        for (_, j), value in zip(items * 2, ratio.tolist(), strict=True):
+            sums.setdefault(f"abs_log_ratio_call_{cfg.first_call + j}", []).append(abs(value))
+        for name, value in metrics.items():
+            sums.setdefault(name, []).append(value)
+        if (step + 1) % cfg.log_every == 0:
+            means = {k: sum(v) / len(v) for k, v in sorted(sums.items())}
+            sums = {}
+            log_line(out / "log.jsonl", step=step + 1, **means)
+            bar.set_postfix({k: f"{means[k]:.3f}" for k in ("loss_d3po", "accuracy", "loss_simple")})
+    stage("train and evaluate")
+
+    truth = val_views[:8].float() / 255
+    grid(out / "grid.png", {"truth": truth, "before": before_images[:8], "after": after_images[:8]}, truth[:, 0])
+    result = {**provenance(cfg), "before": before, "after": after, "seconds": seconds}
+    save_json(out / "results.json", result)
+    print(f"\n{'metric':<24}{'before':>10}{'after':>10}   ({len(val_views)} validation objects)")
+    for name in before:
+        print(f"{name:<24}{before[name]:>10.4f}{after[name]:>10.4f}")
+    print(f"total {sum(seconds.values()):.0f} s; {out}/grid.png shows the first eight objects")
+    return result
+
+
+if __name__ == "__main__":
+    cli(main, Config, __doc__)
