@@ -1,22 +1,54 @@
-"""Five orthographic views of an object: procedural toys, a folder of renders, 3-D meshes, and the camera convention.
+"""Five orthographic views of an object: cameras, procedural toys, meshes, folders of pictures.
 
-World: Y is up, the front camera stands on +Z (glTF's own axes), the object fills [-0.9, 0.9]^3 of the [-1, 1] image square.
+World: Y is up, the front camera is on +Z (glTF's axes), objects fill [-0.9, 0.9]^3 of the [-1, 1] image.
+
+A folder of renders, DIR/<object>/{front,right,back,left,top}.png, is the format that all files here share:
+
+    python data.py --meshes DIR --out DIR --size 256   # renders .glb, .gltf, .obj; the same command resumes
+
+    python data.py --toys 100 --seed 3 --out DIR       # writes toys
+
+    python data.py --sheet toys.png                    # a picture of the toys; with --out, of that folder
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
+from tqdm import tqdm
 
-from common import key_seed, keyed_generator
+from common import InputError, cli, key_seed, keyed_generator, load_tensors, save_tensors, write_atomic
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to write, and where."""
+
+    meshes: str = ""  # render every .glb, .gltf and .obj file below this folder
+    toys: int = 0  # write this many procedural toys
+    seed: int = 0  # of the toys: 0 training, 1 preference, 2 validation, 3 held out
+    out: str = ""  # folder of renders to write; complete objects in it are kept
+    size: int = 256  # pixels of a view
+    up: Literal["y", "z"] = "y"  # up axis of the meshes; the front is +Z for y, -Y for z
+    antialias: int = 2  # average this many sub-pixels squared
+    sheet: str = ""  # write a contact sheet to this PNG: of --out, or without --out two toys of each kind
+
 
 # --- cameras ---
 
 VIEWS = ("front", "right", "back", "left", "top")
 
-# Row 0: image right, row 1: image up, row 2: towards the camera; each as (x, y, z) of the world. The sides are in the
-# order in which one walks around the object: what is on the right of one view is in the middle of the next.
+# Row 0: image right, row 1: image up, row 2: towards the camera; each as (x, y, z) of the world. The sides
+# are in the order of a walk around the object: what is on the right of one view is in the middle of the
+# next.
 CAMERAS = torch.tensor(
     [
         [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
@@ -28,9 +60,9 @@ CAMERAS = torch.tensor(
     dtype=torch.float32,
 )  # (V, 3, 3)
 
-# The light is fixed to the object, not to the camera: a point has one colour in all views, so that views of one object
-# agree exactly, which is what the scorer, the matcher and the metrics look for.
-LIGHT = torch.nn.functional.normalize(torch.tensor([0.25, 0.9, 0.35]), dim=0)
+# The light is fixed to the object, not to the camera: a point has one colour in all views, so that views of
+# one object agree exactly, which is what the scorer, the matcher and the metrics look for.
+LIGHT = F.normalize(torch.tensor([0.25, 0.9, 0.35]), dim=0)
 
 
 def project(
@@ -46,7 +78,7 @@ def relative_views(
     views: Tensor,  # (..., V, C, H, W)
     r: int,  # 0..3, index of a side in VIEWS
 ) -> Tensor:  # the same shape
-    """Rename the views so that side r is called front: the model never needs to know where an object's true front is."""
+    """Call side r the front: the frame is relative, nobody needs to know an object's true front."""
     sides = views[..., :4, :, :, :].roll(-r, dims=-4)
     # Walking a quarter turn to the right around the object turns its picture from above clockwise.
     top = torch.rot90(views[..., 4:, :, :, :], -r, dims=(-2, -1))
@@ -85,13 +117,14 @@ def to_uint8(
     factor: int,  # anti-aliasing: average factor x factor pixels
 ) -> Tensor:  # (N, 3, H / factor, W / factor)
     """Average the sub-pixels and round."""
-    return (torch.nn.functional.avg_pool2d(image, factor) * 255).round().to(torch.uint8)
+    return (F.avg_pool2d(image, factor) * 255).round().to(torch.uint8)
 
 
 # --- toys: analytic primitives ---
 
-# A primitive is a body inside the unit cube, stretched by `half`, turned, and moved to `center`. All four shapes are
-#   { |x|, |y|, |z| <= 1 }  and  { x^2 + z^2 + e y^2 <= (m + n y)^2 }
+# A primitive is a body inside the unit cube, stretched by `half`, turned, and moved to `center`. All shapes
+# are
+#   { |x|, |y|, |z| <= 1 }  and  { x^2 + z^2 + e y^2 <= (m + k y)^2 }        quadric = (e, m, k)
 # A box takes a quadric that contains the cube; `taper` is a tube's radius on top (1 cylinder, 0 cone).
 
 
@@ -152,8 +185,8 @@ def render_primitives(
     owner = torch.repeat_interleave(torch.arange(B), torch.tensor([len(o["half"]) for o in objects]))
     n = len(owner)
 
-    # Unit frame of a primitive: p = turn^T (o - center) / half. The ray's direction gets the same map and is not made unit
-    # length again, so that t stays a distance in the world and the primitives can be compared.
+    # Unit frame of a primitive: p = turn^T (o - center) / half. The ray's direction gets the same map and
+    # is not made unit length again, so that t stays a distance in the world and primitives can be compared.
     to_unit = prim["turn"].mT / prim["half"][:, :, None]  # (n, 3, 3)
     right, up, toward = (torch.einsum("nij,Vj->nVi", to_unit, CAMERAS[:, i]) for i in range(3))
     start = 2 * toward - torch.einsum("nij,nj->ni", to_unit, prim["center"])[:, None]  # rays start at depth 2
@@ -161,7 +194,8 @@ def render_primitives(
     table = torch.cat([start, right, up, v, prim["quadric"][:, None].expand(n, V, 3)], -1)
     table = table.reshape(n * V, 15).T.contiguous()  # (15, n V)
 
-    # Bounding boxes: a turned box reaches the sum of its three half-edges, an ellipsoid their root of squares.
+    # Bounding boxes: a turned box reaches the sum of its three half-edges, an ellipsoid their Euclidean
+    # norm.
     edges = torch.einsum("Vki,nij->nVkj", CAMERAS, prim["turn"] * prim["half"][:, None]).abs()
     reach = torch.where(prim["quadric"][:, None, None, 0] > 0, edges.norm(dim=-1), edges.sum(-1))[..., :2]
     middle, _ = project(prim["center"], S)  # (V, n, 2)
@@ -176,13 +210,14 @@ def render_primitives(
         [px + image_x * rx + image_y * ux, py + image_x * ry + image_y * uy, pz + image_x * rz + image_y * uz]
     )
     v = torch.stack([vx, vy, vz])
-    # Slabs: inside the cube between the last of three entries and the first of three exits.
+    # Slabs: the ray is inside the cube from the last of three entries to the first of three exits.
     inverse = 1 / v
     middle_t, half_t = -p * inverse, inverse.abs()
     enter, side = (middle_t - half_t).max(0)
     leave = (middle_t + half_t).amin(0)
-    # Quadric: a t^2 + 2 b t + c with t counted from the entry. Inside already (c <= 0): the cube's face is seen. Otherwise
-    # t = c / (sqrt(b^2 - a c) - b), the form of the first root that also holds for a <= 0 (cones, cylinders end on).
+    # Quadric: a t^2 + 2 b t + c, t counted from the entry. Inside already (c <= 0): the cube's face is
+    # seen. If not, t = c / (sqrt(b^2 - a c) - b), the form of the first root that also holds for a <= 0
+    # (cones, tubes end on).
     x, y, z = p + enter * v
     vx, vy, vz = v
     radius = m + k * y
@@ -206,10 +241,10 @@ def render_primitives(
     x, y, z = p[:, kept] + t * v[:, kept]
     e, m, k = e[kept], m[kept], k[kept]
     curved = torch.stack([x, e * y - (m + k * y) * k, z])
-    flat = torch.nn.functional.one_hot(side[kept], 3).T * -v[:, kept].sign()
+    flat = F.one_hot(side[kept], 3).T * -v[:, kept].sign()
     normal = torch.where(face[kept], flat, curved)
     normal = torch.einsum("Fij,iF->Fj", to_unit[which], normal)
-    shade = 0.7 + 0.3 * torch.nn.functional.normalize(normal, dim=-1) @ light
+    shade = 0.7 + 0.3 * F.normalize(normal, dim=-1) @ light
     bands = prim["bands"][which].T  # stripes are centred: an odd number is symmetric
     odd = (((torch.stack([x, y, z]) * 0.9999 + 1) / 2 * bands).floor().sum(0) % 2) > 0
     color = torch.where(odd[:, None], prim["color2"][which], prim["color"][which]) * shade[:, None]
@@ -222,8 +257,8 @@ def render_primitives(
 
 # --- toys: what a child would recognise ---
 
-# Far from white (a mask is "smallest channel < 0.9") and from each other. Unseen sides must be predictable from one view,
-# so an object has two of these colours, the same all around.
+# Far from white (a mask is "smallest channel < 0.9") and from each other. Unseen sides must be predictable
+# from one view, so an object has two of these colours, the same all around.
 PALETTE = {
     "red": (0.85, 0.15, 0.15),
     "orange": (0.95, 0.50, 0.10),
@@ -238,8 +273,8 @@ PALETTE = {
 }
 DARK, GLASS, GOLD, FLAME = (0.12, 0.12, 0.16), (0.45, 0.75, 0.90), (0.95, 0.80, 0.15), (0.95, 0.50, 0.10)
 
-# Each kind is a fixed layout; a and b are its colours, u(low, high) draws a proportion. x is the object's own left to
-# right as the front camera sees it; `for x in (-1, 1)` is the mirror symmetry of real things.
+# Each kind is a fixed layout; a and b are its colours, u(low, high) draws a proportion. `for x in (-1, 1)`
+# is the mirror symmetry of real things; eyes, doors and handles are on one side only.
 
 
 def bear(a, b, u) -> list[dict]:
@@ -483,7 +518,7 @@ def toy_kind(seed: int) -> str:
 
 
 def make_toy(seed: int) -> list[dict]:
-    """One object: a kind, two colours, a few proportions, all from the seed; centred and scaled to the frame."""
+    """A kind, two colours, a few proportions, all from the seed; centred and scaled to the frame."""
     g = keyed_generator(seed)
     first, second = torch.randperm(len(PALETTE), generator=g)[:2].tolist()
     jitter = (torch.rand(2, generator=g) * 0.08 - 0.04).tolist()
@@ -504,13 +539,438 @@ def make_toy(seed: int) -> list[dict]:
     return parts
 
 
-def make_toys(n: int, size: int, seed: int, antialias: int = 2) -> Tensor:  # (n, V, 3, size, size) uint8
-    """Objects 0..n-1 of a split. Object i depends on (seed, i) alone."""
+def make_toys(
+    n: int,
+    size: int,
+    seed: int,
+    antialias: int = 2,
+    first: int = 0,
+) -> Tensor:  # (n, V, 3, size, size) uint8
+    """Objects first..first + n - 1 of a split. Object i depends on (seed, i) alone."""
     images = torch.empty(n, len(VIEWS), 3, size, size, dtype=torch.uint8)
-    chunk = max(
-        1, 4 * 128**2 // (size * antialias) ** 2
-    )  # objects at a time: larger ones leave the processor's cache
+    # Objects at a time: more would leave the processor's cache.
+    chunk = max(1, 4 * 128**2 // (size * antialias) ** 2)
     for i in range(0, n, chunk):
-        objects = [pack(make_toy(key_seed(seed, j))) for j in range(i, min(i + chunk, n))]
+        objects = [pack(make_toy(key_seed(seed, first + j))) for j in range(i, min(i + chunk, n))]
         images[i : i + chunk] = render_primitives(objects, size, antialias)
     return images
+
+
+def load_split(
+    source: str,  # "toys" or a folder of renders
+    split: str,  # a key of SPLITS
+    n: int,
+    size: int,
+    cache: str | Path = "out/data",
+) -> Tensor:  # (n or fewer, V, 3, size, size) uint8
+    """The first n objects of a split. Toys are rendered once and cached; the splits never share an object.
+
+    A folder of N renders is shuffled once by a fixed key: the first fifth (64 at most) validates, the second
+    fifth (200 at most) is held out, the rest both trains and is the preference set, as in the paper (App. B).
+    """
+    if source == "toys":
+        path = Path(cache) / f"toys_{split}_{n}_{size}.safetensors"
+        if not path.is_file():
+            bar = tqdm(range(0, n, 64), desc=f"{n} {split} toys", leave=False, disable=None)
+            parts = [make_toys(min(64, n - i), size, SPLITS[split], first=i) for i in bar]
+            save_tensors(path, {"views": torch.cat(parts)})
+        return load_tensors(path)["views"]
+    ids, views = load_views(source, size)
+    order = torch.randperm(len(ids), generator=keyed_generator(0)).tolist()
+    held = [min(64, len(ids) // 5), min(200, len(ids) // 5)]
+    part = {"validation": order[: held[0]], "heldout": order[held[0] : sum(held)]}.get(
+        split, order[sum(held) :]
+    )
+    if not part:
+        raise InputError(
+            f"{source}: {len(ids)} objects leave none for the {split} split, expected 5 or more objects."
+        )
+    bar = tqdm(part[:n], desc=f"read {split} renders", leave=False, disable=None)
+    return torch.stack([views[i] for i in bar])
+
+
+# --- meshes: the same z-buffer with triangles ---
+
+
+def to_srgb(linear: Tensor) -> Tensor:
+    """glTF factors and vertex colours are linear, textures and PNGs sRGB: unconverted, GLBs are too dark."""
+    curve = 1.055 * linear.clamp(min=0.0031308) ** (1 / 2.4) - 0.055
+    return torch.where(linear <= 0.0031308, 12.92 * linear, curve)
+
+
+def read_surface(mesh: Any, gltf: bool) -> tuple[Tensor, Image.Image | None, Tensor, float]:
+    """(N, 3, 4) sRGB corner colours, texture, (N, 3, 2) coordinates, alpha threshold (0 opaque, -1 blend)."""
+    visual, faces = mesh.visual, torch.as_tensor(mesh.faces)
+    material = getattr(visual, "material", None)
+    uv = getattr(visual, "uv", None)
+    color, texture, threshold = torch.ones(len(faces), 3, 4), None, 0.0
+    if gltf and material is not None:
+        texture, factor = material.baseColorTexture, material.baseColorFactor
+        if factor is not None:  # trimesh gives 0..255
+            color = color * torch.tensor(factor / 255.0, dtype=torch.float32)
+        mode = material.alphaMode or "OPAQUE"
+        cutoff = 0.5 if material.alphaCutoff is None else material.alphaCutoff
+        threshold = {"OPAQUE": 0.0, "MASK": cutoff, "BLEND": -1.0}[mode]
+    elif material is not None:
+        texture, opacity = material.image, 1.0
+        if "d" in material.kwargs or "tr" in material.kwargs:
+            opacity = float(
+                material.kwargs["d"][0] if "d" in material.kwargs else 1 - float(material.kwargs["tr"][0])
+            )
+        if texture is None:  # Kd beside map_Kd is often a leftover of the exporter, black or grey
+            color = color * torch.tensor(material.diffuse / 255.0, dtype=torch.float32)
+        color[..., 3] = opacity
+        threshold = -1.0
+    # Vertex colours multiply the material; a mesh with nothing at all is light grey.
+    vertex = getattr(visual, "vertex_attributes", {}).get("color")
+    if material is None and visual.kind == "face":
+        color = color * torch.as_tensor(visual.face_colors / 255.0).float()[:, None]
+    elif material is None:
+        vertex = (
+            visual.vertex_colors
+            if visual.kind == "vertex"
+            else np.full((len(mesh.vertices), 4), 180, np.uint8)
+        )
+    if vertex is not None:
+        scale = np.iinfo(vertex.dtype).max if np.issubdtype(vertex.dtype, np.integer) else 1.0
+        corner = torch.as_tensor(vertex / scale).float()[faces]
+        color[..., : corner.shape[-1]] *= corner
+    if gltf:
+        color[..., :3] = to_srgb(color[..., :3])
+    if uv is None or len(uv) != len(mesh.vertices):
+        return color, None, torch.zeros(len(faces), 3, 2), threshold
+    return color, texture, torch.as_tensor(uv).float()[faces], threshold
+
+
+def load_mesh(path: str | Path, up: str, pixels: int) -> dict[str, Tensor]:
+    """All triangles of a file, centred and scaled to [-0.9, 0.9]^3; all textures in one row of texels."""
+    import trimesh
+
+    try:
+        scene: Any = trimesh.load(str(path), process=False, force="scene")
+        surfaces = []
+        for node in scene.graph.nodes_geometry:
+            transform, name = scene.graph[node]
+            mesh = scene.geometry[name]
+            if isinstance(mesh, trimesh.Trimesh) and len(mesh.faces):
+                matrix = torch.tensor(transform.tolist(), dtype=torch.float64)
+                corner = (
+                    torch.as_tensor(mesh.vertices)[torch.as_tensor(mesh.faces)] @ matrix[:3, :3].T
+                    + matrix[:3, 3]
+                )
+                surfaces.append((corner, *read_surface(mesh, str(path).lower().endswith(("glb", "gltf")))))
+    except Exception as error:  # a parser of foreign files raises anything
+        raise InputError(f"{path}: not readable as a mesh ({type(error).__name__}: {error}).") from None
+    if not surfaces:
+        raise InputError(f"{path}: found no triangles, expected at least one.")
+
+    corner = torch.cat([s[0] for s in surfaces])  # (N, 3, 3)
+    low, high = corner.flatten(0, 1).amin(0), corner.flatten(0, 1).amax(0)
+    extent = float((high - low).max())
+    if not 0 < extent < math.inf:
+        raise InputError(f"{path}: its largest extent is {extent}, expected a finite positive number.")
+    corner = ((corner - (low + high) / 2) * (1.8 / extent)).float()
+    if up == "z":
+        corner = torch.stack([corner[..., 0], corner[..., 2], -corner[..., 1]], -1)
+
+    texels, places, first, total = [], [], 0, 0
+    for own, _, texture, uv, _ in surfaces:
+        xyz, first = corner[first : first + len(own)], first + len(own)
+        image = (
+            texture.convert("RGBA")
+            if texture is not None
+            else Image.new("RGBA", (1, 1), (255, 255, 255, 255))
+        )
+        # Mip-map: a texture finer than the pixels would sparkle. Compare the area in texels with that in
+        # pixels.
+        edge, edge_uv = xyz[:, 1:] - xyz[:, :1], uv[:, 1:] - uv[:, :1]
+        area = torch.linalg.cross(edge[:, 0], edge[:, 1]).norm(dim=-1).sum() * (pixels / 2) ** 2
+        area_uv = torch.det(edge_uv).abs().sum() * image.width * image.height
+        level = int(0.5 * math.log2(max(float(area_uv / area), 1))) if area > 0 else 0
+        image = image.reduce(min(2**level, image.width, image.height)) if level else image
+        texels.append(torch.from_numpy(np.array(image)).flatten(0, 1).float() / 255)
+        places += [torch.tensor([[total, image.width, image.height]]).expand(len(own), 3)]
+        total += image.width * image.height
+
+    # Corner normals: the mean of the faces that meet there, unless it is far off (26 degrees): then it is
+    # an edge. Corners at the same place are one vertex: files split vertices at texture seams.
+    area = torch.linalg.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0])  # weighs the mean
+    face = F.normalize(area, dim=-1)
+    place = ((corner.flatten(0, 1) + 1) * 2**19).long()
+    _, vertex = torch.unique((place[:, 0] << 42) | (place[:, 1] << 21) | place[:, 2], return_inverse=True)
+    sums = torch.zeros(int(vertex.max()) + 1, 3).index_add_(0, vertex, area.repeat_interleave(3, 0))
+    smooth = F.normalize(sums[vertex].view_as(corner), dim=-1)
+    creased = (smooth * face[:, None]).sum(-1, keepdim=True) < 0.9
+    return {
+        "corner": corner,
+        "face": face,
+        "normal": torch.where(creased, face[:, None], smooth),
+        "color": torch.cat([s[1] for s in surfaces]),
+        "uv": torch.cat([s[3] for s in surfaces]),
+        "place": torch.cat(places),
+        "threshold": torch.cat([torch.full((len(s[0]),), s[4]) for s in surfaces]),
+        "texels": torch.cat(texels),
+    }
+
+
+def surface_color(
+    mesh: dict[str, Tensor],
+    tri: Tensor,  # (F,)
+    weight: Tensor,  # (F, 3) barycentric
+) -> Tensor:  # (F, 4) sRGB and alpha
+    """Texture (nearest texel, repeated outside of [0, 1]) times corner colours."""
+    u, v = (mesh["uv"][tri] * weight[..., None]).sum(1).unbind(1)
+    start, width, height = mesh["place"][tri].unbind(1)
+    column = (u * width).floor().long().remainder(width)
+    row = ((1 - v) * height).floor().long().remainder(height)  # v points up, rows go down
+    return mesh["texels"][start + row * width + column] * (mesh["color"][tri] * weight[..., None]).sum(1)
+
+
+def render_mesh(
+    path: str | Path, size: int, up: str = "y", antialias: int = 2
+) -> Tensor:  # (V, 3, size, size) uint8
+    """Five views of a .glb, .gltf or .obj file. Skins, animation and emission are ignored."""
+    S = size * antialias
+    mesh = load_mesh(path, up, S)
+    pixel, depth = project(mesh["corner"], S)  # (V, N, 3, 2), (V, N, 3)
+    image = torch.ones(len(VIEWS), S * S, 3)
+    # A z-buffer cannot blend. An alpha of 0.5 covers every second sub-pixel, which the averaging then
+    # mixes.
+    screen_door = torch.tensor([[0.125, 0.625], [0.875, 0.375]])
+    for view in range(len(VIEWS)):
+        a, b, c = pixel[view].unbind(1)  # (N, 2)
+        # Barycentric weights are affine in the pixel: w = G (q - a), G the inverse of the edge matrix.
+        det = (b - a)[:, 0] * (c - a)[:, 1] - (b - a)[:, 1] * (c - a)[:, 0]
+        g1 = torch.stack([(c - a)[:, 1], -(c - a)[:, 0]], 1) / det[:, None]
+        g2 = torch.stack([-(b - a)[:, 1], (b - a)[:, 0]], 1) / det[:, None]
+        low = (pixel[view].amin(1) - 0.5).ceil().long().clamp(0, S)
+        high = (pixel[view].amax(1) + 0.5).floor().long().clamp(0, S)
+        high = torch.where(det[:, None].abs() > 1e-12, high, low)  # seen edge on: nothing to draw
+        count = (high - low).clamp(min=0).prod(1).cumsum(0)
+        found = []
+        for block in range(int(count[-1]) // 2**22 + 1):  # 4M candidate pixels at a time bound the memory
+            inside = (count // 2**22 == block).nonzero()[:, 0]
+            tri, column, row = fragments(low[inside], high[inside])
+            tri = inside[tri]
+            q = torch.stack([column, row], 1) + 0.5 - a[tri]
+            w1, w2 = (q * g1[tri]).sum(1), (q * g2[tri]).sum(1)
+            kept = ((w1 >= 0) & (w2 >= 0) & (w1 + w2 <= 1)).nonzero()[:, 0]
+            tri, column, row = tri[kept], column[kept], row[kept]
+            weight = torch.stack([1 - w1[kept] - w2[kept], w1[kept], w2[kept]], 1)
+            # Alpha before depth: else a transparent pixel of a leaf hides what is behind it.
+            threshold = mesh["threshold"][tri]
+            threshold = torch.where(threshold < 0, screen_door[row % 2, column % 2], threshold)
+            solid = torch.ones(len(tri), dtype=torch.bool)
+            test = (threshold > 0).nonzero()[:, 0]
+            solid[test] = surface_color(mesh, tri[test], weight[test])[:, 3] >= threshold[test]
+            found.append((tri[solid], weight[solid], (row * S + column)[solid]))
+        tri, weight, flat = (torch.cat(x) for x in zip(*found, strict=True))
+        covered, seen = nearest(flat, (depth[view][tri] * weight).sum(1), S * S)
+        tri, weight = tri[seen], weight[seen]
+        # Files disagree about winding, so a surface has two sides; each keeps one colour in all views that
+        # see it.
+        facing = torch.where(mesh["face"][tri] @ CAMERAS[view, 2] < 0, -1.0, 1.0)
+        normal = F.normalize((mesh["normal"][tri] * weight[..., None]).sum(1), dim=-1) * facing[:, None]
+        shade = 0.7 + 0.3 * normal @ LIGHT
+        image[view, covered] = (surface_color(mesh, tri, weight)[:, :3] * shade[:, None]).clamp(0, 1)
+    return to_uint8(image.view(-1, S, S, 3).permute(0, 3, 1, 2), antialias)
+
+
+# --- pictures and folders of pictures ---
+
+
+def open_image(path: str | Path) -> Tensor:  # (3, H, W) uint8
+    """Any picture Pillow reads; transparency is composited on white."""
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)  # phones store a photo lying and a note to turn it
+            if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip instead of scaling
+                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+            image = image.convert("RGBA")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file, expected a picture.") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: not readable as a picture ({error}). Replace or re-render it.") from None
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return torch.from_numpy(np.array(Image.alpha_composite(white, image))[..., :3]).permute(2, 0, 1)
+
+
+def resize(image: Tensor, size: int) -> Tensor:  # (3, H, W) uint8 -> (3, size, size) uint8
+    """Anti-aliased: a plain resize of a large render drops the thin parts."""
+    if image.shape[-2:] == (size, size):
+        return image
+    smooth = F.interpolate(image[None].float(), (size, size), mode="bilinear", antialias=True)[0]
+    return smooth.round().clamp(0, 255).to(torch.uint8)
+
+
+def read_image(path: str | Path, size: int) -> Tensor:  # (3, size, size) uint8
+    """A user's picture as a reference: padded to a square with white, so that nothing is cut or stretched."""
+    image = open_image(path)
+    height, width = image.shape[-2:]
+    x, y = max(height - width, 0), max(width - height, 0)
+    return resize(F.pad(image, (x // 2, x - x // 2, y // 2, y - y // 2), value=255), size)
+
+
+def write_png(path: str | Path, image: Tensor) -> None:
+    """(3, H, W), uint8 or float in [0, 1]."""
+    if image.is_floating_point():
+        image = (image.detach().clamp(0, 1) * 255).round().to(torch.uint8)
+    picture = Image.fromarray(image.cpu().permute(1, 2, 0).contiguous().numpy())
+    write_atomic(path, lambda p: picture.save(p))
+
+
+def write_views(folder: str | Path, views: Tensor) -> None:
+    """(V, 3, S, S) to folder/{front,right,back,left,top}.png. The folder appears whole or not at all."""
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    for name, view in zip(VIEWS, views, strict=True):
+        write_png(partial / f"{name}.png", view)
+    if folder.exists():
+        for name in VIEWS:
+            (partial / f"{name}.png").replace(folder / f"{name}.png")
+        partial.rmdir()
+    else:
+        partial.rename(folder)
+
+
+class Views:
+    """A folder of renders, read when indexed: views[i] is (V, 3, size, size) uint8."""
+
+    def __init__(self, folders: list[Path], size: int) -> None:
+        self.folders, self.size = folders, size
+
+    def __len__(self) -> int:
+        return len(self.folders)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return torch.stack([resize(open_image(self.folders[i] / f"{v}.png"), self.size) for v in VIEWS])
+
+
+def load_views(folder: str | Path, size: int) -> tuple[list[str], Views]:
+    """Names and views of all objects in a folder of renders, or of the one object whose folder it is."""
+    folder = Path(folder)
+    remedy = "Re-render: python data.py --meshes DIR --out DIR"
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder}: no such folder, expected <object>/{{{','.join(VIEWS)}}}.png in it. {remedy}"
+        )
+    objects = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if any((folder / f"{v}.png").exists() for v in VIEWS):
+        objects = [folder]
+    if not objects:
+        raise InputError(
+            f"{folder}: found no object, expected <object>/{{{','.join(VIEWS)}}}.png in it. {remedy}"
+        )
+    for path in objects:  # all of them now, not after an hour of training
+        found = [v for v in VIEWS if (path / f"{v}.png").is_file()]
+        missing = [v for v in VIEWS if v not in found]
+        if missing:
+            got, lacks = ", ".join(found) or "no view", ", ".join(missing)
+            raise InputError(f"{path}: found {got}; expected {lacks} too. {remedy}")
+        for view in VIEWS:
+            check_png(path / f"{view}.png")
+    return [p.name for p in objects], Views(objects, size)
+
+
+def check_png(path: Path) -> None:
+    """Square and whole, from its first and last bytes only."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+        with open(path, "rb") as file:
+            file.seek(-12, 2)
+            whole = file.read()[4:8] == b"IEND"
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        whole, width, height = False, 0, 0
+    if not whole:
+        raise InputError(
+            f"{path}: truncated or not a PNG, expected a whole PNG. Delete its folder and re-render it."
+        )
+    if width != height:
+        raise InputError(f"{path}: {width} x {height} pixels, expected a square. Pad or re-render it.")
+
+
+# --- command line ---
+
+
+def render_folder(cfg: Config) -> tuple[int, list[str]]:
+    """Render what is not there yet. Returns how many objects are there now, and why each missing one is."""
+    root, out = Path(cfg.meshes), Path(cfg.out)
+    if not root.is_dir():
+        raise InputError(f"--meshes {root}: no such folder, expected one with .glb, .gltf or .obj files.")
+    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in (".glb", ".gltf", ".obj"))
+    if not paths:
+        raise InputError(f"--meshes {root}: found no .glb, .gltf or .obj file, expected at least one.")
+    names = ["__".join(p.relative_to(root).with_suffix("").parts) for p in paths]
+    twice = Counter(names)  # chair.obj beside chair.glb
+    names = [
+        n + (p.suffix.lower().replace(".", "_") if twice[n] > 1 else "")
+        for n, p in zip(names, paths, strict=True)
+    ]
+    skipped = []
+    for name, path in tqdm(list(zip(names, paths, strict=True)), desc="meshes", disable=None):
+        if all((out / name / f"{v}.png").exists() for v in VIEWS):
+            continue
+        try:
+            write_views(out / name, render_mesh(path, cfg.size, cfg.up, cfg.antialias))
+        except InputError as error:
+            skipped.append(str(error))
+    return len(paths) - len(skipped), skipped
+
+
+def write_sheet(path: str | Path, names: list[str], views: list[Tensor], columns: int = 3) -> None:
+    """A contact sheet: five views of each object side by side, its name above."""
+    S, label = views[0].shape[-1], 14
+    rows = math.ceil(len(names) / columns)
+    sheet = Image.new("RGB", (columns * (5 * S + 8), rows * (S + label)), (255, 255, 255))
+    for i, (name, strip) in enumerate(zip(names, views, strict=True)):
+        x, y = i % columns * (5 * S + 8), i // columns * (S + label)
+        ImageDraw.Draw(sheet).text((x + 4, y + 1), name[: S // 2], fill=(90, 90, 90))
+        sheet.paste(
+            Image.fromarray(strip.permute(2, 0, 3, 1).flatten(1, 2).contiguous().numpy()), (x, y + label)
+        )
+    write_atomic(path, lambda p: sheet.save(p, optimize=True))
+
+
+def main(cfg: Config) -> dict:
+    """Render meshes or toys into `cfg.out`, then draw the sheet."""
+    torch.set_num_threads(1)  # the tensors are small: more threads only wait for each other
+    if not (cfg.meshes or cfg.toys or cfg.sheet):
+        raise InputError("nothing to do: got none of --meshes, --toys, --sheet; expected one. See --help.")
+    if (cfg.meshes or cfg.toys) and (bool(cfg.meshes) == bool(cfg.toys) or not cfg.out):
+        raise InputError("expected --out DIR and either --meshes DIR or --toys N.")
+    if cfg.size < 8 or cfg.antialias < 1 or cfg.toys < 0:
+        raise InputError(
+            f"--size {cfg.size} --antialias {cfg.antialias} --toys {cfg.toys}: expected at least 8, 1, 0."
+        )
+
+    result: dict = {"objects": cfg.toys, "skipped": []}
+    if cfg.meshes:
+        result["objects"], result["skipped"] = render_folder(cfg)
+        for line in result["skipped"]:
+            print("skipped " + " ".join(line.split()))
+        if not result["objects"]:
+            raise InputError(
+                f"--meshes {cfg.meshes}: none of {len(result['skipped'])} files could be rendered."
+            )
+    for i in tqdm(range(cfg.toys), desc="toys", disable=None):
+        seed = key_seed(cfg.seed, i)
+        folder = Path(cfg.out) / f"{i:06d}_{toy_kind(seed)}"
+        if not all((folder / f"{v}.png").exists() for v in VIEWS):
+            write_views(folder, render_primitives([pack(make_toy(seed))], cfg.size, cfg.antialias)[0])
+    if cfg.out and (cfg.meshes or cfg.toys):
+        print(f"{cfg.out}: {result['objects']} objects, {len(result['skipped'])} skipped")
+
+    if cfg.sheet and cfg.out:
+        names, views = load_views(cfg.out, cfg.size)
+        write_sheet(cfg.sheet, names[:24], [views[i] for i in range(min(24, len(views)))])
+    elif cfg.sheet:
+        seeds = [key_seed(cfg.seed, i) for i in range(40 * len(KINDS))]
+        chosen = [s for kind in KINDS for s in [s for s in seeds if toy_kind(s) == kind.__name__][:2]]
+        views = render_primitives([pack(make_toy(s)) for s in chosen], cfg.size, cfg.antialias)
+        write_sheet(cfg.sheet, [toy_kind(s) for s in chosen], list(views), columns=4)
+    return result
+
+
+if __name__ == "__main__":
+    cli(main, Config, __doc__)
