@@ -1,0 +1,100 @@
+"""Matching feedback: many matches with a warped copy, few with another picture, none with a blank one."""
+
+import functools
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import matcher
+from common import InputError
+
+
+@functools.cache
+def toys(n: int = 3) -> torch.Tensor:  # (n, V, 3, 64, 64)
+    """Toys of different kinds: two cars do share points."""
+    first = {data.toy_kind(data.key_seed(data.SPLITS["validation"], i)): i for i in reversed(range(20))}
+    return data.make_toys(20, 64, data.SPLITS["validation"])[sorted(first.values())[:n]].float() / 255
+
+
+def warp(images: torch.Tensor) -> torch.Tensor:
+    """3 degrees, 5 % larger, 3 % to the side, with less contrast."""
+    angle = torch.tensor(3 * torch.pi / 180)
+    theta = torch.stack([angle.cos(), -angle.sin(), angle.new_tensor(0.06), angle.sin(), angle.cos(), angle * 0])
+    grid = F.affine_grid(theta.view(1, 2, 3).expand(len(images), 2, 3) / 1.05, list(images.shape), False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False) * 0.8 + 0.2
+
+
+def test_warped_copy_many_other_object_few() -> None:
+    ref = toys()[:, 0]
+    other, blank = ref.roll(1, 0), torch.ones_like(ref)
+    same, warped, other, empty = matcher.count_matches(ref, torch.stack([ref, warp(ref), other, blank], 1)).T
+    assert (same >= warped).all() and (warped > 2 * other).all() and (empty == 0).all()
+    assert (same > 100).all()
+    assert (matcher.count_matches(blank, toys()) == 0).all()  # a blank reference, too
+
+
+def test_reward_leaves_out_the_references_own_view() -> None:
+    views = toys()
+    counts = matcher.count_matches(views[:, 0], views)
+    reward = matcher.matching_reward(views[:, 0], views)
+    assert torch.equal(reward, counts[:, 1:].sum(1).float())
+    views = views.clone()
+    views[:, 0] = 1.0
+    assert torch.equal(matcher.matching_reward(toys()[:, 0], views), reward)
+    assert (reward > matcher.matching_reward(toys()[:, 0], views.roll(1, 0))).all()  # truth beats another object
+
+
+def test_batch_equals_one_by_one() -> None:
+    views = toys()
+    ref = views[[0, 0, 1], 0]  # two candidates of one reference, then another: shared features must not leak
+    batch = matcher.count_matches(ref, views)
+    for i in range(3):
+        for m in range(5):
+            assert matcher.count_matches(ref[i : i + 1], views[i : i + 1, m : m + 1]) == batch[i, m]
+
+
+def test_loftr_from_a_file_counts_pairs_in_a_batch(tmp_path, monkeypatch) -> None:
+    torch.manual_seed(0)
+    model = matcher.KF.LoFTR(pretrained=None)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "loftr.ckpt")
+    monkeypatch.setattr(matcher, "MIN_SIZE", 64)
+    views = toys(1)
+    # Random weights are hardly ever confident: take what is nearest both ways, however far.
+    loaded = matcher.loftr_model(str(tmp_path / "loftr.ckpt"), torch.device("cpu"))
+    loaded.coarse_matching.thr = 0.0
+    same, other = matcher.count_matches(views[:, 0], views[:, :2], "loftr", str(tmp_path / "loftr.ckpt"))[0]
+    one = matcher.count_matches(views[:, 0], views[:, 1:2], "loftr", str(tmp_path / "loftr.ckpt"))
+    assert same > 0 and abs(int(one) - int(other)) <= 1
+    matcher.loftr_model.cache_clear()
+
+
+def test_missing_weights_and_wrong_names_are_one_line(tmp_path) -> None:
+    views = toys(1)
+    (tmp_path / "broken.ckpt").write_bytes(b"no checkpoint")
+    torch.save({"state_dict": {}}, tmp_path / "empty.ckpt")
+    for name in ("absent.ckpt", "broken.ckpt", "empty.ckpt"):
+        with pytest.raises(InputError, match="loftr_outdoor.ckpt.*--weights.*sift"):
+            matcher.count_matches(views[:, 0], views, "loftr", str(tmp_path / name))
+    with pytest.raises(InputError, match="expected sift or loftr"):
+        matcher.count_matches(views[:, 0], views, "surf")
+    with pytest.raises(InputError, match=r"expected \(B,3,H,W\)"):
+        matcher.count_matches(views[0], views)
+
+
+def test_loftr_offline_says_where_the_weights_go(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(matcher, "LOFTR_URL", "http://localhost:9/loftr_outdoor.ckpt")  # nobody listens: offline
+    monkeypatch.delenv("http_proxy", raising=False)
+    with pytest.raises(InputError, match=f"Put it into {os.path.join(str(tmp_path), 'hub')}/checkpoints"):
+        matcher.count_matches(toys(1)[:, 0], toys(1), "loftr")
+
+
+def test_command_line(tmp_path, capsys) -> None:
+    data.write_views(tmp_path / "toy", toys(1)[0])
+    result = matcher.main(matcher.Config(str(tmp_path / "toy" / "front.png"), str(tmp_path / "toy"), device="cpu"))
+    assert result["front"] == max(result[v] for v in data.VIEWS) and len(capsys.readouterr().out.splitlines()) == 6
+    with pytest.raises(InputError, match="nowhere"):
+        matcher.main(matcher.Config(str(tmp_path / "nowhere.png"), str(tmp_path / "toy")))
