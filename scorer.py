@@ -11,7 +11,8 @@ Run:
     python scorer.py --ref r.png --views DIR        # DIR holds {front,right,back,left,top}.png
 
 Expect:
-    one line for each view and their sum; ground truth is near 4, a plainly wrong set near 0.
+    one line for each view and the sum of the last four, higher for the truth than for a wrong set (targets
+    4 and 0).
 
     Reads the folder that train_scorer.py wrote (config.json, model.safetensors); writes nothing.
 """
@@ -34,6 +35,7 @@ from common import InputError, cli, get_device, load_json, load_weights, save_js
 from data import VIEWS, read_image
 
 HEADS = ("bilinear", "concat")
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation that published DINOv2 weights expect
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class ScorerConfig:
     head: str = "bilinear"  # bilinear | concat
     image_size: int = 64  # side of the square that the encoder sees, a multiple of its patch
     resize: bool = False  # True: any image is brought to image_size; False: another size is an error
+    mean: tuple[float, ...] = (1.0, 1.0, 1.0)  # subtracted from each colour channel: here, white becomes 0
+    std: tuple[float, ...] = (0.3, 0.3, 0.3)  # then divided by
     encoder: dict[str, Any] = field(default_factory=dict)  # fields of transformers' Dinov2Config
 
 
@@ -86,9 +90,9 @@ class Scorer(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.constant_(self.linear.bias, 0.5)
         self.W = nn.Parameter(torch.zeros(dim, dim)) if cfg.head == "bilinear" else None
-        # ImageNet's mean and deviation, which the published DINOv2 weights expect. Constants, not weights.
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+        # Constants of the preprocessing, not weights.
+        self.register_buffer("mean", torch.tensor(cfg.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(cfg.std).view(3, 1, 1), persistent=False)
 
     @property
     def device(self) -> torch.device:
@@ -152,6 +156,8 @@ class Scorer(nn.Module):
     @staticmethod
     def load(folder: str | Path, device: str | torch.device = "cpu") -> Scorer:
         """Read what `save` wrote, for evaluation."""
+        if not (Path(folder) / "config.json").is_file():
+            raise InputError(f"{folder}: no config.json, expected a scorer's folder. Make one: train_scorer.py")
         values = load_json(Path(folder) / "config.json")
         try:
             scorer = Scorer(ScorerConfig(**values))
@@ -166,13 +172,20 @@ class Scorer(nn.Module):
 def small_scorer(
     head: str, image_size: int, patch_size: int, hidden_size: int, num_layers: int, num_heads: int
 ) -> Scorer:
-    """A small DINOv2 architecture from scratch, for toys."""
+    """A small DINOv2 architecture from scratch, for toys.
+
+    It has minutes to learn, so the start matters more than the size. DINOv2's own is made for widths near
+    1000: at width 96 its weights (deviation .02) shrink what passes through a layer to a fifth, and CLS
+    hardly depends on the image; 1 / sqrt(width) passes it on. And white must be 0, or the background is
+    most of every token.
+    """
     encoder = Dinov2Config(
         image_size=image_size,
         patch_size=patch_size,
         hidden_size=hidden_size,
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
+        initializer_range=hidden_size**-0.5,
     )
     return Scorer(ScorerConfig(head, image_size, resize=False, encoder=encoder.to_diff_dict()))
 
@@ -181,12 +194,7 @@ def pretrained_scorer(backbone: str, head: str, image_size: int = 224) -> Scorer
     """A published DINOv2 (hub id or folder) and a new head; image_size is rounded down to whole patches."""
     try:
         loaded: Any = Dinov2Model.from_pretrained(backbone, output_loading_info=True)
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # not there, no network, or not the format
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # absent, no network, another format
         raise InputError(
             f"--backbone {backbone}: cannot load ({str(error).splitlines()[0]}); expected a hub id such as "
             "facebook/dinov2-base or a local folder with its config.json and model.safetensors."
@@ -200,7 +208,7 @@ def pretrained_scorer(backbone: str, head: str, image_size: int = 224) -> Scorer
         )
     patch = encoder.config.patch_size
     size = max(image_size // patch, 1) * patch
-    scorer = Scorer(ScorerConfig(head, size, resize=True, encoder=encoder.config.to_diff_dict()))
+    scorer = Scorer(ScorerConfig(head, size, True, *IMAGENET, encoder=encoder.config.to_diff_dict()))
     scorer.encoder = encoder.float()
     return scorer
 
@@ -233,10 +241,7 @@ def main(cfg: Config) -> dict[str, float]:
     scores = scorer.score(ref[None], torch.stack(views)[None])[0]  # (V,)
     result = {view: float(score) for view, score in zip(VIEWS, scores, strict=True)}
     for view, score in result.items():
-        print(
-            f"{view:6s} {score:7.4f}"
-            + ("   (the reference's own view: not in the sum)" if view == VIEWS[0] else "")
-        )
+        print(f"{view:6s} {score:7.4f}" + ("   (the reference's own view: not in the sum)" if view == VIEWS[0] else ""))
     result["sum"] = float(scores[1:].sum())
     print(f"{'sum':6s} {result['sum']:7.4f}")
     return result

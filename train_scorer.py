@@ -65,9 +65,7 @@ class Config:
     # --- data ---
 
     data: str = "toys"  # toys, or a folder <object>/{front,right,back,left,top}.png
-    negatives: str = (
-        "zero123"  # zero123 | pretrained | folder of another model's <object>/{front,...,top}.png
-    )
+    negatives: str = "zero123"  # zero123, pretrained, or a folder with another model's views of --data
     zero123: str = "checkpoints/toy_independent"  # the independent-view model that zero123 means
     pretrained: str = "checkpoints/toy"  # the multi-view model that pretrained means
     num_objects: int = 96  # objects to train on, each with one generated set (paper: not stated)
@@ -77,19 +75,17 @@ class Config:
 
     # --- scorer ---
 
-    head: str = (
-        "bilinear"  # bilinear | concat (the paper's: blind to whether a view belongs to the reference)
-    )
+    head: str = "bilinear"  # bilinear, or concat (the paper's, blind to whose view it is)
     backbone: str = ""  # pretrained DINOv2, hub id or folder; empty: a small one from scratch
     backbone_size: int = 224  # pixels at which a pretrained backbone sees the images
-    patch_size: int = 8  # of the small encoder, as the next three
-    hidden_size: int = 64  # width
-    num_layers: int = 3  # transformer layers
+    patch_size: int = 16  # of the small encoder, as the next three
+    hidden_size: int = 96  # width
+    num_layers: int = 4  # transformer layers
     num_heads: int = 4  # attention heads
 
     # --- optimisation ---
 
-    steps: int = 450  # optimizer steps
+    steps: int = 600  # optimizer steps
     batch_size: int = 8  # objects; each is one reference, four true and four generated views
     lr: float = 1e-3  # of the encoder; about 1e-5 for a pretrained one
     head_lr: float = 1e-3  # of f, which starts at zero also on a pretrained encoder
@@ -100,7 +96,7 @@ class Config:
     # --- run ---
 
     seed: int = 0  # of weights, batches, frames and the generator
-    eval_every: int = 150  # steps between evaluations
+    eval_every: int = 200  # steps between evaluations
     save_every: int = 50  # steps between saved states
     log_every: int = 10  # steps between log lines
     device: str = "auto"  # auto | cpu | cuda
@@ -165,9 +161,7 @@ def generate(cfg: Config, refs: Tensor, device: torch.device) -> Tensor:
     for i in tqdm(range(len(fakes), len(refs), cfg.batch_size), desc="negatives", disable=None):
         ref = refs[i : i + cfg.batch_size].to(device).float() / 255
         seeds = [key_seed(cfg.seed, i + j) for j in range(len(ref))]
-        images = sample.sample(
-            generator, ref, seeds, num_steps=cfg.num_steps
-        ).images  # (B, V, 3, S, S) in [0, 1]
+        images = sample.sample(generator, ref, seeds, num_steps=cfg.num_steps).images  # (B, V, 3, S, S) in [0, 1]
         fakes = torch.cat([fakes, (images.cpu().clamp(0, 1) * 255).round().to(torch.uint8)])
         save_tensors(path, {"views": fakes})
     return fakes
@@ -281,9 +275,7 @@ def new_scorer(cfg: Config) -> Scorer:
     torch.manual_seed(key_seed(cfg.seed))
     if cfg.backbone:
         return pretrained_scorer(cfg.backbone, cfg.head, cfg.backbone_size)
-    return small_scorer(
-        cfg.head, cfg.image_size, cfg.patch_size, cfg.hidden_size, cfg.num_layers, cfg.num_heads
-    )
+    return small_scorer(cfg.head, cfg.image_size, cfg.patch_size, cfg.hidden_size, cfg.num_layers, cfg.num_heads)
 
 
 def main(cfg: Config) -> dict[str, Any]:

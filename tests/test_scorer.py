@@ -227,6 +227,7 @@ def config(folders: Path, out: Path) -> Config:
         num_objects=4,
         num_val=2,
         image_size=16,
+        patch_size=8,
         hidden_size=16,
         num_layers=1,
         num_heads=2,
@@ -240,9 +241,7 @@ def config(folders: Path, out: Path) -> Config:
     )
 
 
-def test_training_runs_is_reused_and_resumes_bitwise(
-    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_training_runs_is_reused_and_resumes_bitwise(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     whole, pieces = config(folders, tmp_path / "whole"), config(folders, tmp_path / "pieces")
     results = train_scorer.main(whole)
     assert {"auc_generated", "auc_other", "auc_mirrored", "auc_swapped"} <= results["metrics"].keys()
@@ -308,9 +307,7 @@ def test_mirroring_the_world_is_what_a_mirrored_object_shows():
     assert torch.equal(a[train_scorer.MIRRORED_ORDER].flip(-1), b)
 
 
-def test_wrong_inputs_to_training_give_one_line(
-    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_wrong_inputs_to_training_give_one_line(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)  # the toys' cache
     cfg = config(folders, tmp_path / "out")
     for change, text in (
@@ -325,9 +322,7 @@ def test_wrong_inputs_to_training_give_one_line(
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-def test_negatives_are_made_once_and_again_when_the_model_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_negatives_are_made_once_and_again_when_the_model_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     torch.manual_seed(0)
     shape = ModelConfig(image_size=16, patch=2, channels=(32, 32), depth=1, head_dim=16)
     MultiViewUNet(shape).save(tmp_path / "model")
