@@ -16,11 +16,12 @@ from common import InputError, key_seed
 
 torch.set_num_threads(1)
 SIZE = 32
+SHADE = 0.7 + 0.3 * data.CAMERAS[:, 2] @ data.LIGHT  # of a face that looks into the camera
 
 
 @pytest.fixture(scope="module")
 def toys() -> torch.Tensor:
-    return data.make_toys(16, SIZE, seed=7)
+    return data.make_toys(20, SIZE, seed=7)  # more than one batch of the renderer
 
 
 def mask(images: torch.Tensor) -> torch.Tensor:  # (..., 3, H, W) -> (..., H, W)
@@ -100,6 +101,38 @@ def test_background_is_exactly_white_and_objects_are_large(toys):
     assert (extent >= 0.75 * SIZE).all()
 
 
+SHAPES = {"ball": data.ball, "box": data.box, "tube": data.tube, "cone": lambda *a, **m: data.tube(*a, taper=0.2, **m)}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_silhouette_is_the_shadow_of_the_body(shape):
+    body = data.pack([SHAPES[shape]((0.1, 0.0, -0.1), (0.3, 0.6, 0.2), (1.0, 0.0, 0.0), turn=("z", 35))])
+    drawn = mask(data.render_primitives([body], SIZE)[0])
+    p = torch.rand(100_000, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    e, m, k = body["quadric"][0]
+    p = p[p[:, 0] ** 2 + p[:, 2] ** 2 + e * p[:, 1] ** 2 <= (m + k * p[:, 1]) ** 2]
+    pixel, _ = data.project((p * body["half"]) @ body["turn"][0].T + body["center"], SIZE)
+    for v in range(5):
+        shadow = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+        shadow[pixel[v, :, 1].long(), pixel[v, :, 0].long()] = True
+        assert (drawn[v] & ~shadow).sum() <= 2  # the shadow holds every pixel touched, the mask those well covered
+        assert (shadow & ~drawn[v]).sum() <= 0.25 * shadow.sum()
+
+
+def test_shade_stripes_and_what_hides_what():
+    def middle(*parts: dict) -> torch.Tensor:  # (V, 3) colours in the middle, light taken out
+        image = data.render_primitives([data.pack(list(parts))], 33)[0, :, :, 16, 16]
+        return image / 255 / SHADE[:, None]
+
+    half, red, blue = (0.5, 0.5, 0.5), (0.8, 0.2, 0.2), (0.2, 0.2, 0.8)
+    for shape in (data.ball, data.box, data.tube):
+        assert torch.allclose(middle(shape((0, 0, 0), half, red)), torch.tensor(red).expand(5, 3), atol=0.02)
+    seen = middle(data.box((0, 0, 0), half, red, color2=blue, bands=(0, 3, 0)))
+    assert torch.allclose(seen, torch.tensor([blue] * 4 + [red]), atol=0.02)  # the middle stripe; the end from above
+    seen = middle(data.box((0, 0, 0), half, red), data.ball((0, 0, 0.5), (0.2, 0.2, 0.2), blue))
+    assert torch.allclose(seen, torch.tensor([blue, red, red, red, red]), atol=0.02)
+
+
 def test_every_kind_fits_the_frame_and_is_drawn():
     seeds = range(len(data.KINDS))
     assert len({data.toy_kind(s) for s in seeds}) == len(data.KINDS) >= 8
@@ -111,7 +144,6 @@ def test_every_kind_fits_the_frame_and_is_drawn():
 # --- meshes ---
 
 RED, GREEN, BLUE, YELLOW = (200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0)
-SHADE = 0.7 + 0.3 * data.CAMERAS[:, 2] @ data.LIGHT  # of a face that looks into the camera
 
 
 def textured_box(**material) -> trimesh.Trimesh:
@@ -142,9 +174,7 @@ def test_textured_box_has_the_right_colours_at_the_right_places(kind, tmp_path):
         mesh.export(path)
     else:
         Image.fromarray(np.array([[RED, GREEN], [BLUE, YELLOW]], np.uint8)).save(tmp_path / "t.png")
-        (tmp_path / "m.mtl").write_text(
-            "newmtl m\nKd 0 0 0\nmap_Kd t.png\n"
-        )  # Kd beside a texture is ignored
+        (tmp_path / "m.mtl").write_text("newmtl m\nKd 0 0 0\nmap_Kd t.png\n")  # Kd beside a texture is ignored
         lines = ["mtllib m.mtl", *("v {} {} {}".format(*v) for v in mesh.vertices)]
         lines += [*("vt {} {}".format(*t) for t in mesh.visual.uv), "usemtl m"]
         lines += ["f " + " ".join(f"{i + 1}/{i + 1}" for i in f) for f in mesh.faces]
@@ -166,9 +196,7 @@ def test_alpha_is_tested_before_depth(tmp_path):
 
 
 def test_half_transparent_surface_mixes_with_what_is_behind(tmp_path):
-    mesh = trimesh.Trimesh(
-        [[-1, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]], [[0, 1, 2], [0, 2, 3]], process=False
-    )
+    mesh = trimesh.Trimesh([[-1, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]], [[0, 1, 2], [0, 2, 3]], process=False)
     surface = PBRMaterial(baseColorFactor=[1.0, 0.0, 0.0, 0.5], alphaMode="BLEND")
     mesh.visual = trimesh.visual.TextureVisuals(uv=np.zeros((4, 2)), material=surface)
     mesh.export(tmp_path / "glass.glb")
@@ -185,9 +213,7 @@ def test_vertex_colours_and_up_axis(tmp_path):
     mesh.visual = trimesh.visual.ColorVisuals(vertex_colors=color)
     mesh.export(tmp_path / "colour.glb")
     views = data.render_mesh(tmp_path / "colour.glb", SIZE, up="z")
-    assert torch.allclose(
-        views[4, :, SIZE // 2, SIZE // 2] / SHADE[4], torch.tensor([255.0, 128, 128]), atol=3
-    )
+    assert torch.allclose(views[4, :, SIZE // 2, SIZE // 2] / SHADE[4], torch.tensor([255.0, 128, 128]), atol=3)
     for v in range(4):  # tall, and redder above
         assert mask(views[v]).any(-1).sum() > 1.8 * mask(views[v]).any(0).sum()
         assert views[v, 1, SIZE // 5, SIZE // 2] + 45 < views[v, 1, -SIZE // 5, SIZE // 2]
@@ -199,6 +225,24 @@ def test_front_of_a_z_up_mesh_is_minus_y(tmp_path):
     mesh.export(tmp_path / "z.glb")
     front = data.render_mesh(tmp_path / "z.glb", SIZE, up="z")[:, :, SIZE // 2, SIZE // 2]
     assert front[0, 0] > 100 and (front[1:, 0] < 100).all()
+
+
+def test_fine_texture_is_averaged_and_does_not_sparkle(tmp_path):
+    mesh = textured_box()
+    checks = np.indices((512, 512)).sum(0) % 2 * 255
+    mesh.visual.material.baseColorTexture = Image.fromarray(checks.astype(np.uint8)).convert("RGB")
+    mesh.export(tmp_path / "fine.glb")
+    front = data.render_mesh(tmp_path / "fine.glb", SIZE)[0, 0, 4:-4, 4:-4].float()
+    assert (front - 127.5 * SHADE[0]).abs().max() < 4
+
+
+def test_smooth_mesh_equals_the_analytic_ball(tmp_path):
+    mesh = trimesh.creation.icosphere(4)
+    mesh.visual.vertex_colors = np.tile(np.array([255, 0, 0, 255], np.uint8), (len(mesh.vertices), 1))
+    mesh.export(tmp_path / "ball.glb")
+    ball = data.render_primitives([data.pack([data.ball((0, 0, 0), (0.9, 0.9, 0.9), (1.0, 0.0, 0.0))])], SIZE)[0]
+    difference = (data.render_mesh(tmp_path / "ball.glb", SIZE).float() - ball.float()).abs()
+    assert difference.median() <= 1 and (difference > 3).float().mean() < 0.03
 
 
 def test_folder_resumes_and_lists_bad_files(tmp_path, capsys):
@@ -308,9 +352,9 @@ def test_any_picture_becomes_a_square_on_white(tmp_path, mode):
     elif mode == "P":
         Image.new("RGB", (40, 20), (128, 128, 128)).quantize().save(path)
     else:
-        Image.new("L" if mode == "1" else "RGB", (40, 20), 128 if mode == "1" else (128, 128, 128)).convert(
-            mode
-        ).save(path)
+        Image.new("L" if mode == "1" else "RGB", (40, 20), 128 if mode == "1" else (128, 128, 128)).convert(mode).save(
+            path
+        )
     image = data.read_image(path, 32)
     assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
     assert (image[:, :6] == 255).all() and (image[:, -6:] == 255).all()
@@ -336,9 +380,7 @@ def test_unreadable_picture_gives_one_line(tmp_path):
 
 def test_command_line(tmp_path):
     script = [sys.executable, data.__file__]
-    wrong = subprocess.run(
-        [*script, "--meshes", "no/such", "--out", "x"], capture_output=True, text=True, cwd=tmp_path
-    )
+    wrong = subprocess.run([*script, "--meshes", "no/such", "--out", "x"], capture_output=True, text=True, cwd=tmp_path)
     assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1 and "no such folder" in wrong.stderr
     out, sheet = tmp_path / "toys", tmp_path / "sheet.png"
     data.main(data.Config(toys=3, seed=7, size=SIZE, out=str(out), sheet=str(sheet)))
