@@ -86,7 +86,7 @@ class Config:
     # --- optimisation ---
 
     steps: int = 600  # optimizer steps
-    batch_size: int = 8  # objects; each is one reference, four true and four generated views
+    batch_size: int = 8  # objects, all if there are fewer; each is one reference, four true and four generated views
     lr: float = 1e-3  # of the encoder; about 1e-5 for a pretrained one
     head_lr: float = 1e-3  # of f, which starts at zero also on a pretrained encoder
     weight_decay: float = 0.05  # of matrices
@@ -178,10 +178,10 @@ def make_pairs(cfg: Config, device: torch.device) -> tuple[Tensor, Tensor, int]:
     def load(source: str) -> tuple[Tensor, int]:
         train = load_split(source, "preference", cfg.num_objects, cfg.image_size)
         val = load_split(source, "validation", cfg.num_val, cfg.image_size)
-        if not 2 <= cfg.batch_size <= len(train) or len(val) < 2:
+        if min(cfg.batch_size, len(train), len(val)) < 2:  # views of another object are needed
             raise InputError(
-                f"--data {source}: got {len(train)} objects to train on and {len(val)} to validate; expected "
-                f"at least --batch_size {cfg.batch_size} >= 2 and 2. Take more objects or a smaller batch."
+                f"--data {source}: got {len(train)} objects to train on, {len(val)} to validate and batches of "
+                f"{cfg.batch_size}; expected 2 or more of each. Raise --num_objects, --num_val or --batch_size."
             )
         return torch.cat([train, val]), len(train)
 
