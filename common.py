@@ -26,7 +26,7 @@ class InputError(ValueError):
 
 def cli(main: Callable[[Any], Any], config: type, doc: str | None) -> None:
     """Parse the command line into `config`, run `main`; an InputError becomes one line on stderr and exit status 1."""
-    cfg = tyro.cli(config, description=doc, config=(tyro.conf.FlagConversionOff,))
+    cfg = tyro.cli(config, description=doc, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
     try:
         main(cfg)
     except InputError as error:
@@ -38,7 +38,7 @@ def cli(main: Callable[[Any], Any], config: type, doc: str | None) -> None:
 
 
 def get_device(name: str = "auto") -> torch.device:
-    """"auto" takes the CUDA GPU if there is one, otherwise the CPU."""
+    """ "auto" takes the CUDA GPU if there is one, otherwise the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -70,8 +70,11 @@ def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")  # keeps the suffix: Pillow chooses a format by it
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_json(path: str | Path, value: Any) -> None:
@@ -114,6 +117,23 @@ def load_weights(module: torch.nn.Module, path: str | Path) -> None:
             f"expected the weights of {type(module).__name__} with the config beside the file."
         )
     module.load_state_dict(tensors)
+
+
+def claim(folder: str | Path, made_by: dict[str, Any]) -> None:
+    """Note what a folder is made by, so that results of one setting are never taken for another's.
+
+    If it is already claimed by other settings, raise InputError naming them.
+    """
+    note = Path(folder) / "made_by.json"
+    made_by = json.loads(json.dumps(made_by))  # tuples become lists, as in the file
+    before = load_json(note) if note.is_file() else made_by
+    changed = [k for k in made_by.keys() | before.keys() if made_by.get(k) != before.get(k)]
+    if changed:
+        got = ", ".join(f"{k} {before.get(k)}" for k in sorted(changed))
+        want = ", ".join(f"{k} {made_by.get(k)}" for k in sorted(changed))
+        raise InputError(f"{folder}: made with {got}; expected {want}. Delete the folder, or take another.")
+    if not note.is_file():
+        save_json(note, made_by)
 
 
 def log_line(path: str | Path, **values: Any) -> None:

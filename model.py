@@ -8,7 +8,7 @@ All layers treat rows as a batch, except self-attention, which is replaced by `M
 
 The paper (after Zero123++) runs the UNet on the reference first and appends its keys and values to the views' layers.
 Because the reference never looks at the views, the single forward gives the same numbers, and needs no store of keys.
-There are no new weights but a view embedding, so a pre-trained UNet keeps its state dict.
+A pre-trained UNet keeps its state dict: new are only a view embedding and, for small networks, position tables.
 
 Letters: B objects, V views, R = V + 1 rows, N tokens of one image, C channels of a layer, c h w latent sizes.
 
@@ -27,13 +27,14 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from common import InputError, load_json, load_weights, save_json, save_tensors
+from data import CAMERAS
 
 NUM_VIEWS = 5  # front, right, back, left, top: data.VIEWS
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that must be known to use saved weights: the network, the latent, and the diffusion it was trained for."""
+    """All that must be known to use saved weights: the network, the latent, and the diffusion it was trained for."""
 
     image_size: int = 64  # pixels of the square views
     patch: int = 4  # pixel-unshuffle factor: image (3, S, S) -> latent (3 p^2, S/p, S/p)
@@ -43,12 +44,12 @@ class ModelConfig:
     attention_levels: tuple[int, ...] = (1,)  # resolutions with attention: 0 is the latent's own, 1 half of it, ...
     mid_block: bool = False  # one more residual-attention-residual block at the coarsest resolution
     head_dim: int = 32  # channels of one attention head
-    position_freqs: int = 3  # octaves of sine and cosine position channels beside the latent (SDXL learned its own: 0)
+    position: bool = True  # learned position embedding in attention (False for SDXL, which found its own way)
     cross_view: bool = True  # False: each view sees itself and the reference only (the Zero123-style baseline)
 
     prediction: str = "x0"  # what the network predicts: x0 or epsilon
     schedule_shift: float = 4.0  # s in ab / (ab + s^2 (1 - ab)): moves the noise schedule towards noise
-    ref_scale: float = 5.0  # factor on the reference latent before it is noised, so that it stays visible
+    ref_scale: float = 20.0  # factor on the reference latent before it is noised, so that it is seen before the views
 
     @property
     def latent_channels(self) -> int:
@@ -66,24 +67,52 @@ PRESETS = {
 }
 
 
+def position_table(size: int, channels: int) -> Tensor:  # (V + 1, size^2, channels)
+    """What the position embedding starts from: the two world coordinates that a token's ray fixes.
+
+    A pixel of the front view fixes X and Y of what it shows, a side view Z and Y, the top view X and Z; the third
+    coordinate is the unknown depth, and is left out. So tokens of two views that can show the same point share features,
+    mirrored pictures of front and back included. The reference is in the frame of the front view.
+    """
+    centre = (torch.arange(size) + 0.5) / size * 2 - 1
+    up, right = torch.meshgrid(-centre, centre, indexing="ij")  # rows run downwards
+    axes = CAMERAS[[*range(NUM_VIEWS), 0]]  # (V + 1, 3, 3): image right, image up, towards the camera
+    world = torch.stack([right, up], -1).flatten(0, 1) @ axes[:, :2]  # (V + 1, size^2, 3)
+    known = axes[:, :2].abs().sum(1)[:, None, :]  # (V + 1, 1, 3)
+    angles = world[..., None] * torch.pi / 2 * 2 ** torch.arange(4)  # four octaves
+    features = torch.cat([angles.sin(), angles.cos()], -1) * known[..., None]  # (V + 1, size^2, 3, 8)
+    features = features.flatten(2)  # 16 of the 24 are not zero, with mean square 1/2
+    return 2 * features @ torch.randn(features.shape[-1], channels) / 8**0.5
+
+
 class MultiViewAttention(nn.Module):
     """Self-attention over the views of an object and its reference: takes the place of one diffusers `attn1`.
 
     It adopts the four projections of the layer it replaces under the same names, so state dicts do not change.
     """
 
-    def __init__(self, stock: nn.Module, layout: SimpleNamespace):
+    def __init__(self, stock: nn.Module, layout: SimpleNamespace, size: int = 0):
         super().__init__()
         self.to_q, self.to_k, self.to_v, self.to_out = stock.to_q, stock.to_k, stock.to_v, stock.to_out
         self.heads = stock.heads
         self.layout = layout  # shared with MultiViewUNet.forward, which says how the rows of this call are made up
+        # Views are looked up by place: "the same row of the reference", "my mirror image in the back view". A network
+        # trained from nothing learns this far sooner when queries and keys carry their place; each kind of row
+        # has its own table, because what to look up differs by view. (size x size tokens; 0: no table)
+        self.position = nn.Parameter(position_table(size, stock.to_q.in_features)) if size else None
+        if size:  # equal projections make tokens of the same place attract each other from the start
+            self.to_k.load_state_dict(self.to_q.state_dict())
 
     def forward(self, x: Tensor, encoder_hidden_states: None = None, attention_mask: None = None) -> Tensor:
         """x ((B R), N, C) -> the same shape. The two other arguments are diffusers' and must be None."""
         views, has_ref, cross_view = self.layout.views, self.layout.has_ref, self.layout.cross_view
+        placed = x
+        if self.position is not None:
+            tables = self.position[[*range(views)] + [NUM_VIEWS] * has_ref]  # (R, N, C)
+            placed = x + repeat(tables, "R N C -> (B R) N C", B=len(x) // len(tables))
         q, k, v = (
-            rearrange(project(x), "(B R) N (H d) -> B R H N d", R=views + has_ref, H=self.heads)
-            for project in (self.to_q, self.to_k, self.to_v)
+            rearrange(project(z), "(B R) N (H d) -> B R H N d", R=views + has_ref, H=self.heads)
+            for project, z in ((self.to_q, placed), (self.to_k, placed), (self.to_v, x))
         )
         # One projection served all rows; what is left to say is who attends to whom.
         if cross_view:  # V N queries against (V + 1) N keys: all views, and the reference when there is one
@@ -121,7 +150,7 @@ class MultiViewUNet(nn.Module):
         with_attention = [level in cfg.attention_levels for level in levels]
         self.unet = UNet2DConditionModel(
             sample_size=cfg.latent_size,
-            in_channels=cfg.latent_channels + 4 * cfg.position_freqs,
+            in_channels=cfg.latent_channels,
             out_channels=cfg.latent_channels,
             block_out_channels=cfg.channels,
             layers_per_block=cfg.layers,
@@ -144,21 +173,18 @@ class MultiViewUNet(nn.Module):
         # a pre-trained UNet starts out as itself. (diffusers leaves it uninitialised when it loads a checkpoint.)
         nn.init.zeros_(self.unet.class_embedding.weight)
 
-        # Attention has to look things up by place ("the same row of the reference"), so a small network that has not
-        # learned positions is given them: sines and cosines of x and y in octaves, as extra input channels.
-        if cfg.position_freqs:
-            axis = (torch.arange(cfg.latent_size) + 0.5) / cfg.latent_size * 2 - 1  # pixel centres in [-1, 1]
-            angles = axis * torch.pi / 2 * 2 ** torch.arange(cfg.position_freqs)[:, None]  # (freqs, size)
-            waves = torch.cat([angles.sin(), angles.cos()])
-            y = repeat(waves, "f h -> f h w", w=cfg.latent_size)
-            x = repeat(waves, "f w -> f h w", h=cfg.latent_size)
-            self.register_buffer("position", torch.cat([x, y])[None], persistent=False)  # (1, 4 freqs, h, w)
-
     def install_attention(self) -> None:
         """Put `MultiViewAttention` in the place of every self-attention layer of the UNet."""
-        for module in list(self.unet.modules()):
+        for name, module in list(self.unet.named_modules()):
             if hasattr(module, "attn1"):
-                module.attn1 = MultiViewAttention(module.attn1, self.layout)
+                # "down_blocks.1.attentions..." counts resolutions from the finest, "up_blocks.0..." from the coarsest
+                kind, index = name.split(".")[:2]
+                coarsest = len(self.cfg.channels) - 1
+                level = (
+                    int(index) if kind == "down_blocks" else coarsest - int(index) if kind == "up_blocks" else coarsest
+                )
+                size = self.cfg.latent_size // 2**level if self.cfg.position else 0
+                module.attn1 = MultiViewAttention(module.attn1, self.layout, size)
 
     def attention_parameters(self) -> list[nn.Parameter]:
         """What fine-tuning trains: the attention layers only (App. B)."""
@@ -171,7 +197,7 @@ class MultiViewUNet(nn.Module):
         t: Tensor,  # (B,) integer timesteps, shared by an object's views and its reference
         ref_t: Tensor | None,  # (B, c, h, w) reference noised to the same t, or None for no reference at all
     ) -> Tensor:  # (B, V, c, h, w) prediction of x0 or epsilon
-        """Predict all views of each object jointly. No reference means no row for it: a blank one would still be seen."""
+        """Predict an object's views jointly. No reference means no row for it: a blank one would still be seen."""
         batch, views = x_t.shape[:2]
         rows, labels = x_t, torch.arange(views, device=x_t.device)
         if ref_t is not None:
@@ -179,11 +205,8 @@ class MultiViewUNet(nn.Module):
             labels = torch.cat([labels, labels.new_tensor([NUM_VIEWS])])
         self.layout.views, self.layout.has_ref = views, int(ref_t is not None)
 
-        inputs = rearrange(rows, "B R c h w -> (B R) c h w")
-        if self.cfg.position_freqs:
-            inputs = torch.cat([inputs, self.position.expand(len(inputs), -1, -1, -1)], dim=1)
         output = self.unet(
-            inputs,
+            rearrange(rows, "B R c h w -> (B R) c h w"),
             repeat(t, "B -> (B R)", R=len(labels)),
             encoder_hidden_states=None,
             class_labels=repeat(labels, "R -> (B R)", B=batch),

@@ -27,7 +27,7 @@ from model import ModelConfig, MultiViewUNet, load
 
 
 class Schedule:
-    """q(x_t | x_0) = N(sqrt(ab_t) x_0, (1 - ab_t) I) with Stable Diffusion's scaled-linear betas, shifted towards noise."""
+    """q(x_t | x_0) = N(sqrt(ab_t) x_0, (1 - ab_t) I) with scaled-linear betas (Stable Diffusion), shifted to noise."""
 
     def __init__(self, cfg: ModelConfig, num_train: int = 1000):
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, num_train, dtype=torch.float64) ** 2
@@ -46,7 +46,7 @@ class Schedule:
         return padded[t].float().view(-1, 1, 1, 1, 1)
 
     def timesteps(self, num_steps: int) -> list[tuple[int, int]]:
-        """K pairs (t, s) from noise to clean: "leading" spacing with offset 1, and s = -1 (clean) after the last call."""
+        """K pairs (t, s) from noise to clean: "leading" spacing, offset 1, and s = -1 (clean) after the last call."""
         if not 1 <= num_steps <= self.num_train:
             raise InputError(f"num_steps is {num_steps}, expected 1 to {self.num_train}. Choose another.")
         stride = self.num_train // num_steps
@@ -68,11 +68,16 @@ def noised_reference(
     t: Tensor,  # (B,)
     noise: Tensor,  # (B, c, h, w) epsilon_Y
 ) -> Tensor:  # (B, c, h, w) Y_t
-    """Y_t: the reference at the same noise level as the views, scaled up first so that it is seen before they are.
+    """Y_t: the reference noised at the views' t, scaled up first so that it is seen before they are.
 
-    The paper's literal reading is ref_scale = 1; Zero123++ leaves out the latent's scaling factor, which makes it about 5.
+        Y_t = [ sqrt(ab_t) r y + sqrt(1 - ab_t) noise ] / sqrt(ab_t r^2 + 1 - ab_t)         r = ref_scale
+
+    The division only brings the network's input back to unit size (r = 1 needs none). The paper's literal reading is
+    r = 1, where the reference is as invisible as the views when they are all noise; Zero123++ leaves out the latent's
+    scaling factor, which makes r about 5.
     """
-    return forward_noise(schedule, cfg.ref_scale * y, t, noise)
+    ab = schedule.ab(t)[:, 0]
+    return forward_noise(schedule, cfg.ref_scale * y, t, noise) / (ab * cfg.ref_scale**2 + 1 - ab).sqrt()
 
 
 def split_prediction(schedule: Schedule, prediction: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,10 +129,11 @@ def log_ratio(
 ) -> Tensor:  # (B,) sum over V c h w
     """log pi_theta(a|s) - log pi_pre(a|s), summed, as a factored difference of squares:
 
-        [ |a - mean_pre|^2 - |a - mean_theta|^2 ] / (2 var) = < mean_theta - mean_pre, a - (mean_theta + mean_pre) / 2 > / var
+        [ |a - mean_pre|^2 - |a - mean_theta|^2 ] / (2 var)
+            = < mean_theta - mean_pre, a - (mean_theta + mean_pre) / 2 > / var
 
-    Subtracting two log-densities of size 10^5 would leave no digit of a difference of size 10^-3 in float32; here nothing
-    large is ever formed, and equal means give exactly 0.
+    Subtracting two log-densities of size 10^5 would leave no digit of a difference of size 10^-3 in float32; here
+    nothing large is ever formed, and equal means give exactly 0.
     """
     return ((mean_theta - mean_pre) * (action - (mean_theta + mean_pre) / 2) / var).flatten(1).sum(1)
 

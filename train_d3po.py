@@ -9,9 +9,11 @@ the ground truth of the same objects holds it in place.
 
 The stages, each reused when it is there already (out/ is the default of --out):
 
-    out/candidates/      five trajectories an object, whatever the feedback
-    out/scorer_*/        the contrastive scorer, made by train_scorer.py when --feedback contrastive asks for it
-    out/d3po_<feedback>/ pairs.json, means/ (pi_pre's means), log.jsonl, model.safetensors, results.json, grid.png
+    out/candidates/       five trajectories an object, whatever the feedback
+    out/scorer_*/         the contrastive scorer, made by train_scorer.py when --feedback contrastive asks for it
+    out/pairs_<feedback>/ pairs.json, and pi_pre's means of winner and loser at every trained step
+    out/before/           pi_pre's images of the validation objects
+    out/d3po_<feedback>/  log.jsonl, config.json and model.safetensors, results.json, grid.png
 
 Run:
     python train_d3po.py --feedback contrastive      # or matching, or hull (no training, no weights)
@@ -21,18 +23,20 @@ Letters: P pairs, G candidates of a reference, K network calls of which J are tr
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from evaluate import grid, hull_iou, psnr, score_images
 from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from common import (
     InputError,
+    claim,
     cli,
     get_device,
     key_seed,
@@ -46,7 +50,6 @@ from common import (
     write_atomic,
 )
 from data import load_split, relative_views
-from evaluate import grid, hull_iou, psnr, score_images
 from matcher import matching_reward
 from model import MultiViewUNet, load
 from sample import Schedule, ddpm_step, log_ratio, noised_reference, sample, sample_images
@@ -69,6 +72,7 @@ class Config:
     num_objects: int = 48  # preference objects (paper: 240)
     eval_objects: int = 32  # validation objects
     out: str = "out"  # where everything goes
+    name: str = ""  # folder of this run in out; empty: d3po_<feedback>. Runs share candidates, scorer and pairs
 
     num_steps: int = 20  # network calls K of the sampler (paper: 50)
     first_call: int = 4  # train calls first_call .. K - 2 (paper: the last 40); the very last has no density
@@ -132,6 +136,11 @@ def step_weights(schedule: Schedule, calls: list[tuple[int, int]], mode: str) ->
 # --- candidates: one file an object, the same for every feedback ---
 
 
+def settings(cfg: Config, *names: str) -> dict:
+    """The named fields of the config: what a stage depends on."""
+    return {name: getattr(cfg, name) for name in names}
+
+
 def collect(
     model: MultiViewUNet,
     views: Tensor,  # (N, V, 3, S, S) uint8, preference objects
@@ -140,14 +149,7 @@ def collect(
     device: torch.device,
 ) -> None:
     """Draw G candidates of every object and keep the part of their chains that is trained on."""
-    made_by = {k: getattr(cfg, k) for k in ("model", "data", "num_steps", "first_call", "noise_scales", "seed")}
-    made_by["noise_scales"] = list(cfg.noise_scales)
-    if (folder / "config.json").is_file() and load_json(folder / "config.json") != made_by:
-        raise InputError(
-            f"{folder}: candidates of another run ({load_json(folder / 'config.json')}), expected {made_by}. "
-            "Use another --out, or delete the folder."
-        )
-    save_json(folder / "config.json", made_by)
+    claim(folder, settings(cfg, "model", "data", "num_steps", "first_call", "noise_scales", "seed"))
     todo = [i for i in range(len(views)) if not (folder / f"{i:04d}.safetensors").is_file()]
     for i in tqdm(todo, desc="collect candidates", disable=None):
         ref = views[i, :1].to(device).float().expand(len(cfg.noise_scales), -1, -1, -1) / 255
@@ -207,12 +209,12 @@ def prefer(cfg: Config, views: Tensor, candidates: Path, device: torch.device) -
             chosen = [(a, b) for j, a in enumerate(order) for b in order[j + 1 :]]
         pairs += [
             {"object": i, "winner": w, "loser": l, "rewards": [round(r, 5) for r in rewards.tolist()]}
-            for w, l in chosen
+            for w, l in chosen  # noqa: E741
             if rewards[w] > rewards[l]
         ]
     if not pairs:
         raise InputError(
-            f"--feedback {cfg.feedback}: all candidates of all {len(views)} objects tie, so there is nothing to prefer. "
+            f"--feedback {cfg.feedback}: all candidates of all {len(views)} objects tie, expected a preference. "
             "Use another feedback, or larger images."
         )
     return pairs
@@ -279,15 +281,16 @@ def store_means(model: MultiViewUNet, schedule: Schedule, pairs: Pairs, device: 
 # --- evaluation and the loop ---
 
 
-@torch.no_grad()
-def evaluate(
-    model: MultiViewUNet, views: Tensor, cfg: Config, scorer: Scorer | None, device: torch.device
-) -> tuple[dict[str, float], Tensor]:
-    """Sample the validation objects from their front view: mean metrics, and the images (N, V, 3, S, S)."""
+def sample_validation(model: MultiViewUNet, views: Tensor, cfg: Config) -> Tensor:
+    """Images (N, V, 3, S, S) of validation objects, drawn from their front view."""
+    ref = views[:, 0].float() / 255
+    return sample_images(model, ref, cfg.seed, cfg.num_steps, cfg.batch_size, label="sample validation objects")
+
+
+def mean_scores(images: Tensor, views: Tensor, scorer: Scorer | None) -> dict[str, float]:
+    """Table 1's columns, mean over objects."""
     truth = views.float() / 255
-    images = sample_images(model, truth[:, 0], cfg.seed, cfg.num_steps, cfg.batch_size, label="evaluate")
-    scores = score_images(images, truth, truth[:, 0], scorer=scorer)
-    return {k: float(v.mean()) for k, v in scores.items()}, images
+    return {k: float(v.mean()) for k, v in score_images(images, truth, truth[:, 0], scorer=scorer).items()}
 
 
 def grad_norm(gradients: list[Tensor]) -> float:
@@ -300,9 +303,13 @@ def main(cfg: Config) -> dict:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if not 0 <= cfg.first_call < cfg.num_steps - 1:
-        raise InputError(f"--first_call {cfg.first_call}: expected 0 to {cfg.num_steps - 2}, below --num_steps minus 1.")
+        raise InputError(
+            f"--first_call {cfg.first_call}: expected 0 to {cfg.num_steps - 2}, below --num_steps minus 1."
+        )
     device, clock, seconds = get_device(cfg.device), time.time(), {}
-    out = Path(cfg.out) / f"d3po_{cfg.feedback}"
+    out = Path(cfg.out) / (cfg.name or f"d3po_{cfg.feedback}")
+    free = ("steps", "out", "name", "threads", "device", "eval_every", "log_every", "batch_size")
+    claim(out, {k: v for k, v in asdict(cfg).items() if k not in free})
 
     def stage(name: str) -> None:  # print what the stage took
         seconds[name] = round(time.time() - clock - sum(seconds.values()), 1)
@@ -320,34 +327,40 @@ def main(cfg: Config) -> dict:
     if cfg.feedback == "contrastive" and not cfg.scorer:
         folder = str(Path(cfg.out) / f"scorer_{Path(cfg.negatives).name}")
         train_scorer(ScorerTraining(negatives=cfg.negatives, data=cfg.data, out=folder, device=cfg.device))
-        cfg = Config(**{**asdict(cfg), "scorer": folder})
+        cfg = replace(cfg, scorer=folder)
     scorer = Scorer.load(cfg.scorer, device) if cfg.scorer else None
     stage("scorer")
 
     collect(model, views, cfg, Path(cfg.out) / "candidates", device)
     stage("candidates")
 
-    if (out / "pairs.json").is_file():
-        pairs_list = load_json(out / "pairs.json")
+    folder = Path(cfg.out) / f"pairs_{cfg.feedback}"
+    claim(
+        folder,
+        settings(cfg, "model", "scorer", "matcher", "data", "num_objects", "pairs", "condition", "seed")
+        | settings(cfg, "num_steps", "first_call", "noise_scales", "batch_pairs"),
+    )
+    if (folder / "pairs.json").is_file():
+        pairs_list = load_json(folder / "pairs.json")
     else:
         pairs_list = prefer(cfg, views, Path(cfg.out) / "candidates", device)
-        save_json(out / "pairs.json", pairs_list)
+        save_json(folder / "pairs.json", pairs_list)
     winners = [cfg.noise_scales[p["winner"]] for p in pairs_list]
     losers = [cfg.noise_scales[p["loser"]] for p in pairs_list]
     shares = {a: f"{winners.count(a)}/{losers.count(a)}" for a in cfg.noise_scales}
     print(f"{len(pairs_list)} pairs of {len(views)} objects; noise scale: times winner/loser: {shares}")
     stage("feedback")
 
-    pairs = Pairs(pairs_list, Path(cfg.out) / "candidates", out / "means", cfg, schedule)
+    pairs = Pairs(pairs_list, Path(cfg.out) / "candidates", folder, cfg, schedule)
     store_means(model, schedule, pairs, device)
     stage("means")
 
-    if (out / "before.safetensors").is_file():
-        before, before_images = load_json(out / "before.json"), load_tensors(out / "before.safetensors")["images"]
-    else:
-        before, before_images = evaluate(model, val_views, cfg, scorer, device)
-        save_json(out / "before.json", before)
-        save_tensors(out / "before.safetensors", {"images": before_images})
+    folder = Path(cfg.out) / "before"
+    claim(folder, settings(cfg, "model", "data", "eval_objects", "num_steps", "seed"))
+    if not (folder / "images.safetensors").is_file():
+        save_tensors(folder / "images.safetensors", {"images": sample_validation(model, val_views, cfg)})
+    before_images = load_tensors(folder / "images.safetensors")["images"]
+    before = mean_scores(before_images, val_views, scorer)
     stage("evaluate before")
 
     model.requires_grad_(False)
@@ -363,16 +376,18 @@ def main(cfg: Config) -> dict:
         optimizer.load_state_dict(state["optimizer"])
         start, after, after_images = state["step"], state["after"], state["after_images"]
         print(f"{out}: going on at step {start}")
-    save_json(out / "run.json", provenance(cfg))
     dims = model.cfg.latent_channels * model.cfg.latent_size**2 * views.shape[1]
-    print(f"beta {cfg.beta_dpo:g} on the summed log-ratio is beta {cfg.beta_dpo * dims:.3g} on its mean over {dims} dims")
+    print(
+        f"beta {cfg.beta_dpo:g} on the summed log-ratio is beta {cfg.beta_dpo * dims:.3g} on its mean over {dims} dims"
+    )
 
     sums: dict[str, list[float]] = {}
     bar = tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, desc="train_d3po", disable=None)
     for step in bar:
         # evaluate and save
         if (step % cfg.eval_every == 0 or step == cfg.steps) and step > start:
-            after, after_images = evaluate(model, val_views, cfg, scorer, device)
+            after_images = sample_validation(model, val_views, cfg)
+            after = mean_scores(after_images, val_views, scorer)
             log_line(out / "log.jsonl", step=step, **{f"val_{k}": v for k, v in after.items()})
             model.save(out)
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
@@ -394,8 +409,8 @@ def main(cfg: Config) -> dict:
         ratio_w, ratio_l = ratio.chunk(2)
         if step == 0 and cfg.beta_dpo * ratio.abs().max() > 1e-3:
             raise InputError(
-                f"before the first update beta * log-ratio is {cfg.beta_dpo * ratio.abs().max():.2g}, expected below 1e-3: "
-                f"the stored means are not this policy's. Delete {out}/means and {cfg.out}/candidates and start again."
+                f"before the first update beta * log-ratio is {cfg.beta_dpo * ratio.abs().max():.2g}, expected below "
+                f"1e-3: the stored means are not this policy's. Delete {cfg.out}/pairs_{cfg.feedback} and start again."
             )
         loss_d3po, metrics = d3po_loss(ratio_w, ratio_l, cfg.beta_dpo)
         real = training_batch(model, raw, cfg.batch_pairs, cfg.seed, step, device)
@@ -408,7 +423,9 @@ def main(cfg: Config) -> dict:
             p.grad = a + b
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         if not torch.isfinite(norm):
-            raise InputError(f"step {step}: the gradient is {norm.item()}, expected a finite one. Lower --lr or --beta_dpo.")
+            raise InputError(
+                f"step {step}: the gradient is {norm.item()}, expected a finite one. Lower --lr or --beta_dpo."
+            )
         optimizer.step()
 
         # log
@@ -426,7 +443,11 @@ def main(cfg: Config) -> dict:
     stage("train and evaluate")
 
     truth = val_views[:8].float() / 255
-    grid(out / "grid.png", {"truth": truth, "before": before_images[:8], "after": after_images[:8]}, truth[:, 0])
+    grid(
+        out / "grid.png",
+        {"truth": truth, "before": before_images[:8], "after": after_images[:8]},
+        truth[:, 0],
+    )
     result = {**provenance(cfg), "before": before, "after": after, "seconds": seconds}
     save_json(out / "results.json", result)
     print(f"\n{'metric':<24}{'before':>10}{'after':>10}   ({len(val_views)} validation objects)")

@@ -6,15 +6,16 @@ One of the four side views is drawn as the reference Y and the others are rename
 Views and reference get independent noise at one common t. The toy network predicts the clean image, so the loss above
 is its squared error times a weight; we weight it as v-prediction would, which is 1 / (1 - alpha_bar_t).
 
-`python train_sft.py` trains the toy model from nothing; with --init it fine-tunes every weight, or with --attention_only
-the attention layers as the paper's SFT baseline does. `--no-cross_view`-style independent views: --cross_view False.
+`python train_sft.py` trains the toy model from nothing; with --init it fine-tunes every weight, and with
+--attention_only the attention layers alone, as the paper's SFT baseline does.
 
 Run:
     python train_sft.py                                                    # toy, from nothing
     python train_sft.py --cross_view False --out out/sft_independent       # the Zero123-style baseline
     python train_sft.py --init checkpoints/toy --attention_only True --split preference --num_objects 240
 
-    Writes out/sft/{config.json, log.jsonl, model.safetensors (EMA), state.pt, grid.png}. The same command resumes.
+    Writes out/sft/{config.json, model.safetensors (EMA), log.jsonl, run.json, state.pt, grid.png}; the same command
+    resumes.
 """
 
 import time
@@ -22,12 +23,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from evaluate import grid, hull_iou, psnr
 from torch import Tensor
 from tqdm import tqdm
 
-from common import InputError, cli, get_device, keyed_generator, load_json, log_line, provenance, save_json, write_atomic
+from common import (
+    InputError,
+    claim,
+    cli,
+    get_device,
+    keyed_generator,
+    log_line,
+    provenance,
+    save_json,
+    write_atomic,
+)
 from data import SPLITS, load_split, relative_views
-from evaluate import grid, hull_iou, psnr
 from model import PRESETS, MultiViewUNet, load
 from sample import Schedule, forward_noise, noised_reference, sample_images
 
@@ -111,8 +122,8 @@ def reference_use(
 ) -> dict[str, float]:
     """Squared error of x0 with the right and with a wrong reference, by t: the first thing to look at in any run.
 
-    A network that ignores its reference has equal numbers. At high t, where the views are all noise, only a network that
-    has learned to look things up in the reference has a small first number.
+    A network that ignores its reference has equal numbers. At high t, where the views are all noise, only a network
+    that has learned to look things up in the reference has a small first number.
     """
     schedule = Schedule(model.cfg)
     latents = model.encode(views.to(device).float() / 255)
@@ -163,15 +174,8 @@ def main(cfg: Config) -> dict:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     device, out = get_device(cfg.device), Path(cfg.out)
-    if (out / "config.json").is_file() and (out / "state.pt").is_file():
-        previous = load_json(out / "run.json")["config"]
-        ignored = {"out", "threads", "device", "eval_every", "log_every"}
-        changed = [k for k, v in asdict(cfg).items() if k not in ignored and previous.get(k) != v]
-        if changed:
-            raise InputError(
-                f"{out}: holds a run with another {', '.join(changed)}; expected the same command to resume it. "
-                "Use another --out, or delete the folder."
-            )
+    free = ("out", "threads", "device", "eval_every", "log_every")  # what may change when a run goes on
+    claim(out, {k: v for k, v in asdict(cfg).items() if k not in free})
     torch.manual_seed(cfg.seed)
     if cfg.init:
         model = load(cfg.init, device)
@@ -218,7 +222,12 @@ def main(cfg: Config) -> dict:
             break
 
         # batch, forward, backward, step
-        lr = cfg.lr * min(1, (step + 1) / cfg.warmup) * 0.5 * (1 + torch.tensor(torch.pi * step / cfg.steps).cos().item())
+        lr = (
+            cfg.lr
+            * min(1, (step + 1) / cfg.warmup)
+            * 0.5
+            * (1 + torch.tensor(torch.pi * step / cfg.steps).cos().item())
+        )
         for group in optimizer.param_groups:
             group["lr"] = lr
         batch = training_batch(model, train_views, cfg.batch_size, cfg.seed, step, device)
@@ -239,7 +248,13 @@ def main(cfg: Config) -> dict:
         if (step + 1) % cfg.log_every == 0:
             mean = sum(losses) / len(losses)
             losses = []
-            log_line(out / "log.jsonl", step=step + 1, loss=mean, grad_norm=norm.item(), seconds=round(time.time() - clock))
+            log_line(
+                out / "log.jsonl",
+                step=step + 1,
+                loss=mean,
+                grad_norm=norm.item(),
+                seconds=round(time.time() - clock),
+            )
             bar.set_postfix(loss=f"{mean:.4f}")
     return result
 

@@ -10,7 +10,7 @@ import torch  # noqa: E402
 from model import ModelConfig, MultiViewUNet  # noqa: E402
 
 torch.set_num_threads(1)
-TINY = ModelConfig(image_size=16, channels=(16, 32), head_dim=8, position_freqs=2)
+TINY = ModelConfig(image_size=16, channels=(16, 32), head_dim=8)
 
 
 def random_model(**changes) -> MultiViewUNet:

@@ -243,7 +243,8 @@ def test_smooth_mesh_equals_the_analytic_ball(tmp_path):
     mesh.export(tmp_path / "ball.glb")
     ball = data.render_primitives([data.pack([data.ball((0, 0, 0), (0.9, 0.9, 0.9), (1.0, 0.0, 0.0))])], SIZE)[0]
     difference = (data.render_mesh(tmp_path / "ball.glb", SIZE).float() - ball.float()).abs()
-    assert difference.median() <= 1 and (difference > 3).float().mean() < 0.03
+    assert (difference > 3).float().mean() < 0.03  # the outline
+    assert difference[:, 0, 8:-8, 8:-8].mean() < 0.5  # flat faces would give 1.06
 
 
 def test_folder_resumes_and_lists_bad_files(tmp_path, capsys):

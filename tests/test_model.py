@@ -13,7 +13,11 @@ B, V, c, h = 2, NUM_VIEWS, 48, 4
 
 def inputs(seed: int = 0):
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(B, V, c, h, h, generator=g), torch.tensor([300, 700]), torch.randn(B, c, h, h, generator=g)
+    return (
+        torch.randn(B, V, c, h, h, generator=g),
+        torch.tensor([300, 700]),
+        torch.randn(B, c, h, h, generator=g),
+    )
 
 
 def stock_unet(model):
@@ -22,62 +26,68 @@ def stock_unet(model):
     for module in unet.modules():
         if hasattr(module, "attn2"):
             module.attn2 = module.norm2 = None
-    unet.load_state_dict(model.unet.state_dict())  # strict: our attention keeps every name
+    ours = {k: v for k, v in model.unet.state_dict().items() if not k.endswith(".position")}
+    unet.load_state_dict(ours)  # strict: our attention keeps every name
     return unet.eval()
 
 
-def with_position(model, rows):
-    return torch.cat([rows, model.position.expand(len(rows), -1, -1, -1)], dim=1)
-
-
 @torch.no_grad()
-def test_one_view_without_reference_is_the_stock_unet(tiny):
+def test_one_view_without_reference_is_the_stock_unet():
+    model = random_model(position=False)
     x, t, _ = inputs()
-    ours = tiny(x[:, :1], t, None)[:, 0]
-    zeros = torch.zeros(B, dtype=torch.long)
-    theirs = stock_unet(tiny)(with_position(tiny, x[:, 0]), t, None, class_labels=zeros).sample
+    ours = model(x[:, :1], t, None)[:, 0]
+    theirs = stock_unet(model)(x[:, 0], t, None, class_labels=torch.zeros(B, dtype=torch.long)).sample
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("position", [True, False])
 @pytest.mark.parametrize("cross_view", [True, False])
-def test_one_pass_equals_two_pass(cross_view):
+def test_one_pass_equals_two_pass(cross_view, position):
     """The paper's form: run the UNet on Y_t, keep what each attention layer saw, append its keys and values."""
-    model = random_model(cross_view=cross_view)
+    model = random_model(cross_view=cross_view, position=position)
     x, t, ref = inputs()
     unet = stock_unet(model)
-    layers = [m for m in unet.modules() if hasattr(m, "attn1")]
+    layers = [m.attn1 for m in unet.modules() if hasattr(m, "attn1")]
+    tables = [m.position if position else torch.zeros(V + 1, 1, 1) for m in model.modules() if hasattr(m, "position")]
     stored = {}
-    hooks = [
-        layer.attn1.register_forward_pre_hook(lambda m, args, i=i: stored.__setitem__(i, args[0]))
-        for i, layer in enumerate(layers)
-    ]
-    unet(with_position(model, ref), t, None, class_labels=torch.full((B,), V))
-    for hook in hooks:
-        hook.remove()
 
-    def second_pass(attn, own_ref):
-        def forward(hidden, encoder_hidden_states=None, attention_mask=None):
-            d = hidden.shape[-1] // attn.heads
-            if cross_view:
-                tokens = hidden.reshape(B, -1, hidden.shape[-1])  # all views of an object
-                context = torch.cat([tokens, own_ref], 1)
-            else:
-                tokens = hidden
-                context = torch.cat([hidden, own_ref.repeat_interleave(V, 0)], 1)
-            q, k, v = (
-                z.unflatten(-1, (attn.heads, d)).transpose(1, 2)
-                for z in (attn.to_q(tokens), attn.to_k(context), attn.to_v(context))
-            )
-            weights = (q @ k.transpose(-1, -2) / d**0.5).softmax(-1)
-            return attn.to_out[0]((weights @ v).transpose(1, 2).reshape(hidden.shape))
+    def attend(attn, tokens, placed, context, placed_context):
+        q, k, v = (
+            z.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for z in (attn.to_q(placed), attn.to_k(placed_context), attn.to_v(context))
+        )
+        weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+        return attn.to_out[0]((weights @ v).transpose(1, 2).reshape(tokens.shape))
+
+    def first_pass(attn, i):
+        def forward(tokens, encoder_hidden_states=None, attention_mask=None):
+            stored[i] = tokens
+            placed = tokens + tables[i][V]
+            return attend(attn, tokens, placed, tokens, placed)
 
         return forward
 
-    for i, layer in enumerate(layers):
-        layer.attn1.forward = second_pass(layer.attn1, stored[i])
-    rows = with_position(model, x.flatten(0, 1))
-    theirs = unet(rows, t.repeat_interleave(V), None, class_labels=torch.arange(V).repeat(B)).sample
+    def second_pass(attn, i):
+        def forward(hidden, encoder_hidden_states=None, attention_mask=None):
+            placed = (hidden.unflatten(0, (B, V)) + tables[i][:V]).flatten(0, 1)
+            copies = 1 if cross_view else V
+            own_ref, placed_ref = (z.repeat_interleave(copies, 0) for z in (stored[i], stored[i] + tables[i][V]))
+            if cross_view:  # all views of an object are one sequence
+                tokens, placed = (z.reshape(B, -1, z.shape[-1]) for z in (hidden, placed))
+            else:
+                tokens = hidden
+            context, placed_context = torch.cat([tokens, own_ref], 1), torch.cat([placed, placed_ref], 1)
+            return attend(attn, tokens, placed, context, placed_context).reshape(hidden.shape)
+
+        return forward
+
+    for i, attn in enumerate(layers):
+        attn.forward = first_pass(attn, i)
+    unet(ref, t, None, class_labels=torch.full((B,), V))
+    for i, attn in enumerate(layers):
+        attn.forward = second_pass(attn, i)
+    theirs = unet(x.flatten(0, 1), t.repeat_interleave(V), None, class_labels=torch.arange(V).repeat(B)).sample
     torch.testing.assert_close(model(x, t, ref).flatten(0, 1), theirs, rtol=0, atol=2e-6)
 
 
@@ -86,8 +96,9 @@ def test_permuting_views_with_their_labels_permutes_the_output(tiny):
     x, t, ref = inputs()
     before = tiny(x, t, ref)
     order = torch.tensor([3, 0, 4, 2, 1])
-    weight = tiny.unet.class_embedding.weight
-    weight[:V] = weight[order].clone()
+    labels = [tiny.unet.class_embedding.weight, *(m.position for m in tiny.modules() if hasattr(m, "position"))]
+    for weight in labels:
+        weight[:V] = weight[order].clone()
     after = tiny(x[:, order], t, ref)
     torch.testing.assert_close(after, before[:, order], rtol=0, atol=2e-6)
     assert (after - before).abs().max() > 1e-3  # and the labels do tell views apart

@@ -165,4 +165,7 @@ def test_wrong_counts_are_refused(tiny):
 
 
 def test_models_differ(tiny):
-    assert not torch.equal(S.sample(tiny, refs(1), [1], 2).images, S.sample(random_model(cross_view=False), refs(1), [1], 2).images)
+    assert not torch.equal(
+        S.sample(tiny, refs(1), [1], 2).images,
+        S.sample(random_model(cross_view=False), refs(1), [1], 2).images,
+    )

@@ -25,8 +25,20 @@ def own_cache(tmp_path, monkeypatch):
 def config(tmp_path, **changes) -> D.Config:
     if not (tmp_path / "pre").exists():
         random_model().save(tmp_path / "pre")
-    small = {"num_objects": 3, "eval_objects": 2, "num_steps": 5, "first_call": 1, "steps": 2, "batch_pairs": 2}
-    defaults = {"model": str(tmp_path / "pre"), "out": str(tmp_path / "out"), "feedback": "noise_scale", "log_every": 1}
+    small = {
+        "num_objects": 3,
+        "eval_objects": 2,
+        "num_steps": 5,
+        "first_call": 1,
+        "steps": 2,
+        "batch_pairs": 2,
+    }
+    defaults = {
+        "model": str(tmp_path / "pre"),
+        "out": str(tmp_path / "out"),
+        "feedback": "noise_scale",
+        "log_every": 1,
+    }
     return D.Config(**{**defaults, **small, **changes})
 
 
@@ -47,8 +59,8 @@ def test_loss_of_a_hand_computed_value():
 
 
 def test_swapping_winner_and_loser_negates_the_margin():
-    w, l = torch.randn(2, 4)
-    one, swapped = D.d3po_loss(w, l, 0.3), D.d3po_loss(l, w, 0.3)
+    a, b = torch.randn(2, 4)
+    one, swapped = D.d3po_loss(a, b, 0.3), D.d3po_loss(b, a, 0.3)
     assert one[1]["margin"] == pytest.approx(-swapped[1]["margin"])
     # softplus(-m) - softplus(m) = -m
     assert (one[0] - swapped[0]).item() == pytest.approx(-one[1]["margin"], abs=1e-6)
@@ -110,7 +122,7 @@ def test_ties_make_no_pair(tmp_path, monkeypatch):
 
 def test_candidates_of_another_run_are_refused(tmp_path):
     cfg, model, views, folder = collected(tmp_path)
-    with pytest.raises(InputError, match="candidates of another run"):
+    with pytest.raises(InputError, match="made with seed 0; expected seed 1"):
         D.collect(model, views, config(tmp_path, seed=1), folder, CPU)
 
 
@@ -131,14 +143,18 @@ def test_log_ratio_is_exactly_zero_before_the_first_update(tmp_path, condition):
 
 
 def test_a_fixed_pair_is_learned(tmp_path):
-    """The margin grows, and the winner's action becomes likelier under the clean condition."""
-    cfg, model, views, folder = collected(tmp_path)
+    """The margin grows, and the winner's action becomes likelier under the clean condition.
+
+    (Both candidates are drawn under it here. A noised loser's gradient is so much larger that the winner's likelihood
+    may fall with the loser's: see "log_ratio_w" in the README.)
+    """
+    cfg, model, views, folder = collected(tmp_path, noise_scales=(0.0, 0.0), feedback="random")
     schedule = Schedule(model.cfg)
     pairs = D.Pairs(D.prefer(cfg, views, folder, CPU)[:1], folder, tmp_path / "means", cfg, schedule)
     D.store_means(model, schedule, pairs, CPU)
     items = [(0, 1), (0, 2)]
     batch, pre = pairs.batch(items, CPU), pairs.mean_pre(items, CPU)
-    optimizer = torch.optim.AdamW(model.attention_parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.attention_parameters(), lr=3e-5)
     margins = []
     for _ in range(15):
         mean, var = D.policy_mean(model, schedule, batch)
@@ -162,9 +178,9 @@ def test_random_feedback_is_keyed(tmp_path):
 
 
 def test_two_steps_of_main(tmp_path):
-    result = D.main(config(tmp_path, feedback="hull", noise_scales=(0.0, 5.0), steps=2, lr=1e-3))
-    out = tmp_path / "out" / "d3po_hull"
-    for name in ("config.json", "model.safetensors", "log.jsonl", "run.json", "results.json", "pairs.json", "grid.png"):
+    result = D.main(config(tmp_path, feedback="oracle", lr=1e-3))
+    out = tmp_path / "out" / "d3po_oracle"
+    for name in ("config.json", "model.safetensors", "log.jsonl", "results.json", "grid.png"):
         assert (out / name).stat().st_size > 0
     assert load_json(out / "results.json")["after"].keys() == result["before"].keys()
     logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -174,7 +190,7 @@ def test_two_steps_of_main(tmp_path):
     views = make_toys(1, 16, 2).float() / 255
     before, after = (D.sample(load(m), views[:, 0], [0], 3).images for m in (config(tmp_path).model, out))
     assert (before - after).abs().max() > 1e-3
-    assert D.main(config(tmp_path, feedback="hull", noise_scales=(0.0, 5.0), steps=2, lr=1e-3))["after"] == result["after"]
+    assert D.main(config(tmp_path, feedback="oracle", lr=1e-3))["after"] == result["after"]
 
 
 def test_resumed_equals_uninterrupted(tmp_path):

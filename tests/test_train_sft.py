@@ -15,8 +15,21 @@ from sample import Schedule
 
 def config(tmp_path, **changes) -> T.Config:
     random_model().save(tmp_path / "init")
-    defaults = {"init": str(tmp_path / "init"), "out": str(tmp_path / "out"), "num_objects": 4, "eval_objects": 2}
-    small = {"steps": 2, "batch_size": 2, "eval_every": 1, "log_every": 1, "num_steps": 2, "bf16": False, "warmup": 1}
+    defaults = {
+        "init": str(tmp_path / "init"),
+        "out": str(tmp_path / "out"),
+        "num_objects": 4,
+        "eval_objects": 2,
+    }
+    small = {
+        "steps": 2,
+        "batch_size": 2,
+        "eval_every": 1,
+        "log_every": 1,
+        "num_steps": 2,
+        "bf16": False,
+        "warmup": 1,
+    }
     return T.Config(**{**defaults, **small, **changes})
 
 
@@ -33,7 +46,9 @@ def test_the_weight_makes_it_the_v_prediction_loss():
         got = T.simple_loss(model, schedule, latents, y, t, noise, ref_noise)
         ab = schedule.ab(t)
         x_t = ab.sqrt() * latents + (1 - ab).sqrt() * noise
-        x0 = model(x_t, t, ab[:, 0].sqrt() * model.cfg.ref_scale * y + (1 - ab[:, 0]).sqrt() * ref_noise)
+        r, ab_y = model.cfg.ref_scale, ab[:, 0]
+        y_t = (ab_y.sqrt() * r * y + (1 - ab_y).sqrt() * ref_noise) / (ab_y * r**2 + 1 - ab_y).sqrt()
+        x0 = model(x_t, t, y_t)
         eps = (x_t - ab.sqrt() * x0) / (1 - ab).sqrt()
         v_error = (ab.sqrt() * eps - (1 - ab).sqrt() * x0) - (ab.sqrt() * noise - (1 - ab).sqrt() * latents)
     torch.testing.assert_close(got, v_error.square().flatten(1).mean(1), rtol=1e-3, atol=1e-5)
@@ -94,7 +109,7 @@ def test_resumed_equals_uninterrupted(tmp_path):
 
 def test_another_config_is_not_resumed(tmp_path):
     T.main(config(tmp_path))
-    with pytest.raises(InputError, match="another lr"):
+    with pytest.raises(InputError, match="made with lr 0.0006; expected lr 1e-05"):
         T.main(config(tmp_path, lr=1e-5))
 
 

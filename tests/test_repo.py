@@ -1,0 +1,133 @@
+"""What the documents promise exists: functions named in PAPER.md, flags in the README, help for every option."""
+
+import ast
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import tyro
+
+import common
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = [p.stem for p in ROOT.glob("*.py") if p.stem not in ("common", "model")]
+
+
+def definitions(path: Path) -> set[str]:
+    """Names at top level, and Class.member."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign):
+            names |= {t.id for t in node.targets if isinstance(t, ast.Name)}
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            for member in node.body:
+                if isinstance(member, ast.FunctionDef):
+                    names.add(f"{node.name}.{member.name}")
+                if isinstance(member, ast.AnnAssign) and isinstance(member.target, ast.Name):
+                    names.add(f"{node.name}.{member.target.id}")
+    return names
+
+
+@pytest.mark.parametrize("document", ["PAPER.md", "README.md", "LOG.md"])
+def test_every_function_a_document_names_exists(document):
+    found = re.findall(r"`(\w+\.py):([\w.]+)`", (ROOT / document).read_text())
+    assert found or document != "PAPER.md"
+    missing = [f"{file}:{name}" for file, name in found if name not in definitions(ROOT / file)]
+    assert not missing
+
+
+@pytest.mark.parametrize("document", ["PAPER.md", "README.md"])
+def test_every_flag_a_document_shows_exists(document):
+    text = (ROOT / document).read_text()
+    fields = {f.split(".")[1] for s in SCRIPTS for f in definitions(ROOT / f"{s}.py") if f.startswith("Config.")}
+    flags = set(re.findall(r"--(\w+)", text)) - {"help"}
+    assert flags <= fields, flags - fields
+
+
+@pytest.mark.parametrize("document", ["PAPER.md", "README.md"])
+def test_every_file_a_document_links_exists(document):
+    links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / document).read_text())
+    assert not [link for link in links if not (ROOT / link).exists()]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_option_has_help(script, capsys):
+    config = importlib.import_module(script).Config
+    with pytest.raises(SystemExit) as stop:
+        tyro.cli(config, args=["--help"])
+    assert stop.value.code == 0
+    source = (ROOT / f"{script}.py").read_text()
+    body = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "Config")
+    for node in body.body:
+        if isinstance(node, ast.AnnAssign):
+            assert "#" in "".join(source.splitlines()[node.lineno - 1 : node.end_lineno]), (
+                f"{script}: {ast.unparse(node)}"
+            )
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["sample.py", "--image", "nowhere.png", "--model", "checkpoints/toy"],
+        ["evaluate.py", "--images", "nowhere", "--data", "toys"],
+        ["train_d3po.py", "--feedback", "taste", "--num_objects", "1", "--eval_objects", "1"],
+    ],
+)
+def test_wrong_input_is_one_line_on_stderr(command, tmp_path):
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={"OMP_NUM_THREADS": "1", "PATH": ""},
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and len(lines) == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["toy", "toy_independent"])
+def test_the_shipped_models_load_and_are_small(name):
+    from model import load
+
+    folder = ROOT / "checkpoints" / name
+    assert (folder / "model.safetensors").stat().st_size < 10e6
+    model = load(folder)
+    assert model.cfg.cross_view == (name == "toy")
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+# --- common.py ---
+
+
+def test_keyed_generators_differ_by_key_and_by_nothing_else():
+    draw = lambda *key: torch.randn(8, generator=common.keyed_generator(*key))  # noqa: E731
+    assert torch.equal(draw(1, 2), draw(1, 2))
+    others = [draw(2, 1), draw(1), draw(1, 2, 0), draw(1, 3), draw(0, 2)]
+    assert not any(torch.equal(draw(1, 2), other) for other in others)
+    seeds = {common.key_seed(a, b) for a in range(100) for b in range(100)}
+    assert len(seeds) == 10000 and all(0 <= s < 2**63 for s in seeds)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    common.save_json(tmp_path / "a.json", {"old": 1})
+
+    def breaks(path: Path) -> None:
+        path.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        common.write_atomic(tmp_path / "a.json", breaks)
+    assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1}
+
+
+def test_broken_json_is_an_input_error(tmp_path):
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(common.InputError, match="not readable as JSON"):
+        common.load_json(tmp_path / "a.json")
