@@ -163,9 +163,7 @@ def pack(primitives: list[dict]) -> dict[str, Tensor]:
         "quadric": [p["quadric"] for p in primitives],
         "color": [p["color"] for p in primitives],
         "color2": [p.get("color2", p["color"]) for p in primitives],
-        "bands": [
-            p.get("bands", (0, 0, 0)) for p in primitives
-        ],  # odd number of stripes along x, y, z; 0 for none
+        "bands": [p.get("bands", (0, 0, 0)) for p in primitives],  # odd number of stripes along x, y, z; 0 for none
     }
     packed = {k: torch.tensor(v, dtype=torch.float32) for k, v in rows.items()}
     turns = [p.get("turn") for p in primitives]  # None, or (axis, degrees)
@@ -375,8 +373,7 @@ def train(a, b, u) -> list[dict]:
     ]
     for x in (-1, 1):
         parts += [
-            tube((0.44 * x, -0.5, z), (wheel, 0.08, wheel), PALETTE["grey"], turn=("z", 90))
-            for z in (-0.48, 0, 0.48)
+            tube((0.44 * x, -0.5, z), (wheel, 0.08, wheel), PALETTE["grey"], turn=("z", 90)) for z in (-0.48, 0, 0.48)
         ]
     return parts
 
@@ -410,9 +407,7 @@ def chair(a, b, u) -> list[dict]:
         box((0, back + 0.1, -d), (w, back, 0.07), a),
         box((0, back + 0.18, -d + 0.06), (w * 0.7, back * 0.6, 0.06), b),
     ]
-    return parts + [
-        box((x * (w - 0.08), -leg, z * (d - 0.08)), (0.08, leg, 0.08), a) for x in (-1, 1) for z in (-1, 1)
-    ]
+    return parts + [box((x * (w - 0.08), -leg, z * (d - 0.08)), (0.08, leg, 0.08), a) for x in (-1, 1) for z in (-1, 1)]
 
 
 def lamp(a, b, u) -> list[dict]:
@@ -578,13 +573,9 @@ def load_split(
     ids, views = load_views(source, size)
     order = torch.randperm(len(ids), generator=keyed_generator(0)).tolist()
     held = [min(64, len(ids) // 5), min(200, len(ids) // 5)]
-    part = {"validation": order[: held[0]], "heldout": order[held[0] : sum(held)]}.get(
-        split, order[sum(held) :]
-    )
+    part = {"validation": order[: held[0]], "heldout": order[held[0] : sum(held)]}.get(split, order[sum(held) :])
     if not part:
-        raise InputError(
-            f"{source}: {len(ids)} objects leave none for the {split} split, expected 5 or more objects."
-        )
+        raise InputError(f"{source}: {len(ids)} objects leave none for the {split} split, expected 5 or more objects.")
     bar = tqdm(part[:n], desc=f"read {split} renders", leave=False, disable=None)
     return torch.stack([views[i] for i in bar])
 
@@ -614,9 +605,7 @@ def read_surface(mesh: Any, gltf: bool) -> tuple[Tensor, Image.Image | None, Ten
     elif material is not None:
         texture, opacity = material.image, 1.0
         if "d" in material.kwargs or "tr" in material.kwargs:
-            opacity = float(
-                material.kwargs["d"][0] if "d" in material.kwargs else 1 - float(material.kwargs["tr"][0])
-            )
+            opacity = float(material.kwargs["d"][0] if "d" in material.kwargs else 1 - float(material.kwargs["tr"][0]))
         if texture is None:  # Kd beside map_Kd is often a leftover of the exporter, black or grey
             color = color * torch.tensor(material.diffuse / 255.0, dtype=torch.float32)
         color[..., 3] = opacity
@@ -626,11 +615,7 @@ def read_surface(mesh: Any, gltf: bool) -> tuple[Tensor, Image.Image | None, Ten
     if material is None and visual.kind == "face":
         color = color * torch.as_tensor(visual.face_colors / 255.0).float()[:, None]
     elif material is None:
-        vertex = (
-            visual.vertex_colors
-            if visual.kind == "vertex"
-            else np.full((len(mesh.vertices), 4), 180, np.uint8)
-        )
+        vertex = visual.vertex_colors if visual.kind == "vertex" else np.full((len(mesh.vertices), 4), 180, np.uint8)
     if vertex is not None:
         scale = np.iinfo(vertex.dtype).max if np.issubdtype(vertex.dtype, np.integer) else 1.0
         corner = torch.as_tensor(vertex / scale).float()[faces]
@@ -654,10 +639,7 @@ def load_mesh(path: str | Path, up: str, pixels: int) -> dict[str, Tensor]:
             mesh = scene.geometry[name]
             if isinstance(mesh, trimesh.Trimesh) and len(mesh.faces):
                 matrix = torch.tensor(transform.tolist(), dtype=torch.float64)
-                corner = (
-                    torch.as_tensor(mesh.vertices)[torch.as_tensor(mesh.faces)] @ matrix[:3, :3].T
-                    + matrix[:3, 3]
-                )
+                corner = torch.as_tensor(mesh.vertices)[torch.as_tensor(mesh.faces)] @ matrix[:3, :3].T + matrix[:3, 3]
                 surfaces.append((corner, *read_surface(mesh, str(path).lower().endswith(("glb", "gltf")))))
     except Exception as error:  # a parser of foreign files raises anything
         raise InputError(f"{path}: not readable as a mesh ({type(error).__name__}: {error}).") from None
@@ -676,11 +658,7 @@ def load_mesh(path: str | Path, up: str, pixels: int) -> dict[str, Tensor]:
     texels, places, first, total = [], [], 0, 0
     for own, _, texture, uv, _ in surfaces:
         xyz, first = corner[first : first + len(own)], first + len(own)
-        image = (
-            texture.convert("RGBA")
-            if texture is not None
-            else Image.new("RGBA", (1, 1), (255, 255, 255, 255))
-        )
+        image = texture.convert("RGBA") if texture is not None else Image.new("RGBA", (1, 1), (255, 255, 255, 255))
         # Mip-map: a texture finer than the pixels would sparkle. Compare the area in texels with that in
         # pixels.
         edge, edge_uv = xyz[:, 1:] - xyz[:, :1], uv[:, 1:] - uv[:, :1]
@@ -726,9 +704,7 @@ def surface_color(
     return mesh["texels"][start + row * width + column] * (mesh["color"][tri] * weight[..., None]).sum(1)
 
 
-def render_mesh(
-    path: str | Path, size: int, up: str = "y", antialias: int = 2
-) -> Tensor:  # (V, 3, size, size) uint8
+def render_mesh(path: str | Path, size: int, up: str = "y", antialias: int = 2) -> Tensor:  # (V, 3, size, size) uint8
     """Five views of a .glb, .gltf or .obj file. Skins, animation and emission are ignored."""
     S = size * antialias
     mesh = load_mesh(path, up, S)
@@ -851,16 +827,12 @@ def load_views(folder: str | Path, size: int) -> tuple[list[str], Views]:
     folder = Path(folder)
     remedy = "Re-render: python data.py --meshes DIR --out DIR"
     if not folder.is_dir():
-        raise InputError(
-            f"{folder}: no such folder, expected <object>/{{{','.join(VIEWS)}}}.png in it. {remedy}"
-        )
+        raise InputError(f"{folder}: no such folder, expected <object>/{{{','.join(VIEWS)}}}.png in it. {remedy}")
     objects = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if any((folder / f"{v}.png").exists() for v in VIEWS):
         objects = [folder]
     if not objects:
-        raise InputError(
-            f"{folder}: found no object, expected <object>/{{{','.join(VIEWS)}}}.png in it. {remedy}"
-        )
+        raise InputError(f"{folder}: found no object, expected <object>/{{{','.join(VIEWS)}}}.png in it. {remedy}")
     for path in objects:  # all of them now, not after an hour of training
         found = [v for v in VIEWS if (path / f"{v}.png").is_file()]
         missing = [v for v in VIEWS if v not in found]
@@ -883,9 +855,7 @@ def check_png(path: Path) -> None:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         whole, width, height = False, 0, 0
     if not whole:
-        raise InputError(
-            f"{path}: truncated or not a PNG, expected a whole PNG. Delete its folder and re-render it."
-        )
+        raise InputError(f"{path}: truncated or not a PNG, expected a whole PNG. Delete its folder and re-render it.")
     if width != height:
         raise InputError(f"{path}: {width} x {height} pixels, expected a square. Pad or re-render it.")
 
@@ -904,8 +874,7 @@ def render_folder(cfg: Config) -> tuple[int, list[str]]:
     names = ["__".join(p.relative_to(root).with_suffix("").parts) for p in paths]
     twice = Counter(names)  # chair.obj beside chair.glb
     names = [
-        n + (p.suffix.lower().replace(".", "_") if twice[n] > 1 else "")
-        for n, p in zip(names, paths, strict=True)
+        n + (p.suffix.lower().replace(".", "_") if twice[n] > 1 else "") for n, p in zip(names, paths, strict=True)
     ]
     skipped = []
     for name, path in tqdm(list(zip(names, paths, strict=True)), desc="meshes", disable=None):
@@ -926,9 +895,7 @@ def write_sheet(path: str | Path, names: list[str], views: list[Tensor], columns
     for i, (name, strip) in enumerate(zip(names, views, strict=True)):
         x, y = i % columns * (5 * S + 8), i // columns * (S + label)
         ImageDraw.Draw(sheet).text((x + 4, y + 1), name[: S // 2], fill=(90, 90, 90))
-        sheet.paste(
-            Image.fromarray(strip.permute(2, 0, 3, 1).flatten(1, 2).contiguous().numpy()), (x, y + label)
-        )
+        sheet.paste(Image.fromarray(strip.permute(2, 0, 3, 1).flatten(1, 2).contiguous().numpy()), (x, y + label))
     write_atomic(path, lambda p: sheet.save(p, optimize=True))
 
 
@@ -940,9 +907,7 @@ def main(cfg: Config) -> dict:
     if (cfg.meshes or cfg.toys) and (bool(cfg.meshes) == bool(cfg.toys) or not cfg.out):
         raise InputError("expected --out DIR and either --meshes DIR or --toys N.")
     if cfg.size < 8 or cfg.antialias < 1 or cfg.toys < 0:
-        raise InputError(
-            f"--size {cfg.size} --antialias {cfg.antialias} --toys {cfg.toys}: expected at least 8, 1, 0."
-        )
+        raise InputError(f"--size {cfg.size} --antialias {cfg.antialias} --toys {cfg.toys}: expected at least 8, 1, 0.")
 
     result: dict = {"objects": cfg.toys, "skipped": []}
     if cfg.meshes:
@@ -950,9 +915,7 @@ def main(cfg: Config) -> dict:
         for line in result["skipped"]:
             print("skipped " + " ".join(line.split()))
         if not result["objects"]:
-            raise InputError(
-                f"--meshes {cfg.meshes}: none of {len(result['skipped'])} files could be rendered."
-            )
+            raise InputError(f"--meshes {cfg.meshes}: none of {len(result['skipped'])} files could be rendered.")
     for i in tqdm(range(cfg.toys), desc="toys", disable=None):
         seed = key_seed(cfg.seed, i)
         folder = Path(cfg.out) / f"{i:06d}_{toy_kind(seed)}"
