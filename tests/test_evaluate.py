@@ -30,7 +30,7 @@ def pairs() -> tuple[torch.Tensor, torch.Tensor]:
     """Noise, a shift of a picture on white, and a render against itself with a faint stain."""
     view = toys(2)[:, 0]
     stained = view[1:].clone()
-    stained[:, 0, 20:24, 20:24] -= stained[:, 0, 20:24, 20:24] * 0.01
+    stained[:, 0, 20:24, 20:24] -= stained[:, 0, 20:24, 20:24] * 0.1
     x = torch.cat([rand(1, 3, 64, 64), view[:1], view[1:]])
     return x, torch.cat([rand(1, 3, 64, 64, seed=1), view[:1].roll(1, -1), stained])
 
@@ -60,10 +60,7 @@ def test_psnr_equals_scikit_image_and_is_capped() -> None:
     want = [
         peak_signal_noise_ratio(a.double().numpy(), b.double().numpy(), data_range=1) for a, b in zip(x, y, strict=True)
     ]
-    got = evaluate.psnr(x, y).tolist()
-    assert got == pytest.approx([min(w, 58.92259) for w in want], abs=1e-5) and got[:2] == pytest.approx(
-        want[:2], abs=1e-9
-    )
+    assert evaluate.psnr(x, y).tolist() == pytest.approx(want, abs=1e-9)
     assert evaluate.psnr(x, x).tolist() == pytest.approx([58.92] * 3, abs=0.01)
     rounded = (x * 255).round() / 255
     assert evaluate.psnr(x[:1], rounded[:1]).item() == pytest.approx(58.92, abs=0.1)
