@@ -20,7 +20,7 @@ Expect:
     One line for each view and their sum. Twelve toys at 64 px, SIFT, mean sum: truth 243, noise of sd .03
     181, 3 x 3 blur 71, another object 42, all white 0; right, back, left and top mirrored 245.
 
-    About 35 to 55 ms for an image with SIFT, 1.3 s for a pair with LoFTR, on one core. Writes nothing.
+    About 45 ms for an image with SIFT, 1.3 s for a pair with LoFTR, on one core. Writes nothing.
 """
 
 import pickle

@@ -19,10 +19,11 @@ Run:
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
@@ -71,8 +72,8 @@ def position_table(size: int, channels: int) -> Tensor:  # (V + 1, size^2, chann
     """What the position embedding starts from: the two world coordinates that a token's ray fixes.
 
     A pixel of the front view fixes X and Y of what it shows, a side view Z and Y, the top view X and Z; the third
-    coordinate is the unknown depth, and is left out. So tokens of two views that can show the same point share features,
-    mirrored pictures of front and back included. The reference is in the frame of the front view.
+    coordinate is the unknown depth, and is left out. So tokens of two views that can show the same point share
+    features, in front and back at mirrored places. The reference is in the frame of the front view.
     """
     centre = (torch.arange(size) + 0.5) / size * 2 - 1
     up, right = torch.meshgrid(-centre, centre, indexing="ij")  # rows run downwards
@@ -91,7 +92,7 @@ class MultiViewAttention(nn.Module):
     It adopts the four projections of the layer it replaces under the same names, so state dicts do not change.
     """
 
-    def __init__(self, stock: nn.Module, layout: SimpleNamespace, size: int = 0):
+    def __init__(self, stock: Any, layout: SimpleNamespace, size: int = 0):
         super().__init__()
         self.to_q, self.to_k, self.to_v, self.to_out = stock.to_q, stock.to_k, stock.to_v, stock.to_out
         self.heads = stock.heads
@@ -158,12 +159,13 @@ class MultiViewUNet(nn.Module):
             transformer_layers_per_block=cfg.depth,
             down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in with_attention),
             up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in with_attention[::-1]),
-            attention_head_dim=tuple(channels // cfg.head_dim for channels in cfg.channels),  # diffusers: head count
+            attention_head_dim=tuple(c // cfg.head_dim for c in cfg.channels),  # type: ignore  # diffusers: head count
             cross_attention_dim=8,
             use_linear_projection=True,
             norm_num_groups=16,
             num_class_embeds=NUM_VIEWS + 1,
         )
+        module: Any
         for module in self.unet.modules():
             if hasattr(module, "attn2"):  # attention to a text prompt: these models have none
                 module.attn2 = module.norm2 = None
@@ -171,7 +173,8 @@ class MultiViewUNet(nn.Module):
         self.install_attention()
         # Which row is which view (or the reference) is told by an embedding added to that of t. It starts at zero:
         # a pre-trained UNet starts out as itself. (diffusers leaves it uninitialised when it loads a checkpoint.)
-        nn.init.zeros_(self.unet.class_embedding.weight)
+        view_embedding: Any = self.unet.class_embedding
+        nn.init.zeros_(view_embedding.weight)
 
     def install_attention(self) -> None:
         """Put `MultiViewAttention` in the place of every self-attention layer of the UNet."""
@@ -241,7 +244,8 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> MultiViewUNe
     unknown = sorted(values.keys() - {field.name for field in fields(ModelConfig)})
     if unknown:
         raise InputError(f"{folder}/config.json: unknown entries {unknown}; expected those of model.ModelConfig.")
-    cfg = ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    cfg = ModelConfig(**values)
     model = MultiViewUNet(cfg)
     load_weights(model, folder / "model.safetensors")
     return model.to(device).eval()

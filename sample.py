@@ -16,12 +16,13 @@ Run:
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import InputError, cli, get_device, key_seed, keyed_generator
+from common import InputError, cli, get_device, key_seed, keyed_generator, use_bf16
 from data import VIEWS, read_image, write_png
 from model import ModelConfig, MultiViewUNet, load
 
@@ -164,6 +165,7 @@ def sample(
     noise_scales: list[float] | None = None,  # one a row: a of App. B, the scale of the candidate noise
     guidance: float = 0.0,  # w of eps_clean + w (eps_clean - eps_noised); 0: none
     guidance_noise: float = 0.5,  # a of the noised reference that guidance pushes away from
+    bf16: bool = False,  # run the network in bfloat16; states and steps stay float32
 ) -> Trajectory:
     """Run the chain for B rows. The images are in `.images` (B, V, 3, H, W)."""
     cfg, device = model.cfg, ref.device
@@ -186,10 +188,11 @@ def sample(
     states = [x]
     for t_int, s_int in schedule.timesteps(num_steps):
         t, s = torch.full((batch,), t_int, device=device), torch.full((batch,), s_int, device=device)
-        prediction = model(x, t, noised_reference(schedule, cfg, y + scales * unit_noise, t, ref_noise))
-        if guidance:  # the training-free counterpart of D3PO on noised candidates: step away from their prediction
-            worse = model(x, t, noised_reference(schedule, cfg, y + guidance_noise * unit_noise, t, ref_noise))
-            prediction = prediction + guidance * (prediction - worse)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            prediction = model(x, t, noised_reference(schedule, cfg, y + scales * unit_noise, t, ref_noise))
+            if guidance:  # the training-free counterpart of D3PO on noised candidates: step away from their prediction
+                worse = model(x, t, noised_reference(schedule, cfg, y + guidance_noise * unit_noise, t, ref_noise))
+                prediction = prediction + guidance * (prediction - worse)
         mean, var = ddpm_step(schedule, prediction, x, t, s)
         noise = torch.stack([torch.randn(x.shape[1:], generator=generator) for generator in step_noise]).to(device)
         x = mean + var.sqrt() * noise
@@ -204,7 +207,8 @@ def sample_images(
     num_steps: int = 20,
     batch_size: int = 8,
     label: str = "sample",
-    **kwargs: float,  # guidance, guidance_noise
+    bf16: bool = False,
+    **kwargs: Any,  # guidance, guidance_noise
 ) -> Tensor:  # (N, V, 3, H, W) in [0, 1], on the CPU, rounded to 8 bits as a PNG would be
     """`sample` over many references in batches, with a progress bar."""
     device = next(model.parameters()).device
@@ -212,7 +216,7 @@ def sample_images(
     for i in tqdm(range(0, len(ref), batch_size), desc=label, leave=False, disable=None):
         part = ref[i : i + batch_size].to(device)
         seeds = [key_seed(seed, i + j) for j in range(len(part))]
-        images.append(sample(model, part, seeds, num_steps, **kwargs).images.cpu())
+        images.append(sample(model, part, seeds, num_steps, bf16=bf16, **kwargs).images.cpu())
     return (torch.cat(images) * 255).round() / 255
 
 
@@ -225,6 +229,7 @@ class Config:
     out: str = "views.png"  # strip of the five views; each view also goes to <out without suffix>/<view>.png
     seed: int = 0  # of x_T and all noises
     num_steps: int = 20  # network calls K
+    bf16: str = "auto"  # run the network in bfloat16: auto (where it is fast), on or off
     device: str = "auto"  # auto, cpu or cuda
 
 
@@ -232,9 +237,10 @@ def main(cfg: Config) -> dict:
     """Image -> five views. Returns the paths that were written."""
     if not cfg.out.endswith(".png"):
         raise InputError(f"--out {cfg.out}: expected a name ending in .png.")
-    model = load(cfg.model, get_device(cfg.device))
+    device = get_device(cfg.device)
+    model = load(cfg.model, device)
     ref = read_image(cfg.image, model.cfg.image_size)[None].float() / 255
-    images = sample_images(model, ref, cfg.seed, cfg.num_steps)[0]  # (V, 3, H, W)
+    images = sample_images(model, ref, cfg.seed, cfg.num_steps, bf16=use_bf16(cfg.bf16, device))[0]  # (V, 3, H, W)
     folder = Path(cfg.out).with_suffix("")
     for view, image in zip(VIEWS, images, strict=True):
         write_png(folder / f"{view}.png", image)

@@ -29,7 +29,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from evaluate import grid, hull_iou, psnr, score_images
 from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
@@ -47,9 +46,11 @@ from common import (
     provenance,
     save_json,
     save_tensors,
+    use_bf16,
     write_atomic,
 )
 from data import load_split, relative_views
+from evaluate import grid, hull_iou, psnr, score_images
 from matcher import matching_reward
 from model import MultiViewUNet, load
 from sample import Schedule, ddpm_step, log_ratio, noised_reference, sample, sample_images
@@ -91,6 +92,7 @@ class Config:
     eval_every: int = 150  # evaluate and save
     log_every: int = 10  # log means of the last steps
     batch_size: int = 8  # objects at a time when sampling
+    bf16: str = "auto"  # draw samples in bfloat16: auto (where it is fast), on or off. The loss is float32 always
     threads: int = 0  # torch threads; 0 leaves torch's choice (1 can be much faster on a busy machine)
     device: str = "auto"  # auto, cpu or cuda
 
@@ -155,7 +157,9 @@ def collect(
         ref = views[i, :1].to(device).float().expand(len(cfg.noise_scales), -1, -1, -1) / 255
         candidates = list(range(len(cfg.noise_scales)))
         seeds = [key_seed(cfg.seed, i)] * len(candidates)
-        chain = sample(model, ref, seeds, cfg.num_steps, candidates, list(cfg.noise_scales))
+        chain = sample(
+            model, ref, seeds, cfg.num_steps, candidates, list(cfg.noise_scales), bf16=use_bf16(cfg.bf16, device)
+        )
         tensors = {
             "states": chain.states[:, cfg.first_call : cfg.num_steps],  # (G, J + 1, V, c, h, w): x_t, and the actions
             "y": chain.y[:1],
@@ -283,8 +287,8 @@ def store_means(model: MultiViewUNet, schedule: Schedule, pairs: Pairs, device: 
 
 def sample_validation(model: MultiViewUNet, views: Tensor, cfg: Config) -> Tensor:
     """Images (N, V, 3, S, S) of validation objects, drawn from their front view."""
-    ref = views[:, 0].float() / 255
-    return sample_images(model, ref, cfg.seed, cfg.num_steps, cfg.batch_size, label="sample validation objects")
+    ref, bf16 = views[:, 0].float() / 255, use_bf16(cfg.bf16, next(model.parameters()).device)
+    return sample_images(model, ref, cfg.seed, cfg.num_steps, cfg.batch_size, "sample validation objects", bf16)
 
 
 def mean_scores(images: Tensor, views: Tensor, scorer: Scorer | None) -> dict[str, float]:
@@ -326,7 +330,8 @@ def main(cfg: Config) -> dict:
 
     if cfg.feedback == "contrastive" and not cfg.scorer:
         folder = str(Path(cfg.out) / f"scorer_{Path(cfg.negatives).name}")
-        train_scorer(ScorerTraining(negatives=cfg.negatives, data=cfg.data, out=folder, device=cfg.device))
+        training = ScorerTraining(negatives=cfg.negatives, pretrained=cfg.model, image_size=size)
+        train_scorer(replace(training, data=cfg.data, num_objects=cfg.num_objects, out=folder, device=cfg.device))
         cfg = replace(cfg, scorer=folder)
     scorer = Scorer.load(cfg.scorer, device) if cfg.scorer else None
     stage("scorer")

@@ -27,10 +27,10 @@ def toys(n: int = 3, size: int = 64) -> torch.Tensor:  # (n, V, 3, size, size)
 
 
 def pairs() -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise, a shift of a picture on white, and a render against itself with a faint stain."""
+    """Noise, a shift of a picture on white, and a render against itself with a small stain."""
     view = toys(2)[:, 0]
     stained = view[1:].clone()
-    stained[:, 0, 20:24, 20:24] -= stained[:, 0, 20:24, 20:24] * 0.1
+    stained[:, :, 20:24, 20:24] = 0.5
     x = torch.cat([rand(1, 3, 64, 64), view[:1], view[1:]])
     return x, torch.cat([rand(1, 3, 64, 64, seed=1), view[:1].roll(1, -1), stained])
 

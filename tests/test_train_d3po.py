@@ -37,6 +37,7 @@ def config(tmp_path, **changes) -> D.Config:
         "model": str(tmp_path / "pre"),
         "out": str(tmp_path / "out"),
         "feedback": "noise_scale",
+        "bf16": "off",
         "log_every": 1,
     }
     return D.Config(**{**defaults, **small, **changes})
@@ -217,8 +218,8 @@ def test_training_refuses_means_of_another_policy(tmp_path):
 @pytest.mark.slow
 def test_contrastive_trains_its_own_scorer(tmp_path):
     random_model(image_size=64, channels=(16, 32)).save(tmp_path / "pre")
-    result = D.main(config(tmp_path, feedback="contrastive", negatives=str(tmp_path / "pre")))
-    assert Scorer.load(tmp_path / "out" / "scorer_pre")
+    result = D.main(config(tmp_path, feedback="contrastive", negatives="pretrained"))
+    assert Scorer.load(tmp_path / "out" / "scorer_pretrained")
     assert math.isfinite(result["after"]["contrastive"])
 
 

@@ -27,7 +27,7 @@ def config(tmp_path, **changes) -> T.Config:
         "eval_every": 1,
         "log_every": 1,
         "num_steps": 2,
-        "bf16": False,
+        "bf16": "off",
         "warmup": 1,
     }
     return T.Config(**{**defaults, **small, **changes})
