@@ -312,8 +312,6 @@ def main(cfg: Config) -> dict:
         )
     device, clock, seconds = get_device(cfg.device), time.time(), {}
     out = Path(cfg.out) / (cfg.name or f"d3po_{cfg.feedback}")
-    free = ("steps", "out", "name", "threads", "device", "eval_every", "log_every", "batch_size")
-    claim(out, {k: v for k, v in asdict(cfg).items() if k not in free})
 
     def stage(name: str) -> None:  # print what the stage took
         seconds[name] = round(time.time() - clock - sum(seconds.values()), 1)
@@ -375,6 +373,8 @@ def main(cfg: Config) -> dict:
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
     weights = step_weights(schedule, pairs.calls, cfg.step_weight).to(device)
     J, start, after, after_images = len(pairs.calls), 0, {}, before_images
+    free = ("steps", "out", "name", "threads", "device", "eval_every", "log_every", "batch_size")  # may change when a run goes on
+    claim(out, {k: v for k, v in asdict(cfg).items() if k not in free})
     if (out / "state.pt").is_file():
         state = torch.load(out / "state.pt", map_location=device, weights_only=True)
         model.load_state_dict(state["model"])

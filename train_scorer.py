@@ -40,6 +40,7 @@ import model
 import sample
 from common import (
     InputError,
+    claim,
     cli,
     get_device,
     key_seed,
@@ -50,6 +51,7 @@ from common import (
     provenance,
     save_json,
     save_tensors,
+    use_bf16,
     write_atomic,
 )
 from data import load_split, load_views, relative_views
@@ -99,6 +101,7 @@ class Config:
     eval_every: int = 200  # steps between evaluations
     save_every: int = 50  # steps between saved states
     log_every: int = 10  # steps between log lines
+    bf16: str = "auto"  # draw the negatives in bfloat16: auto (where it is fast), on or off
     device: str = "auto"  # auto | cpu | cuda
     out: str = "out/scorer"  # folder for everything this script writes
 
@@ -161,7 +164,8 @@ def generate(cfg: Config, refs: Tensor, device: torch.device) -> Tensor:
     for i in tqdm(range(len(fakes), len(refs), cfg.batch_size), desc="negatives", disable=None):
         ref = refs[i : i + cfg.batch_size].to(device).float() / 255
         seeds = [key_seed(cfg.seed, i + j) for j in range(len(ref))]
-        images = sample.sample(generator, ref, seeds, num_steps=cfg.num_steps).images  # (B, V, 3, S, S) in [0, 1]
+        bf16 = use_bf16(cfg.bf16, device)
+        images = sample.sample(generator, ref, seeds, cfg.num_steps, bf16=bf16).images  # (B, V, 3, S, S) in [0, 1]
         fakes = torch.cat([fakes, (images.cpu().clamp(0, 1) * 255).round().to(torch.uint8)])
         save_tensors(path, {"views": fakes})
     return fakes
@@ -258,18 +262,6 @@ def evaluate(scorer: Scorer, truth: Tensor, fake: Tensor) -> dict[str, float]:
 # --- training ---
 
 
-def check_same(cfg: Config, saved: dict[str, Any]) -> None:
-    """A folder holds one run: going on with other settings would give a scorer that no command makes."""
-    free = {"device", "eval_every", "save_every", "log_every", "out"}
-    changed = [k for k, v in asdict(cfg).items() if k not in free and saved.get(k) != v]
-    if changed:
-        k = changed[0]
-        raise InputError(
-            f"{cfg.out}: made with --{k} {saved.get(k)}, got --{k} {asdict(cfg)[k]}; expected the same. "
-            "Give another --out or delete the folder."
-        )
-
-
 def new_scorer(cfg: Config) -> Scorer:
     """The untrained network; its random weights depend on the seed alone."""
     torch.manual_seed(key_seed(cfg.seed))
@@ -281,12 +273,17 @@ def new_scorer(cfg: Config) -> Scorer:
 def main(cfg: Config) -> dict[str, Any]:
     """Negatives, training, evaluation; returns the content of results.json."""
     out, device = Path(cfg.out), get_device(cfg.device)
+    free = ("device", "eval_every", "save_every", "log_every", "out")  # what may change when a run goes on
+    made_by = {k: v for k, v in asdict(cfg).items() if k not in free}
     if (out / "results.json").exists():
-        results = load_json(out / "results.json")
-        check_same(cfg, results["config"])
+        claim(out, made_by)
         print(f"{out}: finished before, reused")
-        return results
+        return load_json(out / "results.json")
     state_path, log_path = out / "state.pt", out / "log.jsonl"
+    begin = time.time()
+    truth, fake, n = make_pairs(cfg, device)
+    claim(out, made_by)
+    seconds_negatives = time.time() - begin
     scorer = new_scorer(cfg).to(device)
     head = [p for name, p in scorer.named_parameters() if not name.startswith("encoder.")]
     groups = [{"params": scorer.encoder.parameters()}, {"params": head}]
@@ -300,15 +297,10 @@ def main(cfg: Config) -> dict[str, Any]:
                 f"{state_path}: not readable ({str(error).splitlines()[0]}); expected a training state. "
                 "Delete it to start again."
             ) from None
-        check_same(cfg, state["config"])
         scorer.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start, seconds = state["step"], state["seconds"]
         print(f"{out}: goes on at step {start}")
-    begin = time.time()
-    truth, fake, n = make_pairs(cfg, device)
-    out.mkdir(parents=True, exist_ok=True)
-    seconds_negatives = time.time() - begin
     # A killed run may have logged steps that are now done again.
     lines = log_path.read_text().splitlines(keepends=True) if log_path.exists() else []
     log_path.write_text("".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] < start))
@@ -330,7 +322,6 @@ def main(cfg: Config) -> dict[str, Any]:
                 "optimizer": optimizer.state_dict(),
                 "step": step,
                 "seconds": time.time() - begin,
-                "config": asdict(cfg),
             }
             write_atomic(state_path, lambda path, state=state: torch.save(state, path))
 

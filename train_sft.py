@@ -176,8 +176,6 @@ def main(cfg: Config) -> dict:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     device, out = get_device(cfg.device), Path(cfg.out)
-    free = ("out", "threads", "device", "eval_every", "log_every")  # what may change when a run goes on
-    claim(out, {k: v for k, v in asdict(cfg).items() if k not in free})
     torch.manual_seed(cfg.seed)
     if cfg.init:
         model = load(cfg.init, device)
@@ -195,6 +193,8 @@ def main(cfg: Config) -> dict:
     schedule = Schedule(model.cfg)
     ema = {k: v.clone() for k, v in model.state_dict().items()}
 
+    free = ("out", "threads", "device", "eval_every", "log_every")  # what may change when a run goes on
+    claim(out, {k: v for k, v in asdict(cfg).items() if k not in free})
     start, seconds, result = 0, 0.0, {}
     if (out / "state.pt").is_file():
         state = torch.load(out / "state.pt", map_location=device, weights_only=True)
@@ -202,7 +202,6 @@ def main(cfg: Config) -> dict:
         optimizer.load_state_dict(state["optimizer"])
         ema, start, seconds, result = state["ema"], state["step"], state["seconds"], state["result"]
         print(f"{out}: going on at step {start}")
-    out.mkdir(parents=True, exist_ok=True)
     save_json(out / "run.json", provenance(cfg))
 
     clock, losses = time.time() - seconds, []

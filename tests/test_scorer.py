@@ -262,7 +262,7 @@ def test_training_runs_is_reused_and_resumes_bitwise(folders: Path, tmp_path: Pa
     with pytest.raises(KeyboardInterrupt):
         train_scorer.main(pieces)
     monkeypatch.setattr(train_scorer, "make_batch", real)
-    with pytest.raises(InputError, match="made with --lr"):
+    with pytest.raises(InputError, match="made with lr"):
         train_scorer.main(replace(pieces, lr=0.5))
     again = train_scorer.main(pieces)
     assert again["metrics"] == results["metrics"]
