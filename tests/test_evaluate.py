@@ -160,6 +160,7 @@ def test_hull_is_1_for_any_object_and_less_for_spoilt_views() -> None:
         mixed[:, m] = views[:, m].roll(1, 0)
         assert (evaluate.hull_iou(mixed) < 1).all()
     assert evaluate.hull_iou(torch.ones_like(views[:1])).item() == 0  # no object at all
+    assert evaluate.hull_iou(torch.zeros_like(views[:1])).item() == 1  # known: a filled frame is a consistent cube
     apart = torch.ones(1, 5, 3, 8, 8)
     apart[:, (0, 2), :, :2], apart[:, (1, 3), :, -2:], apart[:, 4, :, :2] = 0, 0, 0
     assert evaluate.hull_iou(apart).item() == 0  # silhouettes that share no row: an empty hull
