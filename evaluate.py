@@ -10,8 +10,8 @@ All are computed on whole images, white background included, one number for each
 objects. Columns `_unseen` leave out view 0, which shows the reference itself and is easy to copy. White background
 makes PSNR and SSIM look high, so the table has rows that show the scale: truth, all white, the reference copied into
 every view, and ground truth with one view spoilt, which a judge of consistency must mark down. `hull` needs no
-weights and no truth: an independent judge of every method but the one that used it as feedback. It cannot see texture. A frame filled to its
-edges is consistent, too (pure noise gets 1), so read it beside PSNR.
+weights and no truth: an independent judge of every method but the one that used it as feedback. It cannot see
+texture, and a frame filled to its edges is consistent, too (pure noise gets 1): read it beside PSNR.
 
 Letters: N (or B) objects, V views, C H W pixels, S side of a square image.
 
