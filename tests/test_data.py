@@ -13,6 +13,7 @@ from trimesh.visual.material import PBRMaterial
 
 import data
 from common import InputError, key_seed
+from toys import KINDS, ball, box, make_toy, pack, rotation, toy_kind, tube
 
 torch.set_num_threads(1)
 SIZE = 32
@@ -30,7 +31,7 @@ def mask(images: torch.Tensor) -> torch.Tensor:  # (..., 3, H, W) -> (..., H, W)
 
 def test_known_point_lands_where_projection_says():
     point = (0.3, -0.5, 0.7)  # all different and signed: a swapped or mirrored axis moves it
-    small = data.pack([data.ball(point, (0.06, 0.06, 0.06), (0.0, 0.0, 0.0))])
+    small = pack([ball(point, (0.06, 0.06, 0.06), (0.0, 0.0, 0.0))])
     views = data.render_primitives([small], 64, antialias=4)[0]
     pixel, depth = data.project(torch.tensor(point), 64)
     for v in range(5):
@@ -52,9 +53,9 @@ def test_silhouettes_of_opposite_sides_are_mirrored_and_rows_are_shared(toys):
 
 @pytest.mark.parametrize("r", range(4))
 def test_relative_views_equal_the_turned_object(r):
-    parts = data.pack(data.make_toy(key_seed(7, 3)))
+    parts = pack(make_toy(key_seed(7, 3)))
     plain = data.render_primitives([parts], SIZE)[0]
-    turn = data.rotation("y", -90.0 * r)  # side r comes to the front, the light comes along
+    turn = rotation("y", -90.0 * r)  # side r comes to the front, the light comes along
     turned = {**parts, "center": parts["center"] @ turn.T, "turn": turn @ parts["turn"]}
     expected = data.render_primitives([turned], SIZE, light=turn @ data.LIGHT)[0]
     difference = (data.relative_views(plain, r).float() - expected.float()).abs()
@@ -65,7 +66,7 @@ def test_relative_views_equal_the_turned_object(r):
 
 def test_object_is_independent_of_number_and_of_its_batch(toys):
     assert torch.equal(data.make_toys(5, SIZE, seed=7), toys[:5])
-    alone = data.render_primitives([data.pack(data.make_toy(key_seed(7, 3)))], SIZE)[0]
+    alone = data.render_primitives([pack(make_toy(key_seed(7, 3)))], SIZE)[0]
     assert torch.equal(alone, toys[3])
 
 
@@ -102,12 +103,12 @@ def test_background_is_exactly_white_and_objects_are_large(toys):
     assert (extent >= 0.75 * SIZE).all()
 
 
-SHAPES = {"ball": data.ball, "box": data.box, "tube": data.tube, "cone": lambda *a, **m: data.tube(*a, taper=0.2, **m)}
+SHAPES = {"ball": ball, "box": box, "tube": tube, "cone": lambda *a, **m: tube(*a, taper=0.2, **m)}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_silhouette_is_the_shadow_of_the_body(shape):
-    body = data.pack([SHAPES[shape]((0.1, 0.0, -0.1), (0.3, 0.6, 0.2), (1.0, 0.0, 0.0), turn=("z", 35))])
+    body = pack([SHAPES[shape]((0.1, 0.0, -0.1), (0.3, 0.6, 0.2), (1.0, 0.0, 0.0), turn=("z", 35))])
     drawn = mask(data.render_primitives([body], SIZE)[0])
     p = torch.rand(100_000, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
     e, m, k = body["quadric"][0]
@@ -122,23 +123,23 @@ def test_silhouette_is_the_shadow_of_the_body(shape):
 
 def test_shade_stripes_and_what_hides_what():
     def middle(*parts: dict) -> torch.Tensor:  # (V, 3) colours in the middle, light taken out
-        image = data.render_primitives([data.pack(list(parts))], 33)[0, :, :, 16, 16]
+        image = data.render_primitives([pack(list(parts))], 33)[0, :, :, 16, 16]
         return image / 255 / SHADE[:, None]
 
     half, red, blue = (0.5, 0.5, 0.5), (0.8, 0.2, 0.2), (0.2, 0.2, 0.8)
-    for shape in (data.ball, data.box, data.tube):
+    for shape in (ball, box, tube):
         assert torch.allclose(middle(shape((0, 0, 0), half, red)), torch.tensor(red).expand(5, 3), atol=0.02)
-    seen = middle(data.box((0, 0, 0), half, red, color2=blue, bands=(0, 3, 0)))
+    seen = middle(box((0, 0, 0), half, red, color2=blue, bands=(0, 3, 0)))
     assert torch.allclose(seen, torch.tensor([blue] * 4 + [red]), atol=0.02)  # the middle stripe; the end from above
-    seen = middle(data.box((0, 0, 0), half, red), data.ball((0, 0, 0.5), (0.2, 0.2, 0.2), blue))
+    seen = middle(box((0, 0, 0), half, red), ball((0, 0, 0.5), (0.2, 0.2, 0.2), blue))
     assert torch.allclose(seen, torch.tensor([blue, red, red, red, red]), atol=0.02)
 
 
 def test_every_kind_fits_the_frame_and_is_drawn():
-    seeds = range(len(data.KINDS))
-    assert len({data.toy_kind(s) for s in seeds}) == len(data.KINDS) >= 8
+    seeds = range(len(KINDS))
+    assert len({toy_kind(s) for s in seeds}) == len(KINDS) >= 8
     for s in seeds:
-        p = data.pack(data.make_toy(s))
+        p = pack(make_toy(s))
         assert (p["center"].abs().amax(0) < 0.9).all() and len(p["center"]) >= 3
 
 
@@ -241,8 +242,8 @@ def test_smooth_mesh_equals_the_analytic_ball(tmp_path):
     mesh = trimesh.creation.icosphere(3)
     mesh.visual.vertex_colors = np.tile(np.array([255, 0, 0, 255], np.uint8), (len(mesh.vertices), 1))
     mesh.export(tmp_path / "ball.glb")
-    ball = data.render_primitives([data.pack([data.ball((0, 0, 0), (0.9, 0.9, 0.9), (1.0, 0.0, 0.0))])], SIZE)[0]
-    difference = (data.render_mesh(tmp_path / "ball.glb", SIZE).float() - ball.float()).abs()
+    analytic = data.render_primitives([pack([ball((0, 0, 0), (0.9, 0.9, 0.9), (1.0, 0.0, 0.0))])], SIZE)[0]
+    difference = (data.render_mesh(tmp_path / "ball.glb", SIZE).float() - analytic.float()).abs()
     assert (difference > 3).float().mean() < 0.03  # the outline
     assert difference[:, 0, 8:-8, 8:-8].mean() < 0.5  # flat faces would give 1.06
 
@@ -271,6 +272,16 @@ def test_folder_resumes_and_lists_bad_files(tmp_path, capsys):
     (meshes / "deep" / "other.glb").unlink()
     with pytest.raises(InputError, match="none of 2 files could be rendered"):
         data.main(cfg)
+
+
+def test_missing_texture_is_reported_and_a_missing_material_is_not(tmp_path):
+    (tmp_path / "m.mtl").write_text("newmtl m\nmap_Kd gone.png\n")
+    shape = "v 0 0 0\nv 1 0 0\nv 0 1 0\nvt 0 0\nusemtl m\nf 1/1 2/1 3/1\n"
+    (tmp_path / "a.obj").write_text("mtllib m.mtl\n" + shape)
+    with pytest.raises(InputError, match="a.obj: its texture gone.png is missing"):
+        data.render_mesh(tmp_path / "a.obj", 16)
+    (tmp_path / "b.obj").write_text("mtllib gone.mtl\n" + shape)
+    assert mask(data.render_mesh(tmp_path / "b.obj", 16)[0]).any()
 
 
 def test_killed_write_leaves_no_half_object(tmp_path, monkeypatch):
@@ -388,7 +399,7 @@ def test_command_line(tmp_path):
     data.main(data.Config(toys=3, seed=7, size=SIZE, out=str(out), sheet=str(sheet)))
     ids, views = data.load_views(out, SIZE)
     assert torch.equal(torch.stack(list(views)), data.make_toys(3, SIZE, seed=7))
-    assert ids[0] == f"000000_{data.toy_kind(key_seed(7, 0))}" and sheet.exists()
+    assert ids[0] == f"000000_{toy_kind(key_seed(7, 0))}" and sheet.exists()
     for cfg in (data.Config(), data.Config(toys=3), data.Config(toys=3, meshes="a", out="b")):
         with pytest.raises(InputError, match="expected"):
             data.main(cfg)
