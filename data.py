@@ -498,6 +498,20 @@ def check_png(path: Path) -> None:
 SPLITS = {"train": 0, "preference": 1, "validation": 2, "heldout": 3}  # the seed of make_toys
 
 
+def split_of(ids: list[str], split: str) -> list[str]:
+    """The objects of a folder that belong to a split: N of them shuffled once by a fixed key, then cut.
+
+    The first fifth (64 at most) validates, the second fifth (200 at most) is held out, and the rest both trains and
+    is the preference set, as in the paper (App. B).
+    """
+    order = torch.randperm(len(ids), generator=keyed_generator(0)).tolist()
+    held = [min(64, len(ids) // 5), min(200, len(ids) // 5)]
+    part = {"validation": order[: held[0]], "heldout": order[held[0] : sum(held)]}.get(split, order[sum(held) :])
+    if not part:
+        raise InputError(f"{len(ids)} objects leave none for the {split} split, expected 5 or more objects.")
+    return [ids[i] for i in part]
+
+
 def load_split(
     source: str,  # "toys" or a folder of renders
     split: str,  # a key of SPLITS
@@ -505,11 +519,7 @@ def load_split(
     size: int,
     cache: str | Path = "out/data",
 ) -> Tensor:  # (n or fewer, V, 3, size, size) uint8
-    """The first n objects of a split. Toys are rendered once and cached; the splits never share an object.
-
-    A folder of N renders is shuffled once by a fixed key: the first fifth (64 at most) validates, the second
-    fifth (200 at most) is held out, the rest both trains and is the preference set, as in the paper (App. B).
-    """
+    """The first n objects of a split. Toys are rendered once and cached; the splits never share an object."""
     if source == "toys":
         path = Path(cache) / f"toys_{split}_{n}_{size}.safetensors"
         if not path.is_file():
@@ -518,13 +528,8 @@ def load_split(
             save_tensors(path, {"views": torch.cat(parts)})
         return load_tensors(path)["views"]
     ids, views = load_views(source, size)
-    order = torch.randperm(len(ids), generator=keyed_generator(0)).tolist()
-    held = [min(64, len(ids) // 5), min(200, len(ids) // 5)]
-    part = {"validation": order[: held[0]], "heldout": order[held[0] : sum(held)]}.get(split, order[sum(held) :])
-    if not part:
-        raise InputError(f"{source}: {len(ids)} objects leave none for the {split} split, expected 5 or more objects.")
-    bar = tqdm(part[:n], desc=f"read {split} renders", leave=False, disable=None)
-    return torch.stack([views[i] for i in bar])
+    bar = tqdm(split_of(ids, split)[:n], desc=f"read {split} renders", leave=False, disable=None)
+    return torch.stack([views[ids.index(name)] for name in bar])
 
 
 # --- command line ---

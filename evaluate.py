@@ -45,8 +45,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import InputError, cli, get_device, key_seed, load_json, provenance, save_json, write_atomic
-from data import SPLITS, VIEWS, load_views, make_toys, toy_kind
+from common import InputError, cli, get_device, load_json, provenance, save_json, write_atomic
+from data import SPLITS, VIEWS, load_views, make_toys, split_of, toy_name
 from model import load
 from sample import sample_images
 from scorer import Scorer
@@ -59,7 +59,7 @@ class Config:
     model: str = ""  # model folder to sample from
     images: str = ""  # or: folder of views, <object>/{front,right,back,left,top}.png, named as in --data
     data: str = "toys"  # ground truth: toys, or a folder of renders in the same format
-    split: Literal["train", "preference", "validation", "heldout"] = "validation"  # of the toys; heldout: tables only
+    split: Literal["all", "train", "preference", "validation", "heldout"] = "validation"  # heldout: for tables only
     n: int = 200  # objects, the first ones (paper: 200)
     size: int = 0  # pixels at which views are compared (0: the model's; for --images 64 with toys, else 256)
     seed: int = 0  # first seed of the sampler
@@ -337,16 +337,15 @@ def grid(
 # --- command line ---
 
 
-def read_views(folder: str, wanted: list[str] | None, n: int, size: int) -> tuple[list[str], Tensor]:
-    """The first n objects of a folder, or those wanted: names, (N, V, 3, size, size) in [0, 1]."""
+def read_views(folder: str, names: list[str], size: int) -> tuple[list[str], Tensor]:
+    """The named objects of a folder: names, (N, V, 3, size, size) in [0, 1]."""
     ids, views = load_views(folder, size)
-    missing = [name for name in wanted or [] if name not in ids]
+    missing = [name for name in names if name not in ids]
     if missing:
         raise InputError(
             f"{folder}: {len(missing)} objects of --data are missing (first: {missing[0]}), expected one folder for "
-            f"each of its first {n}. Make them, or choose another --n."
+            f"each of the {len(names)} that are evaluated. Make them, or choose another --n or --split."
         )
-    names = wanted or ids[:n]
     return names, torch.stack([views[ids.index(name)] for name in tqdm(names, desc=folder, disable=None)]).float() / 255
 
 
@@ -382,10 +381,13 @@ def main(cfg: Config) -> dict:
     if size < 32:
         raise InputError(f"--size {size}: expected at least 32 pixels.")
     if cfg.data == "toys":
+        if cfg.split == "all":
+            raise InputError("--split all: toys have no end, expected one of their splits.")
         truth = make_toys(cfg.n, size, SPLITS[cfg.split]).float() / 255
-        ids = [f"{i:06d}_{toy_kind(key_seed(SPLITS[cfg.split], i))}" for i in range(cfg.n)]  # as data.py names them
+        ids = [toy_name(SPLITS[cfg.split], i) for i in range(cfg.n)]
     else:
-        ids, truth = read_views(cfg.data, None, cfg.n, size)
+        every = load_views(cfg.data, size)[0]
+        ids, truth = read_views(cfg.data, (every if cfg.split == "all" else split_of(every, cfg.split))[: cfg.n], size)
     ref = truth[:, 0]  # evaluation always takes the front
     if cfg.against:
         paired_difference({}, ids, cfg.against, 0)  # is it there, and on these objects?
@@ -407,7 +409,7 @@ def main(cfg: Config) -> dict:
             for s in range(cfg.seeds)
         ]
     else:
-        label, samples = cfg.images, [read_views(cfg.images, ids, len(ids), size)[1]]
+        label, samples = cfg.images, [read_views(cfg.images, ids, size)[1]]
     by_seed = [score_images(images, truth, ref, scorer, lpips) for images in samples]
     scores = {name: torch.stack([one[name] for one in by_seed]).mean(0) for name in by_seed[0]}  # (N,) each
 

@@ -373,7 +373,16 @@ def main(cfg: Config) -> dict:
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
     weights = step_weights(schedule, pairs.calls, cfg.step_weight).to(device)
     J, start, after, after_images = len(pairs.calls), 0, {}, before_images
-    free = ("steps", "out", "name", "threads", "device", "eval_every", "log_every", "batch_size")  # may change when a run goes on
+    free = (
+        "steps",
+        "out",
+        "name",
+        "threads",
+        "device",
+        "eval_every",
+        "log_every",
+        "batch_size",
+    )  # may change when a run goes on
     claim(out, {k: v for k, v in asdict(cfg).items() if k not in free})
     if (out / "state.pt").is_file():
         state = torch.load(out / "state.pt", map_location=device, weights_only=True)

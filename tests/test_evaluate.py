@@ -248,7 +248,7 @@ def folder(tmp_path):
 
 
 def test_folder_of_views(folder, capsys) -> None:
-    common = {"data": str(folder / "data"), "size": 64, "device": "cpu"}
+    common = {"data": str(folder / "data"), "split": "all", "size": 64, "device": "cpu"}
     cfg = evaluate.Config(images=str(folder / "data"), out=str(folder / "a.json"), grid=str(folder / "a.png"), **common)
     result = evaluate.main(cfg)
     assert result["rows"][cfg.images] == result["rows"]["truth"] and result["rows"]["truth"]["psnr"] == pytest.approx(
@@ -286,6 +286,7 @@ def test_wrong_input_is_one_line_before_any_work(folder) -> None:
     good = {
         "data": str(folder / "data"),
         "images": str(folder / "data"),
+        "split": "all",
         "size": 64,
         "out": str(folder / "o" / "x.json"),
     }
@@ -304,6 +305,7 @@ def test_wrong_input_is_one_line_before_any_work(folder) -> None:
         ({"images": str(folder / "data2")}, "expected top too"),
         ({"images": str(folder / "data3")}, r"3 objects of --data are missing \(first: object0\)"),
         ({"data": str(folder / "none")}, "no such folder"),
+        ({"split": "validation"}, "3 objects leave none for the validation split"),
         ({"n": 0}, "at least 1"),
         ({"size": 16}, "at least 32"),
         ({"scorer": str(folder / "none")}, "none"),

@@ -15,7 +15,7 @@ import tyro
 import common
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = [p.stem for p in ROOT.glob("*.py") if p.stem not in ("common", "model")]
+SCRIPTS = [p.stem for p in ROOT.glob("*.py") if p.stem not in ("common", "model", "toys")]
 
 
 def definitions(path: Path) -> set[str]:
