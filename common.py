@@ -3,8 +3,10 @@
 Nothing in here knows of diffusion, views or preferences: an equation that needs this file is in the wrong file.
 """
 
+import hashlib
 import json
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -15,7 +17,7 @@ from typing import Any
 
 import torch
 import tyro
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -41,6 +43,8 @@ def get_device(name: str = "auto") -> torch.device:
     """ "auto" takes the CUDA GPU if there is one, otherwise the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name != "cpu" and not name.startswith("cuda"):
+        raise InputError(f"--device {name}: expected auto, cpu or cuda.")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {name}: no CUDA GPU found, expected one. Use --device cpu.")
     return torch.device(name)
@@ -116,6 +120,32 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
         ) from None
 
 
+def open_tensors(path: str | Path) -> Any:
+    """Open a safetensors file as a memory map, for reading parts of it; a missing or broken one raises InputError."""
+    try:
+        return safe_open(str(path), "pt")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: not readable as safetensors ({error}). Delete it and start again.") from None
+
+
+def load_state(path: str | Path, device: torch.device) -> dict[str, Any]:
+    """Read the training state that a killed run goes on from; a broken one raises InputError."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise InputError(
+            f"{path}: not readable ({str(error).splitlines()[0]}); expected a training state. Delete it to start again."
+        ) from None
+
+
+def digest(path: str | Path) -> str:
+    """The first 16 hexadecimal digits of a file's SHA-256; a missing file raises InputError."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: not found, expected a file of weights. Check the folder's name.")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
 def load_weights(module: torch.nn.Module, path: str | Path) -> None:
     """Load safetensors weights strictly; names or shapes that do not fit raise InputError with the first of them."""
     tensors, own = load_tensors(path), module.state_dict()
@@ -152,16 +182,29 @@ def log_line(path: str | Path, **values: Any) -> None:
         file.write(json.dumps(values) + "\n")
 
 
+def trim_log(path: str | Path, step: int) -> None:
+    """Drop the lines after `step`: a killed run may have logged steps that are now done again."""
+    lines = Path(path).read_text().splitlines(keepends=True) if Path(path).is_file() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    write_atomic(path, lambda p: p.write_text("".join(kept)))
+
+
 def provenance(cfg: Any) -> dict[str, Any]:
     """Command, config, commit, hardware and versions: what makes a number a result."""
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+    try:
+        git = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(
+            git, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or not a clone
+        commit = "unknown"
+    on_gpu = torch.cuda.is_available() and getattr(cfg, "device", "cpu") != "cpu"
     return {
         "command": "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "config": asdict(cfg),
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit,
         "torch": torch.__version__,
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
+        "hardware": torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores",
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d"),
     }

@@ -28,9 +28,9 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from common import InputError, load_json, load_weights, save_json, save_tensors
-from data import CAMERAS
+from data import CAMERAS, VIEWS
 
-NUM_VIEWS = 5  # front, right, back, left, top: data.VIEWS
+NUM_VIEWS = len(VIEWS)
 
 
 @dataclass(frozen=True)
@@ -241,12 +241,14 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> MultiViewUNe
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no config.json found, expected a model folder. Make one: python train_sft.py")
     values = load_json(folder / "config.json")
-    unknown = sorted(values.keys() - {field.name for field in fields(ModelConfig)})
-    if unknown:
-        raise InputError(f"{folder}/config.json: unknown entries {unknown}; expected those of model.ModelConfig.")
+    known = {field.name for field in fields(ModelConfig)}
+    if not isinstance(values, dict) or values.keys() - known:
+        raise InputError(f"{folder}/config.json: expected entries of model.ModelConfig only, got {values}.")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    cfg = ModelConfig(**values)
-    model = MultiViewUNet(cfg)
+    try:
+        model = MultiViewUNet(ModelConfig(**values))
+    except (TypeError, ValueError, AttributeError, ArithmeticError, IndexError) as error:
+        raise InputError(f"{folder}/config.json: makes no model ({error}); expected one this project wrote.") from None
     load_weights(model, folder / "model.safetensors")
     return model.to(device).eval()
 

@@ -16,7 +16,6 @@ Run:
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,11 +47,10 @@ class Schedule:
 
     def timesteps(self, num_steps: int) -> list[tuple[int, int]]:
         """K pairs (t, s) from noise to clean: "leading" spacing, offset 1, and s = -1 (clean) after the last call."""
-        if not 1 <= num_steps <= self.num_train:
-            raise InputError(f"num_steps is {num_steps}, expected 1 to {self.num_train}. Choose another.")
+        if not 1 <= num_steps < self.num_train:
+            raise InputError(f"--num_steps {num_steps}: expected 1 to {self.num_train - 1}.")
         stride = self.num_train // num_steps
         times = [1 + stride * k for k in reversed(range(num_steps))]
-        times = [min(t, self.num_train - 1) for t in times]
         return list(zip(times, times[1:] + [-1], strict=True))
 
 
@@ -163,8 +161,6 @@ def sample(
     num_steps: int = 20,  # K
     candidates: list[int] | None = None,  # one a row: candidate noise and step noises depend on (seed, candidate)
     noise_scales: list[float] | None = None,  # one a row: a of App. B, the scale of the candidate noise
-    guidance: float = 0.0,  # w of eps_clean + w (eps_clean - eps_noised); 0: none
-    guidance_noise: float = 0.5,  # a of the noised reference that guidance pushes away from
     bf16: bool = False,  # run the network in bfloat16; states and steps stay float32
 ) -> Trajectory:
     """Run the chain for B rows. The images are in `.images` (B, V, 3, H, W)."""
@@ -190,9 +186,6 @@ def sample(
         t, s = torch.full((batch,), t_int, device=device), torch.full((batch,), s_int, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             prediction = model(x, t, noised_reference(schedule, cfg, y + scales * unit_noise, t, ref_noise))
-            if guidance:  # the training-free counterpart of D3PO on noised candidates: step away from their prediction
-                worse = model(x, t, noised_reference(schedule, cfg, y + guidance_noise * unit_noise, t, ref_noise))
-                prediction = prediction + guidance * (prediction - worse)
         mean, var = ddpm_step(schedule, prediction, x, t, s)
         noise = torch.stack([torch.randn(x.shape[1:], generator=generator) for generator in step_noise]).to(device)
         x = mean + var.sqrt() * noise
@@ -208,7 +201,6 @@ def sample_images(
     batch_size: int = 8,
     label: str = "sample",
     bf16: bool = False,
-    **kwargs: Any,  # guidance, guidance_noise
 ) -> Tensor:  # (N, V, 3, H, W) in [0, 1], on the CPU, rounded to 8 bits as a PNG would be
     """`sample` over many references in batches, with a progress bar."""
     device = next(model.parameters()).device
@@ -216,7 +208,7 @@ def sample_images(
     for i in tqdm(range(0, len(ref), batch_size), desc=label, leave=False, disable=None):
         part = ref[i : i + batch_size].to(device)
         seeds = [key_seed(seed, i + j) for j in range(len(part))]
-        images.append(sample(model, part, seeds, num_steps, bf16=bf16, **kwargs).images.cpu())
+        images.append(sample(model, part, seeds, num_steps, bf16=bf16).images.cpu())
     return (torch.cat(images) * 255).round() / 255
 
 

@@ -11,7 +11,7 @@ The stages, each reused when it is there already (out/ is the default of --out):
 
     out/candidates/       five trajectories an object, whatever the feedback
     out/scorer_*/         the contrastive scorer, made by train_scorer.py when --feedback contrastive asks for it
-    out/pairs_<feedback>/ pairs.json, and pi_pre's means of winner and loser at every trained step
+    out/pairs_<feedback>_*/  pairs.json, and pi_pre's means of winner and loser at every trained step
     out/before/           pi_pre's images of the validation objects
     out/d3po_<feedback>/  log.jsonl, config.json and model.safetensors, results.json, grid.png
 
@@ -21,6 +21,8 @@ Run:
 Letters: P pairs, G candidates of a reference, K network calls of which J are trained, V views, c h w latent sizes.
 """
 
+import hashlib
+import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +31,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,20 +38,24 @@ from common import (
     InputError,
     claim,
     cli,
+    digest,
     get_device,
     key_seed,
     keyed_generator,
     load_json,
+    load_state,
     load_tensors,
     log_line,
+    open_tensors,
     provenance,
     save_json,
     save_tensors,
+    trim_log,
     use_bf16,
     write_atomic,
 )
 from data import load_split, relative_views
-from evaluate import grid, hull_iou, psnr, score_images
+from evaluate import bootstrap_interval, grid, hull_iou, psnr, score_images
 from matcher import matching_reward
 from model import MultiViewUNet, load
 from sample import Schedule, ddpm_step, log_ratio, noised_reference, sample, sample_images
@@ -67,6 +72,7 @@ class Config:
     feedback: str = "contrastive"  # contrastive, matching, hull; controls: random, noise_scale, oracle
     model: str = "checkpoints/toy"  # pi_pre: a folder that train_sft.py wrote
     negatives: str = "zero123"  # what the scorer learns to tell from truth: zero123, pretrained (C (pre)), or a folder
+    zero123: str = "checkpoints/toy_independent"  # the independent-view model that zero123 means
     scorer: str = ""  # a trained scorer's folder; empty: train one
     matcher: str = "sift"  # sift or loftr, for --feedback matching
     data: str = "toys"  # toys, or a folder of renders (see data.py)
@@ -89,7 +95,7 @@ class Config:
     step_weight: Literal["none", "equal"] = "none"  # equal: rescale the log-ratio so that all steps weigh the same
     seed: int = 0  # of candidates, pairs, batches and noise
 
-    eval_every: int = 150  # evaluate and save
+    save_every: int = 25  # save what a killed run goes on from
     log_every: int = 10  # log means of the last steps
     batch_size: int = 8  # objects at a time when sampling
     bf16: str = "auto"  # draw samples in bfloat16: auto (where it is fast), on or off. The loss is float32 always
@@ -121,18 +127,19 @@ def d3po_loss(
 def step_weights(schedule: Schedule, calls: list[tuple[int, int]], mode: str) -> Tensor:  # (J,)
     """Factors on the log-ratio of each trained step.
 
-    The step's mean depends on the predicted x0 as m x0, so an error d in x0 is worth m^2 d^2 / var in log-probability,
-    which grows a hundredfold towards the end of the chain. "equal" divides that out (keeping the mean weight).
+    The step's mean depends on the predicted x0 as m x0, so an error d in x0 costs m^2 d^2 / (2 var) nats. Over the
+    toy's calls 4 to 18 m^2 / var grows from .002 to 35, and the last of them has 97 % of the sum: unweighted, the loss
+    is nearly that of one step. "equal" divides by it, so that an error of one size costs the same at every step.
     """
     if mode == "none":
         return torch.ones(len(calls))
     t, s = (torch.tensor(z) for z in zip(*calls, strict=True))
-    one, zero = torch.ones(len(calls), 1, 1, 1, 1), torch.zeros(len(calls), 1, 1, 1, 1)
-    as_x0 = Schedule.__new__(Schedule)
-    as_x0.__dict__ = {**schedule.__dict__, "prediction": "x0"}
-    m, var = ddpm_step(as_x0, one, zero, t, s)  # the mean at x_t = 0 and x0 = 1 is m itself
+    ab_t, ab_s = schedule.ab(t), schedule.ab(s)
+    var = (1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s)
+    # mean = sqrt(ab_s) x0 + sqrt(1 - ab_s - var) eps, and eps has -sqrt(ab_t / (1 - ab_t)) x0 in it
+    m = ab_s.sqrt() - (1 - ab_s - var).sqrt() * (ab_t / (1 - ab_t)).sqrt()
     worth = (m**2 / var).flatten()
-    return worth.mean() / worth
+    return 1 / worth / (1 / worth).mean()
 
 
 # --- candidates: one file an object, the same for every feedback ---
@@ -151,12 +158,13 @@ def collect(
     device: torch.device,
 ) -> None:
     """Draw G candidates of every object and keep the part of their chains that is trained on."""
-    claim(folder, settings(cfg, "model", "data", "num_steps", "first_call", "noise_scales", "seed"))
+    made_by = settings(cfg, "model", "data", "num_steps", "first_call", "noise_scales", "seed", "bf16")
+    claim(folder, made_by | {"weights": digest(Path(cfg.model) / "model.safetensors")})
     todo = [i for i in range(len(views)) if not (folder / f"{i:04d}.safetensors").is_file()]
     for i in tqdm(todo, desc="collect candidates", disable=None):
         ref = views[i, :1].to(device).float().expand(len(cfg.noise_scales), -1, -1, -1) / 255
         candidates = list(range(len(cfg.noise_scales)))
-        seeds = [key_seed(cfg.seed, i)] * len(candidates)
+        seeds = [key_seed(cfg.seed, 8, i)] * len(candidates)  # 8: other noise than in evaluation
         chain = sample(
             model, ref, seeds, cfg.num_steps, candidates, list(cfg.noise_scales), bf16=use_bf16(cfg.bf16, device)
         )
@@ -173,14 +181,17 @@ def collect(
 # --- feedback: one number for each candidate, larger is more consistent ---
 
 
+FEEDBACKS = ("contrastive", "matching", "hull", "random", "noise_scale", "oracle")
+
+
 def feedback_fn(cfg: Config, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The function (ref (G,3,S,S), images (G,V,3,S,S), truth (V,3,S,S)) -> (G,) that ranks candidates. Only the oracle
     looks at the truth.
 
-    FORK: your own feedback is one more entry here.
+    FORK: your own feedback is one more entry here, and its name in FEEDBACKS.
     """
     scorer = Scorer.load(cfg.scorer, device) if cfg.feedback == "contrastive" else None
-    coin = keyed_generator(cfg.seed, 7)
+    coin = keyed_generator(cfg.seed, 7, 0, 0)
 
     def contrastive(ref: Tensor, images: Tensor, truth: Tensor) -> Tensor:
         assert scorer is not None
@@ -194,8 +205,6 @@ def feedback_fn(cfg: Config, device: torch.device) -> Callable[[Tensor, Tensor, 
         "noise_scale": lambda ref, images, truth: -torch.tensor(cfg.noise_scales),
         "oracle": lambda ref, images, truth: psnr(images[:, 1:].flatten(1, 2), truth[None, 1:].flatten(1, 2)),
     }
-    if cfg.feedback not in feedbacks:
-        raise InputError(f"--feedback {cfg.feedback}: unknown, expected one of {', '.join(feedbacks)}.")
     return feedbacks[cfg.feedback]
 
 
@@ -232,7 +241,7 @@ class Pairs:
 
     def __init__(self, pairs: list[dict], candidates: Path, means: Path, cfg: Config, schedule: Schedule):
         self.pairs, self.means, self.cfg = pairs, means, cfg
-        self.files = {i: safe_open(candidates / f"{i:04d}.safetensors", "pt") for i in {p["object"] for p in pairs}}
+        self.files = {i: open_tensors(candidates / f"{i:04d}.safetensors") for i in {p["object"] for p in pairs}}
         calls = schedule.timesteps(cfg.num_steps)
         self.calls = calls[cfg.first_call : cfg.num_steps - 1]  # J (t, s), without the last call: it has no density
 
@@ -256,7 +265,7 @@ class Pairs:
 
     def mean_pre(self, items: list[tuple[int, int]], device: torch.device) -> Tensor:  # (2 P, V, c, h, w)
         """The stored means of the frozen policy, in the row order of `batch`."""
-        means = [safe_open(self.means / f"{n:04d}.safetensors", "pt").get_slice("means") for n, _ in items]
+        means = [open_tensors(self.means / f"{n:04d}.safetensors").get_slice("means") for n, _ in items]
         rows = [m[side, j] for side in (0, 1) for m, (_, j) in zip(means, items, strict=True)]
         return torch.stack(rows).to(device)
 
@@ -291,25 +300,28 @@ def sample_validation(model: MultiViewUNet, views: Tensor, cfg: Config) -> Tenso
     return sample_images(model, ref, cfg.seed, cfg.num_steps, cfg.batch_size, "sample validation objects", bf16)
 
 
-def mean_scores(images: Tensor, views: Tensor, scorer: Scorer | None) -> dict[str, float]:
-    """Table 1's columns, mean over objects."""
-    truth = views.float() / 255
-    return {k: float(v.mean()) for k, v in score_images(images, truth, truth[:, 0], scorer=scorer).items()}
-
-
 def grad_norm(gradients: list[Tensor]) -> float:
     """The norm of all gradients as one vector."""
     return torch.stack([g.norm() for g in gradients]).norm().item()
 
 
+def check(cfg: Config) -> None:
+    """What can be wrong with the options alone is said before any work."""
+    if cfg.feedback not in FEEDBACKS:
+        raise InputError(f"--feedback {cfg.feedback}: unknown, expected one of {', '.join(FEEDBACKS)}.")
+    if cfg.matcher not in ("sift", "loftr"):
+        raise InputError(f"--matcher {cfg.matcher}: unknown, expected sift or loftr.")
+    if not 0 <= cfg.first_call < cfg.num_steps - 1:
+        raise InputError(f"--first_call {cfg.first_call}: expected 0 to {cfg.num_steps - 2}, below --num_steps - 1.")
+    if min(cfg.steps, cfg.batch_pairs, cfg.save_every, cfg.log_every, cfg.num_objects, cfg.eval_objects) < 1:
+        raise InputError("--steps, --batch_pairs, --save_every, --log_every and object counts: expected 1 or more.")
+
+
 def main(cfg: Config) -> dict:
     """All stages, those already there reused. Returns what results.json holds."""
+    check(cfg)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    if not 0 <= cfg.first_call < cfg.num_steps - 1:
-        raise InputError(
-            f"--first_call {cfg.first_call}: expected 0 to {cfg.num_steps - 2}, below --num_steps minus 1."
-        )
     device, clock, seconds = get_device(cfg.device), time.time(), {}
     out = Path(cfg.out) / (cfg.name or f"d3po_{cfg.feedback}")
 
@@ -321,50 +333,58 @@ def main(cfg: Config) -> dict:
     schedule, size = Schedule(model.cfg), model.cfg.image_size
     raw = load_split(cfg.data, "preference", cfg.num_objects, size)
     # Like in pre-training, one of the four sides is the reference, drawn once for each object.
-    sides = torch.randint(4, (len(raw),), generator=keyed_generator(cfg.seed, 5)).tolist()
+    sides = torch.randint(4, (len(raw),), generator=keyed_generator(cfg.seed, 5, 0, 0)).tolist()
     views = torch.stack([relative_views(v, r) for v, r in zip(raw, sides, strict=True)])
     val_views = load_split(cfg.data, "validation", cfg.eval_objects, size)
     stage("data")
 
     if cfg.feedback == "contrastive" and not cfg.scorer:
         folder = str(Path(cfg.out) / f"scorer_{Path(cfg.negatives).name}")
-        training = ScorerTraining(negatives=cfg.negatives, pretrained=cfg.model, image_size=size)
-        train_scorer(replace(training, data=cfg.data, num_objects=cfg.num_objects, out=folder, device=cfg.device))
+        training = ScorerTraining(negatives=cfg.negatives, zero123=cfg.zero123, pretrained=cfg.model, data=cfg.data)
+        training = replace(training, image_size=size, num_objects=cfg.num_objects, bf16=cfg.bf16, device=cfg.device)
+        train_scorer(replace(training, out=folder))
         cfg = replace(cfg, scorer=folder)
     scorer = Scorer.load(cfg.scorer, device) if cfg.scorer else None
+    if scorer and not scorer.cfg.resize and scorer.cfg.image_size != size:
+        raise InputError(
+            f"{cfg.scorer}: a scorer for {scorer.cfg.image_size} pixels, expected {size}, what {cfg.model} makes. "
+            f"Train one: python train_scorer.py --image_size {size}"
+        )
     stage("scorer")
 
-    collect(model, views, cfg, Path(cfg.out) / "candidates", device)
+    candidates = Path(cfg.out) / "candidates"
+    collect(model, views, cfg, candidates, device)
     stage("candidates")
 
-    folder = Path(cfg.out) / f"pairs_{cfg.feedback}"
-    claim(
-        folder,
-        settings(cfg, "model", "scorer", "matcher", "data", "num_objects", "pairs", "condition", "seed")
-        | settings(cfg, "num_steps", "first_call", "noise_scales", "batch_pairs"),
-    )
-    if (folder / "pairs.json").is_file():
-        pairs_list = load_json(folder / "pairs.json")
-    else:
-        pairs_list = prefer(cfg, views, Path(cfg.out) / "candidates", device)
-        save_json(folder / "pairs.json", pairs_list)
-    winners = [cfg.noise_scales[p["winner"]] for p in pairs_list]
-    losers = [cfg.noise_scales[p["loser"]] for p in pairs_list]
+    # What was preferred, and pi_pre's means: in a folder for each setting that they depend on.
+    made_by = load_json(candidates / "made_by.json")
+    made_by |= settings(cfg, "feedback", "num_objects", "pairs", "condition", "batch_pairs")
+    if cfg.feedback == "contrastive":
+        made_by |= {"scorer": digest(Path(cfg.scorer) / "model.safetensors")}
+    if cfg.feedback == "matching":
+        made_by |= settings(cfg, "matcher")
+    name = hashlib.sha256(json.dumps(made_by, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    folder = Path(cfg.out) / f"pairs_{cfg.feedback}_{name}"
+    claim(folder, made_by)
+    if not (folder / "pairs.json").is_file():
+        save_json(folder / "pairs.json", prefer(cfg, views, candidates, device))
+    pairs = Pairs(load_json(folder / "pairs.json"), candidates, folder, cfg, schedule)
+    winners = [cfg.noise_scales[p["winner"]] for p in pairs.pairs]
+    losers = [cfg.noise_scales[p["loser"]] for p in pairs.pairs]
     shares = {a: f"{winners.count(a)}/{losers.count(a)}" for a in cfg.noise_scales}
-    print(f"{len(pairs_list)} pairs of {len(views)} objects; noise scale: times winner/loser: {shares}")
+    print(f"{len(pairs.pairs)} pairs of {len(views)} objects; noise scale: times winner/loser: {shares}")
     stage("feedback")
 
-    pairs = Pairs(pairs_list, Path(cfg.out) / "candidates", folder, cfg, schedule)
     store_means(model, schedule, pairs, device)
     stage("means")
 
     folder = Path(cfg.out) / "before"
-    claim(folder, settings(cfg, "model", "data", "eval_objects", "num_steps", "seed"))
+    made_by = settings(cfg, "model", "data", "eval_objects", "num_steps", "seed", "bf16")
+    claim(folder, made_by | {"weights": digest(Path(cfg.model) / "model.safetensors")})
     if not (folder / "images.safetensors").is_file():
         save_tensors(folder / "images.safetensors", {"images": sample_validation(model, val_views, cfg)})
     before_images = load_tensors(folder / "images.safetensors")["images"]
-    before = mean_scores(before_images, val_views, scorer)
-    stage("evaluate before")
+    stage("sample before")
 
     model.requires_grad_(False)
     parameters = model.attention_parameters()
@@ -372,24 +392,30 @@ def main(cfg: Config) -> dict:
         p.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
     weights = step_weights(schedule, pairs.calls, cfg.step_weight).to(device)
-    J, start, after, after_images = len(pairs.calls), 0, {}, before_images
+    J, start = len(pairs.calls), 0
     free = (
         "steps",
         "out",
         "name",
         "threads",
         "device",
-        "eval_every",
+        "save_every",
         "log_every",
         "batch_size",
-    )  # may change when a run goes on
+    )  # may change on resume
     claim(out, {k: v for k, v in asdict(cfg).items() if k not in free})
     if (out / "state.pt").is_file():
-        state = torch.load(out / "state.pt", map_location=device, weights_only=True)
+        state = load_state(out / "state.pt", device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        start, after, after_images = state["step"], state["after"], state["after_images"]
+        start = state["step"]
         print(f"{out}: going on at step {start}")
+    if start > cfg.steps:
+        raise InputError(f"{out}: is at step {start}, got --steps {cfg.steps}. Raise --steps or take another --name.")
+    if start == cfg.steps and (out / "results.json").is_file():
+        print(f"{out}: finished before, reused")
+        return load_json(out / "results.json")
+    trim_log(out / "log.jsonl", start)
     dims = model.cfg.latent_channels * model.cfg.latent_size**2 * views.shape[1]
     print(
         f"beta {cfg.beta_dpo:g} on the summed log-ratio is beta {cfg.beta_dpo * dims:.3g} on its mean over {dims} dims"
@@ -398,21 +424,16 @@ def main(cfg: Config) -> dict:
     sums: dict[str, list[float]] = {}
     bar = tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, desc="train_d3po", disable=None)
     for step in bar:
-        # evaluate and save
-        if (step % cfg.eval_every == 0 or step == cfg.steps) and step > start:
-            after_images = sample_validation(model, val_views, cfg)
-            after = mean_scores(after_images, val_views, scorer)
-            log_line(out / "log.jsonl", step=step, **{f"val_{k}": v for k, v in after.items()})
-            model.save(out)
+        # save
+        if (step % cfg.save_every == 0 or step == cfg.steps) and step > start:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-            state |= {"after": after, "after_images": after_images}
             write_atomic(out / "state.pt", lambda p, state=state: torch.save(state, p))
         if step == cfg.steps:
             break
 
         # batch: pairs at random steps, a function of (seed, step) alone
         g = keyed_generator(cfg.seed, 6, step)
-        chosen = torch.randint(len(pairs_list), (cfg.batch_pairs,), generator=g).tolist()
+        chosen = torch.randint(len(pairs.pairs), (cfg.batch_pairs,), generator=g).tolist()
         items = list(zip(chosen, torch.randint(J, (cfg.batch_pairs,), generator=g).tolist(), strict=True))
         batch = pairs.batch(items, device)
 
@@ -421,10 +442,10 @@ def main(cfg: Config) -> dict:
         ratio = log_ratio(batch["action"], mean_theta, pairs.mean_pre(items, device), var)  # (2 P,)
         ratio = ratio * weights[[j for _, j in items] * 2]
         ratio_w, ratio_l = ratio.chunk(2)
-        if step == 0 and cfg.beta_dpo * ratio.abs().max() > 1e-3:
+        if step == 0 and ratio.abs().max() * cfg.beta_dpo > 1e-3:
             raise InputError(
                 f"before the first update beta * log-ratio is {cfg.beta_dpo * ratio.abs().max():.2g}, expected below "
-                f"1e-3: the stored means are not this policy's. Delete {cfg.out}/pairs_{cfg.feedback} and start again."
+                f"1e-3: the stored means are not this policy's. Delete {pairs.means} and start again."
             )
         loss_d3po, metrics = d3po_loss(ratio_w, ratio_l, cfg.beta_dpo)
         real = training_batch(model, raw, cfg.batch_pairs, cfg.seed, step, device)
@@ -454,19 +475,33 @@ def main(cfg: Config) -> dict:
             sums = {}
             log_line(out / "log.jsonl", step=step + 1, **means)
             bar.set_postfix({k: f"{means[k]:.3f}" for k in ("loss_d3po", "accuracy", "loss_simple")})
-    stage("train and evaluate")
+    model.save(out)
+    stage("train")
 
-    truth = val_views[:8].float() / 255
+    after_images = sample_validation(model, val_views, cfg)
+    truth = val_views.float() / 255
+    before, after = (score_images(x, truth, truth[:, 0], scorer) for x in (before_images, after_images))
     grid(
         out / "grid.png",
-        {"truth": truth, "before": before_images[:8], "after": after_images[:8]},
-        truth[:, 0],
+        {"truth": truth[:8], "before": before_images[:8], "after": after_images[:8]},
+        truth[:8, 0],
     )
-    result = {**provenance(cfg), "before": before, "after": after, "seconds": seconds}
-    save_json(out / "results.json", result)
-    print(f"\n{'metric':<24}{'before':>10}{'after':>10}   ({len(val_views)} validation objects)")
+    stage("sample after and evaluate")
+
+    table = {}
+    print(f"\n{'metric':<14}{'before':>9}{'after':>9}   difference, 95 % interval over {len(truth)} validation objects")
     for name in before:
-        print(f"{name:<24}{before[name]:>10.4f}{after[name]:>10.4f}")
+        difference = after[name] - before[name]
+        low, high = bootstrap_interval(difference)
+        values = {"before": before[name].mean(), "after": after[name].mean(), "difference": difference.mean()}
+        table[name] = {k: float(v) for k, v in values.items()} | {"low": low, "high": high}
+        mark = " (the feedback itself)" if name == cfg.feedback else ""
+        print(
+            f"{name:<14}{table[name]['before']:>9.4f}{table[name]['after']:>9.4f}   "
+            f"{table[name]['difference']:+.4f} [{low:+.4f}, {high:+.4f}]{mark}"
+        )
+    result = {**provenance(cfg), "table": table, "seconds": seconds}
+    save_json(out / "results.json", result)
     print(f"total {sum(seconds.values()):.0f} s; {out}/grid.png shows the first eight objects")
     return result
 

@@ -23,9 +23,7 @@ Expect:
 """
 
 import hashlib
-import json
 import math
-import pickle
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,15 +40,18 @@ from common import (
     InputError,
     claim,
     cli,
+    digest,
     get_device,
     key_seed,
     keyed_generator,
     load_json,
+    load_state,
     load_tensors,
     log_line,
     provenance,
     save_json,
     save_tensors,
+    trim_log,
     use_bf16,
     write_atomic,
 )
@@ -62,7 +63,7 @@ MIRRORED_ORDER = [0, 3, 2, 1, 4]  # what a mirrored object shows on its right is
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are the toy run on two CPU cores; the paper's setting is in runs/paper.sh."""
+    """Defaults are the toy run on two CPU cores."""
 
     # --- data ---
 
@@ -132,17 +133,9 @@ def generate(cfg: Config, refs: Tensor, device: torch.device) -> Tensor:
     """
     folder = {"zero123": cfg.zero123, "pretrained": cfg.pretrained}[cfg.negatives]
     path, note = Path(cfg.out) / "negatives.safetensors", Path(cfg.out) / "negatives.json"
-    weights = Path(folder) / "model.safetensors"
-    if not weights.exists():
-        raise InputError(
-            f"{weights}: not found; expected the generator of the negatives. Train it with train_sft.py, "
-            f"or name another folder by --{cfg.negatives}."
-        )
-    with open(weights, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     made_by = {
         "model": folder,
-        "weights_sha256": digest,
+        "weights_sha256": digest(Path(folder) / "model.safetensors"),
         "references_sha256": hashlib.sha256(refs.numpy().tobytes()).hexdigest(),
         "num_steps": cfg.num_steps,
         "seed": cfg.seed,
@@ -163,9 +156,9 @@ def generate(cfg: Config, refs: Tensor, device: torch.device) -> Tensor:
         save_json(note, made_by)
     for i in tqdm(range(len(fakes), len(refs), cfg.batch_size), desc="negatives", disable=None):
         ref = refs[i : i + cfg.batch_size].to(device).float() / 255
-        seeds = [key_seed(cfg.seed, i + j) for j in range(len(ref))]
+        seeds = [key_seed(cfg.seed, 9, i + j) for j in range(len(ref))]  # 9: other noise than in evaluation
         bf16 = use_bf16(cfg.bf16, device)
-        images = sample.sample(generator, ref, seeds, cfg.num_steps, bf16=bf16).images  # (B, V, 3, S, S) in [0, 1]
+        images = sample.sample(generator, ref, seeds, num_steps=cfg.num_steps, bf16=bf16).images  # (B, V, 3, S, S) in [0, 1]
         fakes = torch.cat([fakes, (images.cpu().clamp(0, 1) * 255).round().to(torch.uint8)])
         save_tensors(path, {"views": fakes})
     return fakes
@@ -290,20 +283,12 @@ def main(cfg: Config) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(groups, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
     start, seconds = 0, 0.0
     if state_path.exists():
-        try:
-            state = torch.load(state_path, map_location=device, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise InputError(
-                f"{state_path}: not readable ({str(error).splitlines()[0]}); expected a training state. "
-                "Delete it to start again."
-            ) from None
+        state = load_state(state_path, device)
         scorer.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start, seconds = state["step"], state["seconds"]
         print(f"{out}: goes on at step {start}")
-    # A killed run may have logged steps that are now done again.
-    lines = log_path.read_text().splitlines(keepends=True) if log_path.exists() else []
-    log_path.write_text("".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] < start))
+    trim_log(log_path, start - 1)
 
     begin, metrics = time.time() - seconds, {}
     bar = tqdm(total=cfg.steps, initial=start, desc="scorer", disable=None)

@@ -32,21 +32,23 @@ from common import (
     cli,
     get_device,
     keyed_generator,
+    load_state,
     log_line,
     provenance,
     save_json,
+    trim_log,
     use_bf16,
     write_atomic,
 )
 from data import SPLITS, load_split, relative_views
 from evaluate import grid, hull_iou, psnr
 from model import PRESETS, MultiViewUNet, load
-from sample import Schedule, forward_noise, noised_reference, sample_images
+from sample import Schedule, forward_noise, noised_reference, sample_images, split_prediction
 
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults train the shipped toy model; checkpoints/README.md has the exact commands."""
+    """Defaults train the shipped multi-view toy model; checkpoints/README.md says how it was made."""
 
     preset: str = "toy"  # size of a network trained from nothing: toy or small
     cross_view: bool = True  # False: views do not see each other (the Zero123-style baseline)
@@ -57,15 +59,15 @@ class Config:
     num_objects: int = 4096  # how many of them
     out: str = "out/sft"  # where everything goes
 
-    steps: int = 6000  # optimizer steps
-    batch_size: int = 8  # objects a step, each with its V views
-    lr: float = 6e-4  # peak learning rate; linear warm-up, then cosine to 0
+    steps: int = 4500  # optimizer steps
+    batch_size: int = 6  # objects a step, each with its V views
+    lr: float = 1e-3  # peak learning rate; linear warm-up, then cosine to 0
     warmup: int = 200  # steps of warm-up
     ema: float = 0.999  # decay of the averaged weights, which are the ones saved and evaluated
     seed: int = 0  # of weights, batches and noise
 
-    eval_every: int = 1000  # evaluate, save weights and grid
-    eval_objects: int = 32  # validation objects
+    eval_every: int = 500  # evaluate, save weights and grid
+    eval_objects: int = 16  # validation objects
     log_every: int = 50  # log the mean loss
     num_steps: int = 20  # network calls when sampling for evaluation
     bf16: str = "auto"  # run the forward in bfloat16: auto (where it is fast), on or off
@@ -108,7 +110,7 @@ def training_batch(
     latents = model.encode(batch.to(device).float() / 255)  # (B, V, c, h, w)
     # Stratified t: one uniform draw, spread evenly over the batch. Same expectation, less noise in the gradient.
     u = (torch.rand((), generator=g) + torch.arange(batch_size) / batch_size) % 1
-    t = 1 + (u * 999).long()
+    t = 1 + (u * (Schedule(model.cfg).num_train - 1)).long()
     noise = torch.randn(latents.shape, generator=g)
     ref_noise = torch.randn(latents[:, 0].shape, generator=g)
     return latents, latents[:, 0], t.to(device), noise.to(device), ref_noise.to(device)
@@ -137,9 +139,7 @@ def reference_use(
         x_t = forward_noise(schedule, latents, t, noise)
         for name, y in (("right", latents[:, 0]), ("wrong", latents[:, 0].roll(1, 0))):
             prediction = model(x_t, t, noised_reference(schedule, model.cfg, y, t, ref_noise))
-            if schedule.prediction == "epsilon":
-                ab = schedule.ab(t)
-                prediction = (x_t - (1 - ab).sqrt() * prediction) / ab.sqrt()
+            prediction, _ = split_prediction(schedule, prediction, x_t, t)
             result[f"x0_error_t{t_int}_{name}_ref"] = round(((prediction - latents) ** 2).mean().item(), 4)
     return result
 
@@ -181,7 +181,15 @@ def main(cfg: Config) -> dict:
         model = load(cfg.init, device)
     else:
         model = MultiViewUNet(replace(PRESETS[cfg.preset], cross_view=cfg.cross_view)).to(device)
-    size = model.cfg.image_size
+    if model.cfg.cross_view != cfg.cross_view:
+        raise InputError(
+            f"--cross_view {cfg.cross_view}: {cfg.init} was made with {model.cfg.cross_view}, expected that."
+        )
+    if min(cfg.steps, cfg.batch_size, cfg.warmup, cfg.eval_every, cfg.log_every, cfg.num_objects, cfg.eval_objects) < 1:
+        raise InputError(
+            "--steps, --batch_size, --warmup, --eval_every, --log_every and object counts: expected 1 or more."
+        )
+    size, bf16 = model.cfg.image_size, use_bf16(cfg.bf16, device)
     train_views = load_split(cfg.data, cfg.split, cfg.num_objects, size)
     val_views = load_split(cfg.data, "validation", cfg.eval_objects, size)
 
@@ -197,12 +205,14 @@ def main(cfg: Config) -> dict:
     claim(out, {k: v for k, v in asdict(cfg).items() if k not in free})
     start, seconds, result = 0, 0.0, {}
     if (out / "state.pt").is_file():
-        state = torch.load(out / "state.pt", map_location=device, weights_only=True)
+        state = load_state(out / "state.pt", device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         ema, start, seconds, result = state["ema"], state["step"], state["seconds"], state["result"]
         print(f"{out}: going on at step {start}")
-    save_json(out / "run.json", provenance(cfg))
+    if start < cfg.steps:
+        save_json(out / "run.json", provenance(cfg))
+    trim_log(out / "log.jsonl", start)
 
     clock, losses = time.time() - seconds, []
     bar = tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, desc="train_sft", disable=None)
@@ -232,7 +242,7 @@ def main(cfg: Config) -> dict:
         for group in optimizer.param_groups:
             group["lr"] = lr
         batch = training_batch(model, train_views, cfg.batch_size, cfg.seed, step, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(cfg.bf16, device)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss = simple_loss(model, schedule, *batch).mean()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)

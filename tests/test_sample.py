@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import TINY, random_model
+from conftest import TINY
 from diffusers import DDIMScheduler
 from PIL import Image
 
 import sample as S
 from common import InputError
-from model import ModelConfig
+from model import ModelConfig, load
 
 
 def schedule(**changes) -> S.Schedule:
@@ -40,6 +40,11 @@ def test_step_is_ddim_at_eta_1(prediction, num_steps):
         torch.testing.assert_close(mean, want_mean, rtol=0, atol=2e-6 * scale)
         torch.testing.assert_close(mean + var.sqrt() * z, want, rtol=0, atol=2e-6 * scale)
         torch.testing.assert_close(var.squeeze(), theirs._get_variance(t, t - 1000 // num_steps), rtol=1e-5, atol=1e-9)
+
+
+def test_betas_are_stable_diffusions():
+    theirs = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod
+    torch.testing.assert_close(schedule(schedule_shift=1.0).alpha_bar.float(), theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_only_the_last_step_has_no_variance():
@@ -123,7 +128,7 @@ def test_candidates_share_the_start_and_the_reference_noise_only(tiny):
     assert torch.equal(again.images, chain.images)
 
 
-def test_replaying_a_trajectory_gives_log_ratio_zero(tiny):
+def test_a_trajectory_can_be_replayed_bit_by_bit(tiny):
     """The stored states and noises are all that the policy depends on: its means come out the same, bit by bit."""
     ours = S.Schedule(tiny.cfg)
     chain = S.sample(tiny, refs(2), [1, 2], 5, noise_scales=[0.3, 0.8])
@@ -136,15 +141,10 @@ def test_replaying_a_trajectory_gives_log_ratio_zero(tiny):
             mean, var = S.ddpm_step(ours, tiny(chain.states[:, k], times[0], ref_t), chain.states[:, k], *times)
             noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])
             assert torch.equal(mean + var.sqrt() * noise, chain.states[:, k + 1])
-            assert (S.log_ratio(chain.states[:, k + 1], mean, mean, var) == 0).all()
 
 
-def test_guidance_of_zero_noise_changes_nothing(tiny):
-    plain = S.sample(tiny, refs(1), [3], 4).images
-    same = S.sample(tiny, refs(1), [3], 4, guidance=2.0, guidance_noise=0.0).images
-    pushed = S.sample(tiny, refs(1), [3], 4, guidance=2.0, guidance_noise=0.8).images
-    torch.testing.assert_close(plain, same, rtol=0, atol=1e-5)
-    assert (plain - pushed).abs().max() > 1e-3
+def test_saved_and_loaded_it_draws_the_same(tiny, tiny_folder):
+    assert torch.equal(S.sample(load(tiny_folder), refs(1), [4], 3).images, S.sample(tiny, refs(1), [4], 3).images)
 
 
 def test_main_takes_any_picture(tiny_folder, tmp_path):
@@ -160,12 +160,7 @@ def test_main_takes_any_picture(tiny_folder, tmp_path):
 def test_wrong_counts_are_refused(tiny):
     with pytest.raises(InputError, match="num_steps"):
         schedule().timesteps(0)
+    with pytest.raises(InputError, match="num_steps"):
+        schedule().timesteps(1000)
     with pytest.raises(InputError, match="2 seeds for 1"):
         S.sample(tiny, refs(1), [1, 2], 2)
-
-
-def test_models_differ(tiny):
-    assert not torch.equal(
-        S.sample(tiny, refs(1), [1], 2).images,
-        S.sample(random_model(cross_view=False), refs(1), [1], 2).images,
-    )

@@ -314,7 +314,7 @@ def test_wrong_inputs_to_training_give_one_line(folders: Path, tmp_path: Path, m
         ({"num_objects": 1}, "got 1 objects to train on"),
         ({"batch_size": 1}, "batches of 1; expected 2 or more"),
         ({"data": "toys"}, "10 objects are only there"),
-        ({"negatives": "zero123", "zero123": str(tmp_path / "none")}, "expected the generator"),
+        ({"negatives": "zero123", "zero123": str(tmp_path / "none")}, "expected a file of weights"),
         ({"head": "deep"}, "expected one of bilinear, concat"),
     ):
         with pytest.raises(InputError, match=text):

@@ -8,11 +8,11 @@ import torch
 from conftest import random_model
 
 import train_d3po as D
-from common import InputError, keyed_generator, load_json
+from common import InputError, load_json, load_tensors, save_tensors
 from data import make_toys
 from model import load
 from sample import Schedule, log_ratio
-from scorer import Scorer
+from scorer import Scorer, small_scorer
 
 CPU = torch.device("cpu")
 
@@ -136,6 +136,9 @@ def test_log_ratio_is_exactly_zero_before_the_first_update(tmp_path, condition):
     with torch.no_grad():
         for items in ([(0, 0), (1, 2)], [(2, 1), (0, 2)]):
             batch = pairs.batch(items, CPU)
+            clean = load_tensors(folder / f"{items[0][0]:04d}.safetensors")["y"][0]
+            assert torch.equal(batch["y"][0], clean)  # the winner has a = 0,
+            assert torch.equal(batch["y"][2], clean) == (condition == "clean")  # the loser a = 0.8
             mean, var = D.policy_mean(model, schedule, batch)
             assert (log_ratio(batch["action"], mean, pairs.mean_pre(items, CPU), var) == 0).all()
             if condition == "sampled":  # then the actions are the policy's own: standardised, they are its step noise
@@ -169,10 +172,32 @@ def test_a_fixed_pair_is_learned(tmp_path):
     assert metrics["log_ratio_w"] > 0
 
 
-def test_random_feedback_is_keyed(tmp_path):
-    cfg = config(tmp_path, feedback="random")
-    reward = D.feedback_fn(cfg, CPU)(torch.zeros(5), torch.zeros(5, 1), torch.zeros(1))
-    assert torch.equal(reward, torch.rand(5, generator=keyed_generator(0, 7)))
+@pytest.mark.parametrize("feedback", ["contrastive", "matching", "hull", "oracle"])
+def test_feedbacks_rank_images(tmp_path, feedback):
+    """Truth against truth with another object's right view; all but the untrained scorer must prefer the truth."""
+    small_scorer("bilinear", 64, 16, 32, 1, 2).save(tmp_path / "scorer")
+    cfg = config(tmp_path, feedback=feedback, scorer=str(tmp_path / "scorer"))
+    truth = make_toys(3, 64, 1).float() / 255
+    spoilt = truth[0].clone()
+    spoilt[1] = truth[2, 1]
+    reward = D.feedback_fn(cfg, CPU)(truth[:1, 0].expand(2, -1, -1, -1), torch.stack([truth[0], spoilt]), truth[0])
+    assert reward.shape == (2,) and (reward[0] > reward[1] or feedback == "contrastive")
+
+
+def test_the_scorer_is_asked_for_contrastive_feedback(tmp_path, monkeypatch):
+    small_scorer("bilinear", 16, 8, 32, 1, 2).save(tmp_path / "scorer")
+    monkeypatch.setattr(D, "contrastive_reward", lambda scorer, ref, images: torch.arange(5.0))  # the noisiest is best
+    D.main(config(tmp_path, feedback="contrastive", scorer=str(tmp_path / "scorer")))
+    (folder,) = (tmp_path / "out").glob("pairs_contrastive_*")
+    assert all(p["winner"] == 4 and p["loser"] == 0 for p in load_json(folder / "pairs.json"))
+
+
+def test_candidates_do_not_share_noise_with_evaluation(tmp_path):
+    cfg, model, views, folder = collected(tmp_path)
+    drawn = D.sample(model, views[:, 0].float() / 255, [D.key_seed(cfg.seed, i) for i in range(3)], cfg.num_steps)
+    for i in range(3):
+        y_noise = load_tensors(folder / f"{i:04d}.safetensors")["ref_noise"][0]
+        assert not torch.allclose(y_noise, drawn.ref_noise[i])
 
 
 # --- the script ---
@@ -183,7 +208,7 @@ def test_two_steps_of_main(tmp_path):
     out = tmp_path / "out" / "d3po_oracle"
     for name in ("config.json", "model.safetensors", "log.jsonl", "results.json", "grid.png"):
         assert (out / name).stat().st_size > 0
-    assert load_json(out / "results.json")["after"].keys() == result["before"].keys()
+    assert {"psnr", "psnr_unseen", "ssim", "hull"} <= load_json(out / "results.json")["table"].keys()
     logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert {"loss_d3po", "margin", "accuracy", "loss_simple", "grad_d3po", "grad_simple"} <= logged[0].keys()
     assert logged[0]["loss_d3po"] == pytest.approx(math.log(2), abs=1e-4)
@@ -191,28 +216,49 @@ def test_two_steps_of_main(tmp_path):
     views = make_toys(1, 16, 2).float() / 255
     before, after = (D.sample(load(m), views[:, 0], [0], 3).images for m in (config(tmp_path).model, out))
     assert (before - after).abs().max() > 1e-3
-    assert D.main(config(tmp_path, feedback="oracle", lr=1e-3))["after"] == result["after"]
+    assert D.main(config(tmp_path, feedback="oracle", lr=1e-3))["table"] == result["table"]  # finished before, reused
 
 
-def test_resumed_equals_uninterrupted(tmp_path):
+def test_resumed_equals_uninterrupted(tmp_path, monkeypatch):
     D.main(config(tmp_path, out=str(tmp_path / "whole"), steps=3))
-    for steps in (2, 3):
-        D.main(config(tmp_path, out=str(tmp_path / "parts"), steps=steps))
-    whole, parts = (load(tmp_path / name / "d3po_noise_scale").state_dict() for name in ("whole", "parts"))
-    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    parts = config(tmp_path, out=str(tmp_path / "parts"), steps=3, save_every=1)
+    calls, original = [], D.simple_loss
+
+    def dies(*args):
+        calls.append(0)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(D, "simple_loss", dies)
+    with pytest.raises(KeyboardInterrupt):
+        D.main(parts)
+    D.main(parts)
+    logs = [(tmp_path / name / "d3po_noise_scale" / "log.jsonl").read_text() for name in ("whole", "parts")]
+    assert logs[0] == logs[1]
+    whole, pieces = (load(tmp_path / name / "d3po_noise_scale").state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(whole[k], pieces[k]) for k in whole)
+
+
+def test_candidates_of_other_weights_are_refused(tmp_path):
+    D.main(config(tmp_path, steps=1))
+    random_model(ref_scale=1.0).save(tmp_path / "pre")
+    with torch.no_grad():
+        other = random_model()
+        other.unet.conv_in.weight.mul_(1.1)
+        other.save(tmp_path / "pre")
+    with pytest.raises(InputError, match="made with weights"):
+        D.main(config(tmp_path, steps=1))
 
 
 def test_training_refuses_means_of_another_policy(tmp_path):
-    D.main(config(tmp_path, steps=1))
-    out = tmp_path / "out" / "d3po_noise_scale"
-    (out / "state.pt").unlink()
-    other = random_model()
-    with torch.no_grad():
-        for p in other.parameters():
-            p.mul_(1.2)
-    other.save(tmp_path / "pre")
+    cfg = config(tmp_path, steps=1)
+    D.main(cfg)
+    (tmp_path / "out" / "d3po_noise_scale" / "state.pt").unlink()
+    for path in (tmp_path / "out").glob("pairs_*/*.safetensors"):
+        save_tensors(path, {"means": load_tensors(path)["means"] * 1.5})
     with pytest.raises(InputError, match="before the first update"):
-        D.main(config(tmp_path, steps=1))
+        D.main(cfg)
 
 
 @pytest.mark.slow
@@ -220,7 +266,7 @@ def test_contrastive_trains_its_own_scorer(tmp_path):
     random_model(image_size=64, channels=(16, 32)).save(tmp_path / "pre")
     result = D.main(config(tmp_path, feedback="contrastive", negatives="pretrained"))
     assert Scorer.load(tmp_path / "out" / "scorer_pretrained")
-    assert math.isfinite(result["after"]["contrastive"])
+    assert math.isfinite(result["table"]["contrastive"]["after"])
 
 
 def test_wrong_input_is_one_line(tmp_path):
@@ -230,3 +276,15 @@ def test_wrong_input_is_one_line(tmp_path):
         D.main(config(tmp_path, first_call=4))
     with pytest.raises(InputError, match="no config.json"):
         D.main(config(tmp_path, model=str(tmp_path / "nowhere")))
+    with pytest.raises(InputError, match="expected 1 or more"):
+        D.main(config(tmp_path, steps=0))
+    small_scorer("bilinear", 32, 8, 32, 1, 2).save(tmp_path / "scorer")
+    with pytest.raises(InputError, match="a scorer for 32 pixels, expected 16"):
+        D.main(config(tmp_path, feedback="contrastive", scorer=str(tmp_path / "scorer")))
+    assert not (tmp_path / "out" / "candidates").exists()
+    D.main(config(tmp_path, steps=2))
+    with pytest.raises(InputError, match="is at step 2, got --steps 1"):
+        D.main(config(tmp_path, steps=1))
+    (tmp_path / "out" / "d3po_noise_scale" / "state.pt").write_bytes(b"half")
+    with pytest.raises(InputError, match="not readable"):
+        D.main(config(tmp_path, steps=2))

@@ -109,7 +109,7 @@ def test_resumed_equals_uninterrupted(tmp_path):
 
 def test_another_config_is_not_resumed(tmp_path):
     T.main(config(tmp_path))
-    with pytest.raises(InputError, match="made with lr 0.0006; expected lr 1e-05"):
+    with pytest.raises(InputError, match="made with lr 0.001; expected lr 1e-05"):
         T.main(config(tmp_path, lr=1e-5))
 
 
