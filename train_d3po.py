@@ -90,9 +90,9 @@ class Config:
     steps: int = 150  # optimizer steps (paper: 1800)
     batch_pairs: int = 4  # pairs a step, and ground-truth objects for L_simple-MV
     lr: float = 5e-5  # AdamW, constant; attention layers only (App. B)
-    beta_dpo: float = 1e-4  # beta of Eq. 2 on the log-ratio SUMMED over V c h w
+    beta_dpo: float = 1e-2  # beta of Eq. 2 on the log-ratio SUMMED over V c h w; 0 is the SFT baseline
     lambda_simple: float = 1.0  # weight of L_simple-MV (paper: 1)
-    step_weight: Literal["none", "equal"] = "none"  # equal: rescale the log-ratio so that all steps weigh the same
+    step_weight: Literal["none", "equal"] = "equal"  # equal: an error of x0 costs the same at every trained step
     seed: int = 0  # of candidates, pairs, batches and noise
 
     save_every: int = 25  # save what a killed run goes on from

@@ -211,7 +211,7 @@ def test_two_steps_of_main(tmp_path):
     assert {"psnr", "psnr_unseen", "ssim", "hull"} <= load_json(out / "results.json")["table"].keys()
     logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert {"loss_d3po", "margin", "accuracy", "loss_simple", "grad_d3po", "grad_simple"} <= logged[0].keys()
-    assert logged[0]["loss_d3po"] == pytest.approx(math.log(2), abs=1e-4)
+    assert logged[0]["loss_d3po"] == pytest.approx(math.log(2), abs=1e-3)
     # fine-tuned weights, saved and loaded, change the picture
     views = make_toys(1, 16, 2).float() / 255
     before, after = (D.sample(load(m), views[:, 0], [0], 3).images for m in (config(tmp_path).model, out))
