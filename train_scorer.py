@@ -157,8 +157,8 @@ def generate(cfg: Config, refs: Tensor, device: torch.device) -> Tensor:
     for i in tqdm(range(len(fakes), len(refs), cfg.batch_size), desc="negatives", disable=None):
         ref = refs[i : i + cfg.batch_size].to(device).float() / 255
         seeds = [key_seed(cfg.seed, 9, i + j) for j in range(len(ref))]  # 9: other noise than in evaluation
-        bf16 = use_bf16(cfg.bf16, device)
-        images = sample.sample(generator, ref, seeds, num_steps=cfg.num_steps, bf16=bf16).images  # (B, V, 3, S, S) in [0, 1]
+        chain = sample.sample(generator, ref, seeds, num_steps=cfg.num_steps, bf16=use_bf16(cfg.bf16, device))
+        images = chain.images  # (B, V, 3, S, S) in [0, 1]
         fakes = torch.cat([fakes, (images.cpu().clamp(0, 1) * 255).round().to(torch.uint8)])
         save_tensors(path, {"views": fakes})
     return fakes
