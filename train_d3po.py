@@ -9,14 +9,19 @@ the ground truth of the same objects holds it in place.
 
 The stages, each reused when it is there already (out/ is the default of --out):
 
-    out/candidates/       five trajectories an object, whatever the feedback
-    out/scorer_*/         the contrastive scorer, made by train_scorer.py when --feedback contrastive asks for it
+    out/scorer_*/            the contrastive scorer, made by train_scorer.py when --feedback contrastive asks for it
+    out/candidates/          five trajectories an object, whatever the feedback
     out/pairs_<feedback>_*/  pairs.json, and pi_pre's means of winner and loser at every trained step
-    out/before/           pi_pre's images of the validation objects
-    out/d3po_<feedback>/  log.jsonl, config.json and model.safetensors, results.json, grid.png
+    out/before/              pi_pre's images of the validation objects
+    out/d3po_<feedback>/     log.jsonl, config.json and model.safetensors, results.json, grid.png
 
 Run:
-    python train_d3po.py --feedback contrastive      # or matching, or hull (no training, no weights)
+    python train_d3po.py --feedback contrastive                             # 7 minutes on 2 quiet CPU cores
+    python train_d3po.py --feedback matching                                # or hull: no training, no weights
+    python train_d3po.py --feedback hull --beta_dpo 0 --name sft_baseline   # L_simple-MV alone: the SFT row
+
+Expect (defaults, 1 seed):
+    log_ratio_w 0 -> +.4 and log_ratio_l 0 -> -.7 in 150 steps; no metric moves beyond its interval
 
 Letters: P pairs, G candidates of a reference, K network calls of which J are trained, V views, c h w latent sizes.
 """

@@ -14,6 +14,9 @@ Run:
     python train_sft.py --cross_view False --out out/sft_independent       # the Zero123-style baseline
     python train_sft.py --init checkpoints/toy --attention_only True --split preference --num_objects 240
 
+Expect (toy, 59 minutes on one CPU core, 16 validation objects):
+    psnr_unseen 14.5 at step 500, 15.4 at 1000, 16.3 at 2000, 17.3 at 4500; white 7.8, reference copied 13.3
+
     Writes out/sft/{config.json, model.safetensors (EMA), log.jsonl, run.json, state.pt, grid.png}; the same command
     resumes.
 """
