@@ -37,8 +37,8 @@ def test_step_is_ddim_at_eta_1(prediction, num_steps):
         want_mean = theirs.step(out, t, x, eta=1.0, variance_noise=torch.zeros_like(x)).prev_sample
         want = theirs.step(out, t, x, eta=1.0, variance_noise=z).prev_sample
         scale = want_mean.abs().max().item()
-        torch.testing.assert_close(mean, want_mean, rtol=0, atol=2e-6 * scale)
-        torch.testing.assert_close(mean + var.sqrt() * z, want, rtol=0, atol=2e-6 * scale)
+        torch.testing.assert_close(mean, want_mean, rtol=0, atol=1e-6 * scale)
+        torch.testing.assert_close(mean + var.sqrt() * z, want, rtol=0, atol=1e-6 * scale)
         torch.testing.assert_close(var.squeeze(), theirs._get_variance(t, t - 1000 // num_steps), rtol=1e-5, atol=1e-9)
 
 
