@@ -146,8 +146,11 @@ def digest(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def load_weights(module: torch.nn.Module, path: str | Path) -> None:
-    """Load safetensors weights strictly; names or shapes that do not fit raise InputError with the first of them."""
+def load_weights(module: torch.nn.Module, path: str | Path, assign: bool = False) -> None:
+    """Load safetensors weights strictly; names or shapes that do not fit raise InputError with the first of them.
+
+    assign: the file's tensors become the parameters, for a module on the meta device.
+    """
     tensors, own = load_tensors(path), module.state_dict()
     wrong = [k for k in sorted(own.keys() | tensors.keys()) if k not in own or k not in tensors]
     wrong += [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
@@ -156,7 +159,7 @@ def load_weights(module: torch.nn.Module, path: str | Path) -> None:
             f"{path}: {len(wrong)} tensors are missing, unexpected or of another shape (first: {wrong[0]}); "
             f"expected the weights of {type(module).__name__} with the config beside the file."
         )
-    module.load_state_dict(tensors)
+    module.load_state_dict(tensors, assign=assign)
 
 
 def claim(folder: str | Path, made_by: dict[str, Any]) -> None:

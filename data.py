@@ -519,7 +519,7 @@ def load_split(
     size: int,
     cache: str | Path = "out/data",
 ) -> Tensor:  # (n or fewer, V, 3, size, size) uint8
-    """The first n objects of a split. Toys are rendered once and cached; the splits never share an object."""
+    """The first n objects of a split, in memory. Toys are rendered once and cached. Splits never share an object."""
     if source == "toys":
         path = Path(cache) / f"toys_{split}_{n}_{size}.safetensors"
         if not path.is_file():
@@ -527,9 +527,16 @@ def load_split(
             parts = [make_toys(min(64, n - i), size, SPLITS[split], first=i) for i in bar]
             save_tensors(path, {"views": torch.cat(parts)})
         return load_tensors(path)["views"]
+    views = lazy_split(source, split, n, size)
+    bar = tqdm(range(len(views)), desc=f"read {split} renders", leave=False, disable=None)
+    return torch.stack([views[i] for i in bar])
+
+
+def lazy_split(source: str, split: str, n: int, size: int) -> Views:
+    """The same of a folder of renders, left on disk until indexed: 100,000 objects at 512 px would be 390 GB."""
     ids, views = load_views(source, size)
-    bar = tqdm(split_of(ids, split)[:n], desc=f"read {split} renders", leave=False, disable=None)
-    return torch.stack([views[ids.index(name)] for name in bar])
+    folders = dict(zip(ids, views.folders, strict=True))
+    return Views([folders[name] for name in split_of(ids, split)[:n]], size)
 
 
 # --- command line ---

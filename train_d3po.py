@@ -95,6 +95,7 @@ class Config:
     steps: int = 150  # optimizer steps (paper: 1800)
     batch_pairs: int = 4  # pairs a step, and ground-truth objects for L_simple-MV
     lr: float = 5e-5  # AdamW, constant; attention layers only (App. B)
+    lora: int = 0  # train a change of this rank of their projections instead: less memory; 0: no
     beta_dpo: float = 1e-2  # beta of Eq. 2 on the log-ratio SUMMED over V c h w; 0 is the SFT baseline
     lambda_simple: float = 1.0  # weight of L_simple-MV (paper: 1)
     step_weight: Literal["none", "equal"] = "equal"  # equal: an error of x0 costs the same at every trained step
@@ -103,7 +104,9 @@ class Config:
     save_every: int = 25  # save what a killed run goes on from
     log_every: int = 10  # log means of the last steps
     batch_size: int = 8  # objects at a time when sampling
-    bf16: str = "auto"  # draw samples in bfloat16: auto (where it is fast), on or off. The loss is float32 always
+    bf16: str = "auto"  # draw samples in bfloat16: auto (where it is fast), on or off. A small model's loss is float32
+    checkpointing: bool = False  # keep few activations and compute the others again: half the speed, far less memory
+    compile: bool = False  # torch.compile the UNet
     threads: int = 0  # torch threads; 0 leaves torch's choice (1 can be much faster on a busy machine)
     device: str = "auto"  # auto, cpu or cuda
 
@@ -275,14 +278,23 @@ class Pairs:
         return torch.stack(rows).to(device)
 
 
-def policy_mean(model: MultiViewUNet, schedule: Schedule, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def policy_mean(
+    model: MultiViewUNet,
+    schedule: Schedule,
+    batch: dict[str, Tensor],
+    half: bool = False,  # run the network in bfloat16
+) -> tuple[Tensor, Tensor]:
     """mean_theta (2 P, V, c, h, w) and var of the rows of `Pairs.batch`."""
     ref_t = noised_reference(schedule, model.cfg, batch["y"], batch["t"], batch["ref_noise"])
-    return ddpm_step(schedule, model(batch["x_t"], batch["t"], ref_t), batch["x_t"], batch["t"], batch["s"])
+    with torch.autocast(ref_t.device.type, torch.bfloat16, enabled=half):
+        prediction = model(batch["x_t"], batch["t"], ref_t)
+    return ddpm_step(schedule, prediction, batch["x_t"], batch["t"], batch["s"])
 
 
 @torch.no_grad()
-def store_means(model: MultiViewUNet, schedule: Schedule, pairs: Pairs, device: torch.device) -> None:
+def store_means(
+    model: MultiViewUNet, schedule: Schedule, pairs: Pairs, device: torch.device, half: bool = False
+) -> None:
     """mean_pre of every pair and trained step, in batches of the training shape: then equal weights give exactly equal
     means, because kernels (and so their rounding) depend on the shape."""
     size, J = pairs.cfg.batch_pairs, len(pairs.calls)
@@ -291,7 +303,7 @@ def store_means(model: MultiViewUNet, schedule: Schedule, pairs: Pairs, device: 
         means = []
         for first in range(0, J, size):
             steps = [min(first + i, J - 1) for i in range(size)]  # the last batch is filled up
-            mean, _ = policy_mean(model, schedule, pairs.batch([(n, j) for j in steps], device))
+            mean, _ = policy_mean(model, schedule, pairs.batch([(n, j) for j in steps], device), half)
             means.append(mean.unflatten(0, (2, size))[:, : min(size, J - first)].cpu())
         save_tensors(pairs.means / f"{n:04d}.safetensors", {"means": torch.cat(means, 1)})  # (2, J, V, c, h, w)
 
@@ -335,6 +347,13 @@ def main(cfg: Config) -> dict:
         print(f"[{name}: {seconds[name]:.0f} s]")
 
     model = load(cfg.model, device)
+    # Small log-ratios want float32. SDXL needs a bfloat16 forward to fit, with what is frozen stored so.
+    half = bool(model.cfg.base) and use_bf16(cfg.bf16, device)
+    parameters = model.freeze(lora=cfg.lora, half=half)
+    if cfg.checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    if cfg.compile:
+        model.unet.compile()
     schedule, size = Schedule(model.cfg), model.cfg.image_size
     raw = load_split(cfg.data, "preference", cfg.num_objects, size)
     # Like in pre-training, one of the four sides is the reference, drawn once for each object.
@@ -349,7 +368,7 @@ def main(cfg: Config) -> dict:
         training = replace(training, image_size=size, num_objects=cfg.num_objects, bf16=cfg.bf16, device=cfg.device)
         train_scorer(replace(training, out=folder))
         cfg = replace(cfg, scorer=folder)
-    scorer = Scorer.load(cfg.scorer, device) if cfg.scorer else None
+    scorer = Scorer.load(cfg.scorer) if cfg.scorer else None  # on the CPU until it is asked for
     if scorer and not scorer.cfg.resize and scorer.cfg.image_size != size:
         raise InputError(
             f"{cfg.scorer}: a scorer for {scorer.cfg.image_size} pixels, expected {size}, what {cfg.model} makes. "
@@ -380,7 +399,7 @@ def main(cfg: Config) -> dict:
     print(f"{len(pairs.pairs)} pairs of {len(views)} objects; noise scale: times winner/loser: {shares}")
     stage("feedback")
 
-    store_means(model, schedule, pairs, device)
+    store_means(model, schedule, pairs, device, half)
     stage("means")
 
     folder = Path(cfg.out) / "before"
@@ -391,11 +410,9 @@ def main(cfg: Config) -> dict:
     before_images = load_tensors(folder / "images.safetensors")["images"]
     stage("sample before")
 
-    model.requires_grad_(False)
-    parameters = model.attention_parameters()
-    for p in parameters:
-        p.requires_grad_(True)
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type == "cuda"
+    )
     weights = step_weights(schedule, pairs.calls, cfg.step_weight).to(device)
     J, start = len(pairs.calls), 0
     free = (
@@ -411,7 +428,7 @@ def main(cfg: Config) -> dict:
     claim(out, {k: v for k, v in asdict(cfg).items() if k not in free})
     if (out / "state.pt").is_file():
         state = load_state(out / "state.pt", device)
-        model.load_state_dict(state["model"])
+        model.load_state_dict(state["model"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
         print(f"{out}: going on at step {start}")
@@ -431,7 +448,7 @@ def main(cfg: Config) -> dict:
     for step in bar:
         # save
         if (step % cfg.save_every == 0 or step == cfg.steps) and step > start:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            state = {"model": model.trained_state(), "optimizer": optimizer.state_dict(), "step": step}
             write_atomic(out / "state.pt", lambda p, state=state: torch.save(state, p))
         if step == cfg.steps:
             break
@@ -443,7 +460,7 @@ def main(cfg: Config) -> dict:
         batch = pairs.batch(items, device)
 
         # forward: winner and loser in one call
-        mean_theta, var = policy_mean(model, schedule, batch)
+        mean_theta, var = policy_mean(model, schedule, batch, half)
         ratio = log_ratio(batch["action"], mean_theta, pairs.mean_pre(items, device), var)  # (2 P,)
         ratio = ratio * weights[[j for _, j in items] * 2]
         ratio_w, ratio_l = ratio.chunk(2)
@@ -453,8 +470,9 @@ def main(cfg: Config) -> dict:
                 f"1e-3: the stored means are not this policy's. Delete {pairs.means} and start again."
             )
         loss_d3po, metrics = d3po_loss(ratio_w, ratio_l, cfg.beta_dpo)
-        real = training_batch(model, raw, cfg.batch_pairs, cfg.seed, step, device)
-        loss_simple = simple_loss(model, schedule, *real).mean()
+        real = training_batch(model, schedule, raw, cfg.batch_pairs, cfg.seed, step, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            loss_simple = simple_loss(model, schedule, *real).mean()
 
         # backward, once for each loss to see their gradients apart; step
         from_d3po = torch.autograd.grad(loss_d3po, parameters)
@@ -485,6 +503,7 @@ def main(cfg: Config) -> dict:
 
     after_images = sample_validation(model, val_views, cfg)
     truth = val_views.float() / 255
+    scorer = scorer.to(device) if scorer else None
     before, after = (score_images(x, truth, truth[:, 0], scorer) for x in (before_images, after_images))
     grid(
         out / "grid.png",

@@ -43,9 +43,9 @@ from common import (
     use_bf16,
     write_atomic,
 )
-from data import SPLITS, load_split, relative_views
+from data import SPLITS, Views, lazy_split, load_split, relative_views
 from evaluate import grid, hull_iou, psnr
-from model import PRESETS, MultiViewUNet, load
+from model import PRESETS, MultiViewUNet, from_base, load
 from sample import Schedule, forward_noise, noised_reference, sample_images, split_prediction
 
 
@@ -53,10 +53,13 @@ from sample import Schedule, forward_noise, noised_reference, sample_images, spl
 class Config:
     """Defaults train the shipped multi-view toy model; checkpoints/README.md says how it was made."""
 
-    preset: str = "toy"  # size of a network trained from nothing: toy or small
+    preset: str = "toy"  # toy or small, trained from nothing, or sdxl, which starts from published weights
+    base: str = ""  # hub id or folder of the SDXL pipeline to start from; empty: the preset's
+    image_size: int = 0  # pixels; 0: the preset's
     cross_view: bool = True  # False: views do not see each other (the Zero123-style baseline)
-    init: str = ""  # start from this model folder instead of from nothing
+    init: str = ""  # start from this model folder instead
     attention_only: bool = False  # train the attention layers only (App. B)
+    lora: int = 0  # train a change of this rank of the attention projections only: less memory; 0: no
     data: str = "toys"  # toys, or a folder of renders (see data.py)
     split: str = "train"  # objects to train on: train, or preference for the SFT baseline
     num_objects: int = 4096  # how many of them
@@ -74,6 +77,8 @@ class Config:
     log_every: int = 50  # log the mean loss
     num_steps: int = 20  # network calls when sampling for evaluation
     bf16: str = "auto"  # run the forward in bfloat16: auto (where it is fast), on or off
+    checkpointing: bool = False  # keep few activations and compute the others again: half the speed, far less memory
+    compile: bool = False  # torch.compile the UNet
     threads: int = 0  # torch threads; 0 leaves torch's choice (1 can be much faster on a busy machine)
     device: str = "auto"  # auto, cpu or cuda
 
@@ -99,21 +104,22 @@ def simple_loss(
 
 def training_batch(
     model: MultiViewUNet,
-    views: Tensor,  # (N, V, 3, S, S) uint8 all training objects
+    schedule: Schedule,
+    views: Tensor | Views,  # (N, V, 3, S, S) uint8 all training objects
     batch_size: int,
     seed: int,
     step: int,
     device: torch.device,
 ) -> tuple[Tensor, ...]:
-    """The arguments of `simple_loss` after the schedule, a function of (seed, step) alone: resuming changes nothing."""
+    """The other arguments of `simple_loss`, a function of (seed, step) alone: resuming changes nothing."""
     g = keyed_generator(seed, step)
     index = torch.randint(len(views), (batch_size,), generator=g)
     sides = torch.randint(4, (batch_size,), generator=g)  # "randomly choose an image" of the four sides, Sec. 6.1
-    batch = torch.stack([relative_views(views[i], int(r)) for i, r in zip(index, sides, strict=True)])
+    batch = torch.stack([relative_views(views[i], r) for i, r in zip(index.tolist(), sides.tolist(), strict=True)])
     latents = model.encode(batch.to(device).float() / 255)  # (B, V, c, h, w)
     # Stratified t: one uniform draw, spread evenly over the batch. Same expectation, less noise in the gradient.
     u = (torch.rand((), generator=g) + torch.arange(batch_size) / batch_size) % 1
-    t = 1 + (u * (Schedule(model.cfg).num_train - 1)).long()
+    t = 1 + (u * (schedule.num_train - 1)).long()
     noise = torch.randn(latents.shape, generator=g)
     ref_noise = torch.randn(latents[:, 0].shape, generator=g)
     return latents, latents[:, 0], t.to(device), noise.to(device), ref_noise.to(device)
@@ -170,46 +176,66 @@ def evaluate(model: MultiViewUNet, views: Tensor, cfg: Config, device: torch.dev
     }
 
 
-def main(cfg: Config) -> dict:
-    """Train until cfg.steps, resuming from cfg.out; returns the last evaluation."""
+def new_model(cfg: Config) -> MultiViewUNet:
+    """What training starts from."""
     if cfg.preset not in PRESETS:
         raise InputError(f"--preset {cfg.preset}: unknown, expected one of {', '.join(PRESETS)}.")
+    if cfg.init:
+        model = load(cfg.init)
+        if (model.cfg.cross_view, model.cfg.image_size) != (cfg.cross_view, cfg.image_size or model.cfg.image_size):
+            raise InputError(
+                f"--cross_view {cfg.cross_view} --image_size {cfg.image_size}: {cfg.init} was made with "
+                f"{model.cfg.cross_view} and {model.cfg.image_size}, expected those."
+            )
+        return model
+    preset = PRESETS[cfg.preset]
+    if cfg.base and not preset.base:
+        raise InputError(f"--base {cfg.base}: --preset {cfg.preset} starts from nothing, expected --preset sdxl.")
+    architecture = replace(
+        preset,
+        cross_view=cfg.cross_view,
+        base=cfg.base or preset.base,
+        image_size=cfg.image_size or preset.image_size,
+    )
+    return from_base(architecture) if architecture.base else MultiViewUNet(architecture)
+
+
+def main(cfg: Config) -> dict:
+    """Train until cfg.steps, resuming from cfg.out; returns the last evaluation."""
     if cfg.split not in SPLITS:
         raise InputError(f"--split {cfg.split}: unknown, expected one of {', '.join(SPLITS)}.")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     device, out = get_device(cfg.device), Path(cfg.out)
     torch.manual_seed(cfg.seed)
-    if cfg.init:
-        model = load(cfg.init, device)
-    else:
-        model = MultiViewUNet(replace(PRESETS[cfg.preset], cross_view=cfg.cross_view)).to(device)
-    if model.cfg.cross_view != cfg.cross_view:
-        raise InputError(
-            f"--cross_view {cfg.cross_view}: {cfg.init} was made with {model.cfg.cross_view}, expected that."
-        )
+    model = new_model(cfg).to(device)
     if min(cfg.steps, cfg.batch_size, cfg.warmup, cfg.eval_every, cfg.log_every, cfg.num_objects, cfg.eval_objects) < 1:
         raise InputError(
             "--steps, --batch_size, --warmup, --eval_every, --log_every and object counts: expected 1 or more."
         )
     size, bf16 = model.cfg.image_size, use_bf16(cfg.bf16, device)
-    train_views = load_split(cfg.data, cfg.split, cfg.num_objects, size)
+    read = load_split if cfg.data == "toys" else lazy_split
+    train_views = read(cfg.data, cfg.split, cfg.num_objects, size)
     val_views = load_split(cfg.data, "validation", cfg.eval_objects, size)
 
-    model.train().requires_grad_(not cfg.attention_only)
-    parameters = model.attention_parameters() if cfg.attention_only else list(model.parameters())
-    for p in parameters:
-        p.requires_grad_(True)
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    half = bf16 and bool(model.cfg.base and (cfg.attention_only or cfg.lora))
+    parameters = model.train().freeze(cfg.attention_only, cfg.lora, half)
+    if cfg.checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    if cfg.compile:
+        model.unet.compile()
+    optimizer = torch.optim.AdamW(
+        parameters, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type == "cuda"
+    )
     schedule = Schedule(model.cfg)
-    ema = {k: v.clone() for k, v in model.state_dict().items()}
+    ema = {k: v.clone() for k, v in model.trained_state().items()}
 
     free = ("out", "threads", "device", "eval_every", "log_every")  # what may change when a run goes on
     claim(out, {k: v for k, v in asdict(cfg).items() if k not in free})
     start, seconds, result = 0, 0.0, {}
     if (out / "state.pt").is_file():
         state = load_state(out / "state.pt", device)
-        model.load_state_dict(state["model"])
+        model.load_state_dict(state["model"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         ema, start, seconds, result = state["ema"], state["step"], state["seconds"], state["result"]
         print(f"{out}: going on at step {start}")
@@ -222,14 +248,15 @@ def main(cfg: Config) -> dict:
     for step in bar:
         # evaluate and save
         if (step % cfg.eval_every == 0 or step == cfg.steps) and step > start:
-            averaged = MultiViewUNet(model.cfg).to(device).eval()
-            averaged.load_state_dict(ema)
-            result = evaluate(averaged, val_views, cfg, device, out / "grid.png")
+            weights = {k: v.clone() for k, v in model.trained_state().items()}
+            model.load_state_dict(ema, strict=False)
+            result = evaluate(model.eval(), val_views, cfg, device, out / "grid.png")
+            model.save(out)
+            model.train().load_state_dict(weights, strict=False)
             seconds = time.time() - clock
             log_line(out / "log.jsonl", step=step, seconds=round(seconds), **result)
             tqdm.write(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in result.items()))
-            averaged.save(out)
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema}
+            state = {"model": weights, "optimizer": optimizer.state_dict(), "ema": ema}
             state |= {"step": step, "seconds": seconds, "result": result}
             write_atomic(out / "state.pt", lambda p, state=state: torch.save(state, p))
         if step == cfg.steps:
@@ -244,7 +271,7 @@ def main(cfg: Config) -> dict:
         )
         for group in optimizer.param_groups:
             group["lr"] = lr
-        batch = training_batch(model, train_views, cfg.batch_size, cfg.seed, step, device)
+        batch = training_batch(model, schedule, train_views, cfg.batch_size, cfg.seed, step, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss = simple_loss(model, schedule, *batch).mean()
         loss.backward()
@@ -254,7 +281,7 @@ def main(cfg: Config) -> dict:
         optimizer.step()
         optimizer.zero_grad()
         decay = min(cfg.ema, (1 + step) / (10 + step))  # a short memory first, so that the start is forgotten
-        for name, value in model.state_dict().items():
+        for name, value in model.trained_state().items():
             ema[name].lerp_(value, 1 - decay)
 
         # log

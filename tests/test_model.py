@@ -22,7 +22,7 @@ def inputs(seed: int = 0):
 
 def stock_unet(model):
     """The unmodified diffusers UNet with our model's weights."""
-    unet = UNet2DConditionModel.from_config(model.unet.config)
+    unet = UNet2DConditionModel.from_config(model.unet.config, num_class_embeds=NUM_VIEWS + 1)
     for module in unet.modules():
         if hasattr(module, "attn2"):
             module.attn2 = module.norm2 = None

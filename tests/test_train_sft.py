@@ -41,7 +41,7 @@ def own_cache(tmp_path, monkeypatch):
 def test_the_weight_makes_it_the_v_prediction_loss():
     model, views = random_model(), make_toys(2, 16, 0)
     schedule = Schedule(model.cfg)
-    latents, y, t, noise, ref_noise = T.training_batch(model, views, 2, 0, 0, torch.device("cpu"))
+    latents, y, t, noise, ref_noise = T.training_batch(model, schedule, views, 2, 0, 0, torch.device("cpu"))
     with torch.no_grad():
         got = T.simple_loss(model, schedule, latents, y, t, noise, ref_noise)
         ab = schedule.ab(t)
@@ -56,7 +56,7 @@ def test_the_weight_makes_it_the_v_prediction_loss():
 
 def test_batches_depend_on_seed_and_step_alone():
     model, views = random_model(), make_toys(3, 16, 0)
-    draw = lambda seed, step: T.training_batch(model, views, 4, seed, step, torch.device("cpu"))  # noqa: E731
+    draw = lambda seed, step: T.training_batch(model, Schedule(model.cfg), views, 4, seed, step, torch.device("cpu"))  # noqa: E731
     assert all(torch.equal(a, b) for a, b in zip(draw(0, 5), draw(0, 5), strict=True))
     assert not torch.equal(draw(0, 5)[3], draw(0, 6)[3]) and not torch.equal(draw(0, 5)[3], draw(1, 5)[3])
     latents, y, t, _, _ = draw(0, 5)

@@ -1,0 +1,178 @@
+"""The SDXL preset, on a tiny random network of SDXL's shape saved in the real folder format."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+from common import InputError
+from model import NUM_VIEWS, PRESETS, LoRALinear, MultiViewAttention, MultiViewUNet, from_base, load
+
+V, SIZE = NUM_VIEWS, 64
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """unet/ and vae/ as StableDiffusionXLPipeline.save_pretrained writes them, with random weights."""
+    folder = tmp_path_factory.mktemp("sdxl")
+    torch.manual_seed(0)
+    UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        transformer_layers_per_block=(1, 2),
+        projection_class_embeddings_input_dim=6 * 8 + 32,
+        cross_attention_dim=64,
+        norm_num_groups=8,
+    ).save_pretrained(folder / "unet")
+    AutoencoderKL(
+        block_out_channels=(16, 32, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=64,
+        scaling_factor=0.13025,
+    ).save_pretrained(folder / "vae")
+    return str(folder)
+
+
+@pytest.fixture
+def tiny(base):
+    return from_base(replace(PRESETS["sdxl"], base=base, image_size=SIZE))
+
+
+def inputs(batch: int = 2):
+    g = torch.Generator().manual_seed(0)
+    x, ref = torch.randn(batch, V, 4, 8, 8, generator=g), torch.randn(batch, 4, 8, 8, generator=g)
+    return x, torch.tensor([300, 700])[:batch], ref
+
+
+def test_the_real_config_has_the_published_size():
+    """2,567,463,684 parameters before our embedding, 70 self-attention layers (on the meta device, without weights)."""
+    config = UNet2DConditionModel.load_config(str(Path(__file__).parent / "sdxl"), subfolder="unet")
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+        assert sum(p.numel() for p in unet.parameters()) == 2_567_463_684
+        model = MultiViewUNet(PRESETS["sdxl"], unet)
+    assert sum(isinstance(m, MultiViewAttention) for m in model.modules()) == 70
+    assert sum(p.numel() for p in model.parameters()) == 2_567_463_684 + (V + 1) * 1280
+
+
+@torch.no_grad()
+def test_one_view_without_reference_is_the_stock_sdxl(tiny, base):
+    """With the 77 zero tokens, zero pooled embedding and time ids that its own pipeline uses for an empty prompt."""
+    stock = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+    x, t, _ = inputs()
+    conditions = {
+        "text_embeds": torch.zeros(2, 32),
+        "time_ids": torch.tensor([[SIZE, SIZE, 0, 0, SIZE, SIZE]] * 2).float(),
+    }
+    theirs = stock(x[:, 0], t, encoder_hidden_states=torch.zeros(2, 77, 64), added_cond_kwargs=conditions).sample
+    torch.testing.assert_close(tiny(x[:, :1], t, None)[:, 0], theirs, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_the_reference_and_the_other_views_are_seen(tiny):
+    x, t, ref = inputs()
+    alone, with_ref, other_ref = tiny(x[:, :1], t, None), tiny(x, t, ref), tiny(x, t, -ref)
+    assert (with_ref - other_ref).abs().max() > 1e-3
+    assert (with_ref[:, :1] - alone).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_latents_are_scaled_once(tiny, base):
+    """Encoder mean times the scaling factor in, divided by it out, and in float32 whatever autocast says."""
+    vae = AutoencoderKL.from_pretrained(base, subfolder="vae")
+    images = torch.rand(2, V, 3, SIZE, SIZE)
+    latents = tiny.encode(images)
+    assert latents.shape == (2, V, 4, 8, 8)
+    theirs = vae.encode(images[1, 2][None] * 2 - 1).latent_dist.mean * 0.13025
+    torch.testing.assert_close(latents[1, 2][None], theirs)
+    out = (vae.decode(latents[1, 2][None] / 0.13025).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(tiny.decode(latents)[1, 2][None], out)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert tiny.encode(images).equal(latents)
+    assert not any("vae" in name for name in tiny.state_dict())
+
+
+@torch.no_grad()
+def test_save_and_load_change_nothing(tiny, tmp_path):
+    for p in tiny.parameters():
+        p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.01)
+    tiny.save(tmp_path / "m")
+    again = load(tmp_path / "m")
+    assert again.cfg == tiny.cfg
+    assert again(*inputs()).equal(tiny(*inputs()))
+    assert {p.device.type for p in again.parameters()} == {"cpu"}
+
+
+def test_a_missing_base_is_one_clear_line(tmp_path):
+    with pytest.raises(InputError, match="--base .*cannot load its unet.*expected a hub id"):
+        from_base(replace(PRESETS["sdxl"], base=str(tmp_path)))
+
+
+def gradients(model, parameters, half=False):
+    x, t, ref = inputs()
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        loss = model(x, t, ref).square().mean()
+    return torch.autograd.grad(loss, parameters)
+
+
+def test_gradient_checkpointing_keeps_the_gradients(tiny):
+    """The reference is a row of the same forward, so there is no store of its keys that a second forward would find
+    empty."""
+    parameters = tiny.train().freeze()
+    before = gradients(tiny, parameters)
+    tiny.unet.enable_gradient_checkpointing()
+    calls = []
+    layer = next(m for m in tiny.modules() if isinstance(m, MultiViewAttention))
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    after = gradients(tiny, parameters)
+    assert len(calls) == 2  # forward, and once more in the backward
+    for a, b in zip(before, after, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_freeze_trains_the_attention_in_float32_and_halves_the_rest(tiny):
+    parameters = tiny.freeze(attention_only=True, half=True)
+    trained = {n for n, p in tiny.named_parameters() if p.requires_grad}
+    assert all(".attn1." in n for n in trained) and len(trained) == len(parameters) == len(tiny.trained_state())
+    assert {p.dtype for p in parameters} == {torch.float32}
+    assert {p.dtype for p in tiny.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert all(g.dtype == torch.float32 and g.abs().max() > 0 for g in gradients(tiny, parameters, half=True))
+
+
+def test_lora_starts_as_the_model_and_is_merged_on_save(tiny, tmp_path):
+    with torch.no_grad():
+        before = tiny(*inputs())
+    names = set(tiny.state_dict())
+    parameters = tiny.freeze(lora=2)
+    layers = [m for m in tiny.modules() if isinstance(m, LoRALinear)]
+    attentions = [m for m in tiny.modules() if isinstance(m, MultiViewAttention)]
+    assert len(layers) == 4 * len(attentions) and len(parameters) == 2 * len(layers)
+    assert all(layer.merged().equal(layer.weight) for layer in layers)  # U = 0
+    with torch.no_grad():
+        assert tiny(*inputs()).equal(before)
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    for _ in range(2):  # the first step moves U alone, for D has no gradient while U is 0
+        for p, g in zip(parameters, gradients(tiny, parameters), strict=True):
+            p.grad = g
+        optimizer.step()
+    tiny.save(tmp_path / "m")
+    again = load(tmp_path / "m")
+    assert set(again.state_dict()) == names
+    with torch.no_grad():
+        after = tiny(*inputs())
+        assert (after - before).abs().max() > 1e-4
+        torch.testing.assert_close(again(*inputs()), after, rtol=0, atol=1e-5)
