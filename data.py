@@ -505,7 +505,8 @@ def split_of(ids: list[str], split: str) -> list[str]:
     is the preference set, as in the paper (App. B).
     """
     order = torch.randperm(len(ids), generator=keyed_generator(0)).tolist()
-    held = [min(64, len(ids) // 5), min(200, len(ids) // 5)]
+    fifth = -(-len(ids) // 5)  # rounded up
+    held = [min(64, fifth), min(200, fifth)]
     part = {"validation": order[: held[0]], "heldout": order[held[0] : sum(held)]}.get(split, order[sum(held) :])
     if not part:
         raise InputError(f"{len(ids)} objects leave none for the {split} split, expected 5 or more objects.")

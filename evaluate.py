@@ -45,7 +45,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import InputError, cli, get_device, load_json, provenance, save_json, write_atomic
+from common import InputError, cli, get_device, load_json, provenance, save_json, use_bf16, write_atomic
 from data import SPLITS, VIEWS, load_views, make_toys, split_of, toy_name
 from model import load
 from sample import sample_images
@@ -66,6 +66,7 @@ class Config:
     seeds: int = 1  # samples of each object with seeds seed, seed + 1, ...; an object's numbers are their mean
     num_steps: int = 20  # network calls a sample (paper: 50)
     batch_size: int = 8  # objects sampled at a time
+    bf16: str = "auto"  # sample in bfloat16: auto (where it is fast), on or off
     scorer: str = ""  # scorer folder, for the contrastive column
     lpips: str = ""  # "hub" (downloads 244 MB once), or a folder with alexnet-owt-7be5be79.pth and alex.pth
     against: str = ""  # a JSON file of an earlier run on the same objects: adds paired differences to it
@@ -404,9 +405,10 @@ def main(cfg: Config) -> dict:
 
     if model:
         label = cfg.model
+        bf16 = use_bf16(cfg.bf16, device)
         samples = [
-            sample_images(model, ref, cfg.seed + s, cfg.num_steps, cfg.batch_size, f"sample, seed {cfg.seed + s}")
-            for s in range(cfg.seeds)
+            sample_images(model, ref, seed, cfg.num_steps, cfg.batch_size, f"sample, seed {seed}", bf16)
+            for seed in range(cfg.seed, cfg.seed + cfg.seeds)
         ]
     else:
         label, samples = cfg.images, [read_views(cfg.images, ids, size)[1]]

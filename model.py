@@ -43,13 +43,13 @@ class ModelConfig:
 
     base: str = ""  # hub id or folder of an SDXL pipeline, for its unet/ and vae/; empty: our own small network
     image_size: int = 64  # pixels of the square views
-    patch: int = 4  # pixels by latent pixel: pixel-unshuffle (3, S, S) -> (3 p^2, S/p, S/p), or what the VAE shrinks by
+    patch: int = 8  # pixels by latent pixel: pixel-unshuffle (3, S, S) -> (3 p^2, S/p, S/p), or what the VAE shrinks by
 
     # a small network; SDXL's own config says these for SDXL
-    channels: tuple[int, ...] = (64, 128)  # UNet width by resolution, finest first
+    channels: tuple[int, ...] = (160,)  # UNet width by resolution, finest first
     layers: int = 1  # residual blocks by resolution
-    depth: int = 2  # transformer blocks after each residual block of an attention level
-    attention_levels: tuple[int, ...] = (1,)  # resolutions with attention: 0 is the latent's own, 1 half of it, ...
+    depth: int = 1  # transformer blocks after each residual block of an attention level
+    attention_levels: tuple[int, ...] = (0,)  # resolutions with attention: 0 is the latent's own, 1 half of it, ...
     mid_block: bool = False  # one more residual-attention-residual block at the coarsest resolution
     head_dim: int = 32  # channels of one attention head
     position: bool = True  # learned position embedding in attention (False for SDXL, which found its own way)
@@ -71,7 +71,7 @@ class ModelConfig:
 # FORK: another size is another line here.
 PRESETS = {
     "toy": ModelConfig(),
-    "small": ModelConfig(image_size=128, channels=(128, 256, 384), attention_levels=(1, 2), head_dim=64),
+    "small": ModelConfig(image_size=128, channels=(384,), head_dim=64),
     # SDXL's own prediction and schedule. Zero123++ shows the reference latent without its scaling factor, about 5 times
     # larger (deviation from the literal ref_scale 1, at which it is lost in the noise at large t).
     "sdxl": ModelConfig(
@@ -315,7 +315,9 @@ class MultiViewUNet(nn.Module):
     @cached_property  # which is no submodule: not saved, not trained, and moved by `with_vae` alone
     def vae(self) -> AutoencoderKL:
         """SDXL's autoencoder, frozen, in float32: in half precision it overflows."""
-        return from_pipeline(AutoencoderKL.from_pretrained, self.cfg.base, subfolder="vae").requires_grad_(False)
+        return from_pipeline(
+            AutoencoderKL.from_pretrained, self.cfg.base, subfolder="vae", low_cpu_mem_usage=False
+        ).requires_grad_(False)
 
     @torch.no_grad()
     def with_vae(self, function: Any, z: Tensor) -> Tensor:
@@ -360,7 +362,8 @@ class MultiViewUNet(nn.Module):
 
 def from_base(cfg: ModelConfig) -> MultiViewUNet:
     """The pre-trained SDXL of cfg.base with our attention: stage 1 starts from it."""
-    unet = from_pipeline(UNet2DConditionModel.from_pretrained, cfg.base, subfolder="unet")
+    # (low_cpu_mem_usage asks for one more package, and only spares main memory while loading)
+    unet = from_pipeline(UNet2DConditionModel.from_pretrained, cfg.base, subfolder="unet", low_cpu_mem_usage=False)
     return MultiViewUNet(cfg, unet).eval()
 
 

@@ -18,7 +18,7 @@ The stages, each reused when it is there already (out/ is the default of --out):
 Run:
     python train_d3po.py --feedback contrastive                             # 7 minutes on 2 quiet CPU cores
     python train_d3po.py --feedback matching                                # or hull: no training, no weights
-    python train_d3po.py --feedback hull --beta_dpo 0 --name sft_baseline   # L_simple-MV alone: the SFT row
+    python train_d3po.py --feedback random --beta_dpo 0 --name sft_baseline   # L_simple-MV alone: the SFT row
 
 Expect (defaults, 1 seed):
     log_ratio_w 0 -> +.4 and log_ratio_l 0 -> -.7 in 150 steps; no metric moves beyond its interval

@@ -21,12 +21,14 @@ Expect (toy, 59 minutes on one CPU core, 16 validation objects):
     resumes.
 """
 
+import math
+import re
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import (
@@ -67,7 +69,8 @@ class Config:
 
     steps: int = 4500  # optimizer steps
     batch_size: int = 6  # objects a step, each with its V views
-    lr: float = 1e-3  # peak learning rate; linear warm-up, then cosine to 0
+    lr: float = 1e-3  # peak learning rate of AdamW; linear warm-up, then cosine to 0
+    muon_lr: float = 0.02  # of Muon, for the matrices of a network that starts from nothing
     warmup: int = 200  # steps of warm-up
     ema: float = 0.999  # decay of the averaged weights, which are the ones saved and evaluated
     seed: int = 0  # of weights, batches and noise
@@ -123,6 +126,34 @@ def training_batch(
     noise = torch.randn(latents.shape, generator=g)
     ref_noise = torch.randn(latents[:, 0].shape, generator=g)
     return latents, latents[:, 0], t.to(device), noise.to(device), ref_noise.to(device)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum with orthogonal updates (Jordan et al. 2024), for matrices and, flattened, convolutions.
+
+    Of the momentum's singular value decomposition U S V^T the step is U V^T: every direction moves equally far, not
+    only the few that have large gradients. From nothing it took the toy network to the same error in half of AdamW's
+    time. Fine-tuning takes AdamW alone, as the paper does.
+    """
+
+    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                m.lerp_(p.grad, 1 - group["momentum"])
+                g = p.grad.lerp(m, group["momentum"]).flatten(1).bfloat16()  # Nesterov's; (out, in)
+                tall = g.shape[0] > g.shape[1]
+                x = (g.T if tall else g) / (g.norm() + 1e-7)
+                # Newton-Schulz: x <- a x + b (x x^T) x + c (x x^T)^2 x brings all singular values near 1
+                for _ in range(5):
+                    xxt = x @ x.T
+                    x = 3.4445 * x + (-4.7750 * xxt + 2.0315 * xxt @ xxt) @ x
+                x = (x.T if tall else x).view_as(p).float()
+                p.add_(x, alpha=-group["lr"] * max(1, g.shape[0] / g.shape[1]) ** 0.5)
 
 
 @torch.no_grad()
@@ -224,9 +255,17 @@ def main(cfg: Config) -> dict:
         model.unet.enable_gradient_checkpointing()
     if cfg.compile:
         model.unet.compile()
-    optimizer = torch.optim.AdamW(
-        parameters, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type == "cuda"
-    )
+    matrices, rest = [], parameters
+    if not cfg.init and not model.cfg.base:
+        inside = {id(p) for n, p in model.named_parameters() if re.search("attn1.to_|ff.net|proj_|resnets.*conv", n)}
+        matrices = [p for p in parameters if id(p) in inside and p.ndim > 1]
+        rest = [p for p in parameters if not (id(p) in inside and p.ndim > 1)]
+    fused = device.type == "cuda"
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
+    ]
+    if matrices:
+        optimizers.append(Muon(matrices, lr=cfg.muon_lr))
     schedule = Schedule(model.cfg)
     ema = {k: v.clone() for k, v in model.trained_state().items()}
 
@@ -236,7 +275,8 @@ def main(cfg: Config) -> dict:
     if (out / "state.pt").is_file():
         state = load_state(out / "state.pt", device)
         model.load_state_dict(state["model"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         ema, start, seconds, result = state["ema"], state["step"], state["seconds"], state["result"]
         print(f"{out}: going on at step {start}")
     if start < cfg.steps:
@@ -256,21 +296,16 @@ def main(cfg: Config) -> dict:
             seconds = time.time() - clock
             log_line(out / "log.jsonl", step=step, seconds=round(seconds), **result)
             tqdm.write(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in result.items()))
-            state = {"model": weights, "optimizer": optimizer.state_dict(), "ema": ema}
+            state = {"model": weights, "optimizers": [o.state_dict() for o in optimizers], "ema": ema}
             state |= {"step": step, "seconds": seconds, "result": result}
             write_atomic(out / "state.pt", lambda p, state=state: torch.save(state, p))
         if step == cfg.steps:
             break
 
         # batch, forward, backward, step
-        lr = (
-            cfg.lr
-            * min(1, (step + 1) / cfg.warmup)
-            * 0.5
-            * (1 + torch.tensor(torch.pi * step / cfg.steps).cos().item())
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        rate = min(1, (step + 1) / cfg.warmup) * (1 + math.cos(math.pi * step / cfg.steps)) / 2
+        for optimizer, lr in zip(optimizers, (cfg.lr, cfg.muon_lr)[: len(optimizers)], strict=True):
+            optimizer.param_groups[0]["lr"] = lr * rate
         batch = training_batch(model, schedule, train_views, cfg.batch_size, cfg.seed, step, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss = simple_loss(model, schedule, *batch).mean()
@@ -278,8 +313,9 @@ def main(cfg: Config) -> dict:
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         if not torch.isfinite(norm):
             raise InputError(f"step {step}: the gradient is {norm.item()}, expected a finite one. Lower --lr.")
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         decay = min(cfg.ema, (1 + step) / (10 + step))  # a short memory first, so that the start is forgotten
         for name, value in model.trained_state().items():
             ema[name].lerp_(value, 1 - decay)

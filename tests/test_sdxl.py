@@ -1,13 +1,20 @@
 """The SDXL preset, on a tiny random network of SDXL's shape saved in the real folder format."""
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import Dinov2Config, Dinov2Model
 
 from common import InputError
+from data import make_toys, write_views
+from evaluate import Lpips
 from model import NUM_VIEWS, PRESETS, LoRALinear, MultiViewAttention, MultiViewUNet, from_base, load
 
 V, SIZE = NUM_VIEWS, 64
@@ -176,3 +183,31 @@ def test_lora_starts_as_the_model_and_is_merged_on_save(tiny, tmp_path):
         after = tiny(*inputs())
         assert (after - before).abs().max() > 1e-4
         torch.testing.assert_close(again(*inputs()), after, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_papers_script_runs_to_the_end(base, tmp_path):
+    """runs/paper.sh on random models in the real formats and eight rendered objects; SIFT, for a random LoFTR matches
+    nothing."""
+    for i, views in enumerate(make_toys(8, SIZE, 0)):
+        write_views(tmp_path / "renders" / f"object{i}", views)
+    encoder = Dinov2Config(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14)
+    Dinov2Model(encoder).save_pretrained(tmp_path / "dino")
+    state = Lpips().state_dict()
+    trunk = {k: v for k, v in state.items() if k.startswith("features")}
+    (tmp_path / "lpips").mkdir()
+    torch.save(trunk, tmp_path / "lpips" / "alexnet-owt-7be5be79.pth")
+    torch.save({k: v for k, v in state.items() if k not in trunk}, tmp_path / "lpips" / "alex.pth")
+    paths = {"DATA": "renders", "DINO": "dino", "LPIPS": "lpips", "OUT": "out"}
+    environment = {k: str(tmp_path / v) for k, v in paths.items()} | {"BASE": base, "SIZE": str(SIZE)}
+    environment |= {"MATCHER": "sift", "MEMORY": "--lora 2", "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    script = Path(__file__).parent.parent / "runs" / "paper.sh"
+    run = subprocess.run(
+        ["bash", str(script), "--small"], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    for row in ("sft", "base", "m", "c_pre", "c"):
+        table = json.loads((tmp_path / "out" / f"table_{row}.json").read_text())
+        assert {"psnr", "ssim", "lpips", "hull", "contrastive"} <= table["rows"][str(tmp_path / "out" / row)].keys()
+        assert row == "sft" or table["difference"]

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# The paper's experiment (Sec. 6) on one CUDA GPU: SDXL, DINOv2, LoFTR, LPIPS, a folder of renders of Objaverse. Each line
+# can be run by itself, and the same command goes on where it stopped.
+#   DATA=renders bash runs/paper.sh
+#   DATA=renders SIZE=512 MEMORY="--lora 16" bash runs/paper.sh       512 px on 24 GB (results/memory has the table)
+# Weights are downloaded once, or named by folder: BASE, DINO, LPIPS (see the README, "The paper's scale").
+# --small makes all counts tiny: does everything load and fit together?
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+data=${DATA:?"a folder of renders: DATA=renders bash runs/paper.sh (make one: python data.py --meshes DIR --out renders)"}
+base=${BASE:-stabilityai/stable-diffusion-xl-base-1.0} dino=${DINO:-facebook/dinov2-base}
+lpips=${LPIPS:-hub} matcher=${MATCHER:-loftr} out=${OUT:-out/paper} size=${SIZE:-256} memory=${MEMORY:-}
+# The paper's base model took 400 A100 days. 20,000 steps of attention alone are a day or two: a start, not that model.
+sft="--steps 20000 --batch_size 4 --num_objects 100000 --eval_every 1000 --num_steps 50"
+scorer="--num_objects 240 --num_steps 50"
+d3po="--num_objects 240 --steps 1800 --num_steps 50 --first_call 10 --save_every 100"
+table="--n 200 --seeds 3 --num_steps 50"
+if [ "${1:-}" = "--small" ]; then
+    sft="--steps 2 --batch_size 2 --eval_every 1 --num_steps 3 --eval_objects 2"
+    scorer="--num_objects 3 --num_val 2 --steps 2 --eval_every 1 --num_steps 3"
+    d3po="--num_objects 3 --eval_objects 2 --steps 2 --num_steps 5 --first_call 1"
+    table="--n 2 --num_steps 3"
+fi
+
+# Stage 1: the multi-view model, and the independent-view (Zero123-style) one that the scorer's negatives come from
+sft="--preset sdxl --base $base --image_size $size --data $data --attention_only True --lr 1e-5 --checkpointing True $sft"
+python train_sft.py $sft $memory --out $out/base
+python train_sft.py $sft $memory --cross_view False --out $out/zero123
+
+# Stage 2: the scorer, against Zero123-style views, and against the multi-view model's own: C (pre)
+scorer="--backbone $dino --lr 1e-5 --data $data --image_size $size --zero123 $out/zero123 --pretrained $out/base $scorer"
+python train_scorer.py $scorer --out $out/scorer
+python train_scorer.py $scorer --negatives pretrained --out $out/scorer_pre
+
+# Stage 3: SFT (the same loop at beta 0), MV-D3PO-M, MV-D3PO-C (pre), MV-D3PO-C, with 240 objects, 1,800 steps, the last
+# 40 of 50 calls
+d3po="--model $out/base --data $data --lr 1e-5 --batch_pairs 1 --batch_size 1 --checkpointing True --out $out $d3po $memory"
+python train_d3po.py $d3po --feedback random --beta_dpo 0 --name sft
+python train_d3po.py $d3po --feedback matching --matcher $matcher --name m
+python train_d3po.py $d3po --feedback contrastive --scorer $out/scorer_pre --name c_pre
+python train_d3po.py $d3po --feedback contrastive --scorer $out/scorer --name c
+
+# Table 1 on the held-out objects; another model's views join by: evaluate.py --images DIR
+table="--data $data --split heldout --scorer $out/scorer --lpips $lpips $table"
+python evaluate.py --model $out/sft $table --out $out/table_sft.json --grid $out/table_sft.png
+for row in base m c_pre c; do
+    python evaluate.py --model $out/$row $table --against $out/table_sft.json --out $out/table_$row.json --grid $out/table_$row.png
+done
