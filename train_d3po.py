@@ -470,13 +470,14 @@ def main(cfg: Config) -> dict:
                 f"1e-3: the stored means are not this policy's. Delete {pairs.means} and start again."
             )
         loss_d3po, metrics = d3po_loss(ratio_w, ratio_l, cfg.beta_dpo)
+        # each loss goes backward at once: its activations are gone before the next, and the gradients are seen apart
+        from_d3po = torch.autograd.grad(loss_d3po, parameters)
         real = training_batch(model, schedule, raw, cfg.batch_pairs, cfg.seed, step, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             loss_simple = simple_loss(model, schedule, *real).mean()
-
-        # backward, once for each loss to see their gradients apart; step
-        from_d3po = torch.autograd.grad(loss_d3po, parameters)
         from_simple = torch.autograd.grad(cfg.lambda_simple * loss_simple, parameters)
+
+        # step
         for p, a, b in zip(parameters, from_d3po, from_simple, strict=True):
             p.grad = a + b
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -255,11 +255,14 @@ def main(cfg: Config) -> dict:
         model.unet.enable_gradient_checkpointing()
     if cfg.compile:
         model.unet.compile()
-    matrices, rest = [], parameters
-    if not cfg.init and not model.cfg.base:
-        inside = {id(p) for n, p in model.named_parameters() if re.search("attn1.to_|ff.net|proj_|resnets.*conv", n)}
-        matrices = [p for p in parameters if id(p) in inside and p.ndim > 1]
-        rest = [p for p in parameters if not (id(p) in inside and p.ndim > 1)]
+    names = {p: n for n, p in model.named_parameters()}
+    matrices = [
+        p
+        for p in parameters
+        if p.ndim > 1 and "_blocks." in names[p] and not re.search("position|time_emb", names[p])
+        if not (cfg.init or model.cfg.base)
+    ]
+    rest = [p for p in parameters if all(p is not m for m in matrices)]
     fused = device.type == "cuda"
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(rest, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)

@@ -16,11 +16,13 @@ sft="--steps 20000 --batch_size 4 --num_objects 100000 --eval_every 1000 --num_s
 scorer="--num_objects 240 --num_steps 50"
 d3po="--num_objects 240 --steps 1800 --num_steps 50 --first_call 10 --save_every 100"
 table="--n 200 --seeds 3 --num_steps 50"
+matching="--feedback matching --matcher $matcher"
 if [ "${1:-}" = "--small" ]; then
     sft="--steps 2 --batch_size 2 --eval_every 1 --num_steps 3 --eval_objects 2"
     scorer="--num_objects 3 --num_val 2 --steps 2 --eval_every 1 --num_steps 3"
     d3po="--num_objects 3 --eval_objects 2 --steps 2 --num_steps 5 --first_call 1"
     table="--n 2 --num_steps 3"
+    matching="--feedback random" # a picture of a random model matches nothing, and ties alone are an error
 fi
 
 # Stage 1: the multi-view model, and the independent-view (Zero123-style) one that the scorer's negatives come from
@@ -37,7 +39,7 @@ python train_scorer.py $scorer --negatives pretrained --out $out/scorer_pre
 # 40 of 50 calls
 d3po="--model $out/base --data $data --lr 1e-5 --batch_pairs 1 --batch_size 1 --checkpointing True --out $out $d3po $memory"
 python train_d3po.py $d3po --feedback random --beta_dpo 0 --name sft
-python train_d3po.py $d3po --feedback matching --matcher $matcher --name m
+python train_d3po.py $d3po $matching --name m
 python train_d3po.py $d3po --feedback contrastive --scorer $out/scorer_pre --name c_pre
 python train_d3po.py $d3po --feedback contrastive --scorer $out/scorer --name c
 

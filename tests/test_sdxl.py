@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import Dinov2Config, Dinov2Model
 
+import bench
 from common import InputError
 from data import make_toys, write_views
 from evaluate import Lpips
@@ -185,10 +186,26 @@ def test_lora_starts_as_the_model_and_is_merged_on_save(tiny, tmp_path):
         torch.testing.assert_close(again(*inputs()), after, rtol=0, atol=1e-5)
 
 
+def test_memory_and_flops_are_counted(base):
+    """Against hand counts: bytes of weights and of Adam, and a LoRA that saves Adam's."""
+    full, lora = (bench.count(bench.Config(base=base, lora=rank), SIZE) for rank in (0, 2))
+    model = from_base(replace(PRESETS["sdxl"], base=base, image_size=SIZE))
+    trained = sum(p.numel() for p in model.attention_parameters())
+    every = sum(p.numel() for p in model.parameters())
+    for row in full:
+        assert row["weights"] == pytest.approx((2 * every + 2 * trained) / 1e9)
+        assert row["adam"] == (0 if "collect" in row["step"] else pytest.approx(8 * trained / 1e9))
+        assert row["rest"] > 4 * trained / 1e9 or "collect" in row["step"]
+    collect, sft, d3po = full
+    assert collect["tflop"] < sft["tflop"] * 2.5 and 2.5 < d3po["tflop"] / sft["tflop"] < 3.5  # 18 rows against 6
+    assert all(a["total"] > b["total"] for a, b in zip(full[1:], lora[1:], strict=True))
+    kept = bench.count(bench.Config(base=base, checkpointing=False), SIZE)
+    assert kept[2]["rest"] > d3po["rest"]
+
+
 @pytest.mark.slow
 def test_the_papers_script_runs_to_the_end(base, tmp_path):
-    """runs/paper.sh on random models in the real formats and eight rendered objects; SIFT, for a random LoFTR matches
-    nothing."""
+    """runs/paper.sh on random models in the real formats and eight rendered objects."""
     for i, views in enumerate(make_toys(8, SIZE, 0)):
         write_views(tmp_path / "renders" / f"object{i}", views)
     encoder = Dinov2Config(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14)
@@ -200,7 +217,7 @@ def test_the_papers_script_runs_to_the_end(base, tmp_path):
     torch.save({k: v for k, v in state.items() if k not in trunk}, tmp_path / "lpips" / "alex.pth")
     paths = {"DATA": "renders", "DINO": "dino", "LPIPS": "lpips", "OUT": "out"}
     environment = {k: str(tmp_path / v) for k, v in paths.items()} | {"BASE": base, "SIZE": str(SIZE)}
-    environment |= {"MATCHER": "sift", "MEMORY": "--lora 2", "OMP_NUM_THREADS": "1"}
+    environment |= {"MEMORY": "--lora 2", "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     script = Path(__file__).parent.parent / "runs" / "paper.sh"
     run = subprocess.run(

@@ -83,10 +83,41 @@ def test_attention_only_leaves_the_rest_alone(tmp_path):
     assert moved and all(".attn1." in k for k in moved)
 
 
-def test_resumed_equals_uninterrupted(tmp_path):
-    T.main(config(tmp_path, out=str(tmp_path / "whole"), steps=4))
+@pytest.mark.parametrize("shape", [(6, 6), (40, 8), (8, 4, 3, 3)])
+def test_muon_moves_every_direction_equally_far(shape):
+    p = torch.nn.Parameter(torch.zeros(shape))
+    g = torch.randn(shape).flatten(1)
+    u, s, v = torch.linalg.svd(g, full_matrices=False)
+    p.grad = (u * torch.logspace(0, -1, len(s)) @ v).view(shape)  # singular values 1 to .1
+    T.Muon([p], lr=0.1).step()
+    moved = torch.linalg.svdvals(p.detach().flatten(1)) / (0.1 * max(1, g.shape[0] / g.shape[1]) ** 0.5)
+    assert (moved > 0.6).all() and (moved < 1.3).all()
+    assert (p * p.grad).sum() < 0  # downhill
+
+
+def test_muon_is_for_networks_from_nothing_only(tmp_path, monkeypatch):
+    made = []
+
+    class Spy(T.Muon):
+        def __init__(self, params, lr):
+            made.append([p.ndim for p in params])
+            super().__init__(params, lr)
+
+    monkeypatch.setattr(T, "Muon", Spy)
+    T.main(config(tmp_path, steps=1))
+    assert not made
+    monkeypatch.setitem(T.PRESETS, "toy", random_model().cfg)
+    T.main(config(tmp_path, steps=1, init="", out=str(tmp_path / "new")))
+    assert {2, 4} == set(made[0])
+
+
+@pytest.mark.parametrize("start", ["from_nothing", "from_a_model", "lora"])
+def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, start):
+    monkeypatch.setitem(T.PRESETS, "toy", random_model().cfg)
+    changes = {"from_nothing": {"init": ""}, "from_a_model": {}, "lora": {"lora": 2}}[start]
+    T.main(config(tmp_path, out=str(tmp_path / "whole"), steps=4, **changes))
     whole = load(tmp_path / "whole").state_dict()
-    killed = config(tmp_path, out=str(tmp_path / "parts"), steps=4)
+    killed = config(tmp_path, out=str(tmp_path / "parts"), steps=4, **changes)
     original = T.simple_loss
     calls = []
 
@@ -116,6 +147,10 @@ def test_another_config_is_not_resumed(tmp_path):
 def test_wrong_input_is_one_line(tmp_path):
     with pytest.raises(InputError, match="--preset huge"):
         T.main(config(tmp_path, preset="huge"))
+    with pytest.raises(InputError, match="--base x: --preset toy starts from nothing"):
+        T.main(config(tmp_path, init="", base="x"))
+    with pytest.raises(InputError, match="made with True and 16"):
+        T.main(config(tmp_path, cross_view=False))
     with pytest.raises(InputError, match="--split test"):
         T.main(config(tmp_path, split="test"))
     with pytest.raises(InputError):
