@@ -250,11 +250,14 @@ class MultiViewUNet(nn.Module):
         blocks = [m for m in self.unet.modules() if isinstance(m, MultiViewAttention)]
         return [p for block in blocks for p in block.parameters()]
 
-    def freeze(self, attention_only: bool = True, lora: int = 0, half: bool = False) -> list[nn.Parameter]:
+    def freeze(
+        self, attention_only: bool = True, lora: int = 0, half: bool = False, view_embedding: bool = False
+    ) -> list[nn.Parameter]:
         """Say what is trained, and return it: all, the attention layers, or a rank-`lora` change of their projections.
 
         half: what is frozen goes to bfloat16, 2 bytes a weight. What is trained stays float32: a step of 1e-5 of a
         weight is lost in bfloat16's three digits.
+        view_embedding: that too, which a fresh SDXL needs: while it is zero, nothing tells one view from another.
         """
         if lora:
             for block in [m for m in self.unet.modules() if isinstance(m, MultiViewAttention)]:
@@ -263,6 +266,9 @@ class MultiViewUNet(nn.Module):
         chosen = [p for n, p in self.named_parameters() if n.endswith((".down", ".up"))]
         if not lora:
             chosen = self.attention_parameters() if attention_only else list(self.parameters())
+        embedding: Any = self.unet.class_embedding
+        if view_embedding and all(p is not embedding.weight for p in chosen):
+            chosen.append(embedding.weight)
         trained = {id(p) for p in chosen}
         for p in self.parameters():
             p.requires_grad_(id(p) in trained)

@@ -60,7 +60,7 @@ class Config:
     image_size: int = 0  # pixels; 0: the preset's
     cross_view: bool = True  # False: views do not see each other (the Zero123-style baseline)
     init: str = ""  # start from this model folder instead
-    attention_only: bool = False  # train the attention layers only (App. B)
+    attention_only: bool = False  # train the attention layers only (App. B), and a fresh SDXL's view embedding
     lora: int = 0  # train a change of this rank of the attention projections only: less memory; 0: no
     data: str = "toys"  # toys, or a folder of renders (see data.py)
     split: str = "train"  # objects to train on: train, or preference for the SFT baseline
@@ -250,7 +250,7 @@ def main(cfg: Config) -> dict:
     val_views = load_split(cfg.data, "validation", cfg.eval_objects, size)
 
     half = bf16 and bool(model.cfg.base and (cfg.attention_only or cfg.lora))
-    parameters = model.train().freeze(cfg.attention_only, cfg.lora, half)
+    parameters = model.train().freeze(cfg.attention_only, cfg.lora, half, view_embedding=not cfg.init)
     if cfg.checkpointing:
         model.unet.enable_gradient_checkpointing()
     if cfg.compile:

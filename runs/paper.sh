@@ -26,7 +26,7 @@ if [ "${1:-}" = "--small" ]; then
 fi
 
 # Stage 1: the multi-view model, and the independent-view (Zero123-style) one that the scorer's negatives come from
-sft="--preset sdxl --base $base --image_size $size --data $data --attention_only True --lr 1e-5 --checkpointing True $sft"
+sft="--preset sdxl --base $base --image_size $size --data $data --attention_only True --lr 5e-5 --checkpointing True $sft"
 python train_sft.py $sft $memory --out $out/base
 python train_sft.py $sft $memory --cross_view False --out $out/zero123
 

@@ -161,6 +161,19 @@ def test_freeze_trains_the_attention_in_float32_and_halves_the_rest(tiny):
     assert all(g.dtype == torch.float32 and g.abs().max() > 0 for g in gradients(tiny, parameters, half=True))
 
 
+def test_a_fresh_sdxl_learns_which_view_is_which(tiny):
+    """Frozen at zero, the view embedding would leave the five views exchangeable for ever."""
+    x, t, ref = inputs()
+    order = torch.tensor([3, 0, 4, 2, 1])
+    with torch.no_grad():
+        torch.testing.assert_close(tiny(x[:, order], t, ref), tiny(x, t, ref)[:, order], rtol=0, atol=1e-5)
+    for lora in (0, 2):
+        parameters = tiny.freeze(lora=lora, view_embedding=True)
+        assert parameters[-1] is tiny.unet.class_embedding.weight
+        assert gradients(tiny, parameters)[-1].abs().amax(1).gt(0).all()  # of each view and of the reference
+    assert "unet.class_embedding.weight" not in {n for n in (tiny.freeze(), tiny.trained_state())[1]}
+
+
 def test_lora_starts_as_the_model_and_is_merged_on_save(tiny, tmp_path):
     with torch.no_grad():
         before = tiny(*inputs())
