@@ -14,7 +14,7 @@ Letters: B objects, P pairs, G candidates, V views. One object is V + 1 = 6 rows
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -51,17 +51,17 @@ class Config:
 class PeakMemory(TorchDispatchMode):
     """Bytes of all tensors made inside the block that are alive, and the most they ever were."""
 
-    def __init__(self) -> None:
+    def __init__(self, before: Iterable[Tensor]) -> None:  # what is there already and is not counted
         super().__init__()
         self.now = self.peak = 0
-        self.alive: set[int] = set()
+        self.alive = {tensor.untyped_storage()._cdata for tensor in before}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()  # views share one
-                key, size = id(storage), storage.nbytes()
+                key, size = storage._cdata, storage.nbytes()
                 if key not in self.alive:
                     self.alive.add(key)
                     self.now += size
@@ -140,8 +140,9 @@ def count(cfg: Config, size: int) -> list[dict[str, Any]]:
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         adam = 8 * sum(p.numel() for p in parameters)  # two float32 averages of each gradient
         for name, step in steps_of(model, parameters).items():
-            memory, flops = PeakMemory(), FlopCounterMode(display=False)
-            with memory, flops:
+            with PeakMemory(model.parameters()) as memory:
+                step()
+            with FlopCounterMode(display=False) as flops:  # by itself: it keeps tensors alive
                 step()
             tflop = flops.get_total_flops() / 1e12
             gb = {"weights": weights, "adam": 0 if "collect" in name else adam, "rest": memory.peak}

@@ -129,8 +129,8 @@ def loftr_model(weights: str, device: torch.device) -> KF.LoFTR:
         reason = f"{type(error).__name__}: {str(error)[:120]}"
         raise InputError(
             f"LoFTR weights {weights or LOFTR_URL}: cannot load ({reason}); expected loftr_outdoor.ckpt, "
-            f"46 MB, of {LOFTR_URL}. Put it into {torch.hub.get_dir()}/checkpoints, name it by --weights, "
-            "or choose sift."
+            f"46 MB, of {LOFTR_URL}. Put it into {torch.hub.get_dir()}/checkpoints, name the file (--weights; "
+            "train_d3po.py: --matcher_weights), or choose sift."
         ) from None
     return model.to(device).eval()  # in training mode it asks for ground truth
 

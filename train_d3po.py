@@ -61,7 +61,7 @@ from common import (
 )
 from data import load_split, relative_views
 from evaluate import bootstrap_interval, grid, hull_iou, psnr, score_images
-from matcher import matching_reward
+from matcher import loftr_model, matching_reward
 from model import MultiViewUNet, load
 from sample import Schedule, ddpm_step, log_ratio, noised_reference, sample, sample_images
 from scorer import Scorer, contrastive_reward
@@ -80,6 +80,7 @@ class Config:
     zero123: str = "checkpoints/toy_independent"  # the independent-view model that zero123 means
     scorer: str = ""  # a trained scorer's folder; empty: train one
     matcher: str = "sift"  # sift or loftr, for --feedback matching
+    matcher_weights: str = ""  # LoFTR weights (empty: from torch's hub cache, downloaded if absent)
     data: str = "toys"  # toys, or a folder of renders (see data.py)
     num_objects: int = 48  # preference objects (paper: 240)
     eval_objects: int = 32  # validation objects
@@ -207,7 +208,9 @@ def feedback_fn(cfg: Config, device: torch.device) -> Callable[[Tensor, Tensor, 
 
     feedbacks = {
         "contrastive": contrastive,  # Sec. 5
-        "matching": lambda ref, images, truth: matching_reward(ref, images, cfg.matcher).float(),  # Sec. 6.1
+        "matching": lambda ref, images, truth: matching_reward(
+            ref, images, cfg.matcher, cfg.matcher_weights
+        ),  # Sec. 6.1
         "hull": lambda ref, images, truth: hull_iou(images),  # ours: do the silhouettes fit one object?
         "random": lambda ref, images, truth: torch.rand(len(images), generator=coin),
         "noise_scale": lambda ref, images, truth: -torch.tensor(cfg.noise_scales),
@@ -328,6 +331,8 @@ def check(cfg: Config) -> None:
         raise InputError(f"--feedback {cfg.feedback}: unknown, expected one of {', '.join(FEEDBACKS)}.")
     if cfg.matcher not in ("sift", "loftr"):
         raise InputError(f"--matcher {cfg.matcher}: unknown, expected sift or loftr.")
+    if cfg.feedback == "matching" and cfg.matcher == "loftr":
+        loftr_model(cfg.matcher_weights, torch.device("cpu"))  # are its weights there?
     if not 0 <= cfg.first_call < cfg.num_steps - 1:
         raise InputError(f"--first_call {cfg.first_call}: expected 0 to {cfg.num_steps - 2}, below --num_steps - 1.")
     if min(cfg.steps, cfg.batch_pairs, cfg.save_every, cfg.log_every, cfg.num_objects, cfg.eval_objects) < 1:
@@ -386,7 +391,7 @@ def main(cfg: Config) -> dict:
     if cfg.feedback == "contrastive":
         made_by |= {"scorer": digest(Path(cfg.scorer) / "model.safetensors")}
     if cfg.feedback == "matching":
-        made_by |= settings(cfg, "matcher")
+        made_by |= settings(cfg, "matcher", "matcher_weights")
     name = hashlib.sha256(json.dumps(made_by, sort_keys=True, default=str).encode()).hexdigest()[:8]
     folder = Path(cfg.out) / f"pairs_{cfg.feedback}_{name}"
     claim(folder, made_by)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Dinov2Config, Dinov2Model
 
 import bench
@@ -197,6 +198,19 @@ def test_lora_starts_as_the_model_and_is_merged_on_save(tiny, tmp_path):
         after = tiny(*inputs())
         assert (after - before).abs().max() > 1e-4
         torch.testing.assert_close(again(*inputs()), after, rtol=0, atol=1e-5)
+
+
+def test_peak_memory_follows_storages_not_tensors():
+    with FakeTensorMode():
+        weight = torch.empty(100)
+        with bench.PeakMemory([weight]) as memory:
+            a = torch.empty(1000)
+            view, _ = a.view(10, 100), weight.t()
+            del a
+            c = torch.empty(500)
+            assert memory.now == memory.peak == 6000
+            del view
+            assert (memory.now, memory.peak, len(c)) == (2000, 6000, 500)
 
 
 def test_memory_and_flops_are_counted(base):
