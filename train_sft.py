@@ -67,7 +67,7 @@ class Config:
     num_objects: int = 4096  # how many of them
     out: str = "out/sft"  # where everything goes
 
-    steps: int = 4500  # optimizer steps
+    steps: int = 6000  # optimizer steps
     batch_size: int = 6  # objects a step, each with its V views
     lr: float = 1e-3  # peak learning rate of AdamW; linear warm-up, then cosine to 0
     muon_lr: float = 0.02  # of Muon, for the matrices of a network that starts from nothing

@@ -2,7 +2,7 @@
 # The paper's experiment (Sec. 6) on one CUDA GPU: SDXL, DINOv2, LoFTR, LPIPS, a folder of renders of Objaverse. Each line
 # can be run by itself, and the same command goes on where it stopped.
 #   DATA=renders bash runs/paper.sh
-#   DATA=renders SIZE=512 MEMORY="--lora 16" bash runs/paper.sh       512 px on 24 GB (results/memory has the table)
+#   DATA=renders SIZE=512 MEMORY="--lora 16" bash runs/paper.sh       larger, and on a small GPU (README: memory table)
 # Weights are downloaded once, or named by folder: BASE, DINO, LPIPS (see the README, "The paper's scale").
 # --small makes all counts tiny: does everything load and fit together?
 set -euo pipefail
