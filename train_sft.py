@@ -7,7 +7,7 @@ Views and reference get independent noise at one common t. The toy network predi
 is its squared error times a weight; we weight it as v-prediction would, which is 1 / (1 - alpha_bar_t).
 
 `python train_sft.py` trains the toy model from nothing, and --preset sdxl starts from published weights. With --init it
-fine-tunes every weight of a model of ours, with --attention_only the attention layers alone, as the paper's SFT baseline.
+fine-tunes all weights of a model of ours, with --attention_only the attention layers alone, as the paper's SFT baseline.
 
 Run:
     python train_sft.py                                                    # toy, from nothing
@@ -15,7 +15,7 @@ Run:
     python train_sft.py --init checkpoints/toy --attention_only True --split preference --num_objects 240
 
 Expect (toy, 63 minutes on one CPU core, 16 validation objects):
-    psnr_unseen 14.9 at step 500, 15.5 at 1000, 16.6 at 2000, 18.4 at 4000, 19.2 at 6000; white 7.8, reference copied 13.3
+    psnr_unseen 14.9 at step 500, 15.5 at 1000, 16.6 at 2000, 18.4 at 4000, 19.2 at 6000; white 7.8, a copy 13.3
 
     Writes out/sft/{config.json, model.safetensors (EMA), log.jsonl, run.json, state.pt, grid.png}; the same command
     resumes.
