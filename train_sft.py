@@ -7,7 +7,7 @@ Views and reference get independent noise at one common t. The toy network predi
 is its squared error times a weight; we weight it as v-prediction would, which is 1 / (1 - alpha_bar_t).
 
 `python train_sft.py` trains the toy model from nothing, and --preset sdxl starts from published weights. With --init it
-fine-tunes all weights of a model of ours, with --attention_only the attention layers alone, as the paper's SFT baseline.
+fine-tunes all weights of a model of ours, with --attention_only the attention layers alone, as the SFT baseline does.
 
 Run:
     python train_sft.py                                                    # toy, from nothing
