@@ -16,12 +16,12 @@ The stages, each reused when it is there already (out/ is the default of --out):
     out/d3po_<feedback>/     log.jsonl, config.json and model.safetensors, results.json, grid.png
 
 Run:
-    python train_d3po.py --feedback contrastive                             # 7 minutes on 2 quiet CPU cores
+    python train_d3po.py --feedback contrastive                             # 5 minutes on 2 quiet CPU cores
     python train_d3po.py --feedback matching                                # or hull: no training, no weights
     python train_d3po.py --feedback random --beta_dpo 0 --name sft_baseline   # L_simple-MV alone: the SFT row
 
 Expect (defaults, 1 seed):
-    log_ratio_w 0 -> +.4 and log_ratio_l 0 -> -.7 in 150 steps; no metric moves beyond its interval
+    log_ratio_w 0 -> +.2 and log_ratio_l 0 -> -.4 in 150 steps; PSNR -.1, and nothing else beyond its interval
 
 Letters: P pairs, G candidates of a reference, K network calls of which J are trained, V views, c h w latent sizes.
 """
