@@ -501,15 +501,15 @@ SPLITS = {"train": 0, "preference": 1, "validation": 2, "heldout": 3}  # the see
 def split_of(ids: list[str], split: str) -> list[str]:
     """The objects of a folder that belong to a split: N of them shuffled once by a fixed key, then cut.
 
-    The first fifth (64 at most) validates, the second fifth (200 at most) is held out, and the rest both trains and
-    is the preference set, as in the paper (App. B).
+    The first fifth, rounded up (64 at most), validates, the second fifth (200 at most) is held out, and the rest both
+    trains and is the preference set, as in the paper (App. B).
     """
     order = torch.randperm(len(ids), generator=keyed_generator(0)).tolist()
     fifth = -(-len(ids) // 5)  # rounded up
     held = [min(64, fifth), min(200, fifth)]
     part = {"validation": order[: held[0]], "heldout": order[held[0] : sum(held)]}.get(split, order[sum(held) :])
     if not part:
-        raise InputError(f"{len(ids)} objects leave none for the {split} split, expected 5 or more objects.")
+        raise InputError(f"{len(ids)} objects leave none for the {split} split, expected 3 or more objects.")
     return [ids[i] for i in part]
 
 

@@ -84,6 +84,17 @@ def test_splits_of_a_folder_are_disjoint_and_fixed(tmp_path):
     assert sum(len(parts[s]) for s in ("train", "validation", "heldout")) == 10
 
 
+@pytest.mark.parametrize(("n", "sizes"), [(3, (1, 1, 1)), (8, (2, 2, 4)), (1000, (64, 200, 736))])
+def test_sizes_of_a_folders_splits(n, sizes):
+    ids = [str(i) for i in range(n)]
+    assert tuple(len(data.split_of(ids, s)) for s in ("validation", "heldout", "train")) == sizes
+
+
+def test_two_objects_leave_none_to_train_on():
+    with pytest.raises(InputError, match="2 objects leave none for the train split, expected 3 or more"):
+        data.split_of(["a", "b"], "train")
+
+
 def test_toy_split_is_cached(tmp_path):
     first = data.load_split("toys", "validation", 3, 16, cache=tmp_path)
     assert torch.equal(first, data.make_toys(3, 16, data.SPLITS["validation"]))

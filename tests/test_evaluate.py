@@ -305,7 +305,6 @@ def test_wrong_input_is_one_line_before_any_work(folder) -> None:
         ({"images": str(folder / "data2")}, "expected top too"),
         ({"images": str(folder / "data3")}, r"3 objects of --data are missing \(first: object0\)"),
         ({"data": str(folder / "none")}, "no such folder"),
-        ({"split": "validation"}, "3 objects leave none for the validation split"),
         ({"n": 0}, "at least 1"),
         ({"size": 16}, "at least 32"),
         ({"scorer": str(folder / "none")}, "none"),
