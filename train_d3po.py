@@ -97,9 +97,9 @@ class Config:
     batch_pairs: int = 4  # pairs a step, and ground-truth objects for L_simple-MV
     lr: float = 5e-5  # AdamW, constant; attention layers only (App. B)
     lora: int = 0  # train a change of this rank of their projections instead: less memory; 0: no
-    beta_dpo: float = 1e-2  # beta of Eq. 2 on the log-ratio SUMMED over V c h w; 0 is the SFT baseline
+    beta_dpo: float = 1e-3  # beta of Eq. 2 on the log-ratio SUMMED over V c h w; 0 is the SFT baseline
     lambda_simple: float = 1.0  # weight of L_simple-MV (paper: 1)
-    step_weight: Literal["none", "equal"] = "equal"  # equal: an error of x0 costs the same at every trained step
+    step_weight: Literal["none", "equal"] = "none"  # equal: an error of x0 costs the same at every trained step
     seed: int = 0  # of candidates, pairs, batches and noise
 
     save_every: int = 25  # save what a killed run goes on from
