@@ -21,7 +21,7 @@ Run:
     python train_d3po.py --feedback random --beta_dpo 0 --name sft_baseline   # L_simple-MV alone: the SFT row
 
 Expect (defaults, 1 seed):
-    log_ratio_w 0 -> +.2 and log_ratio_l 0 -> -.4 in 150 steps; PSNR -.1, and nothing else beyond its interval
+    margin 0 -> about +.004 in 150 steps; log_ratio_w and log_ratio_l both fall; no metric moves beyond its interval
 
 Letters: P pairs, G candidates of a reference, K network calls of which J are trained, V views, c h w latent sizes.
 """
@@ -137,8 +137,9 @@ def step_weights(schedule: Schedule, calls: list[tuple[int, int]], mode: str) ->
     """Factors on the log-ratio of each trained step.
 
     The step's mean depends on the predicted x0 as m x0, so an error d in x0 costs m^2 d^2 / (2 var) nats. Over the
-    toy's calls 4 to 18 m^2 / var grows from .002 to 35, and the last of them has 97 % of the sum: unweighted, the loss
-    is nearly that of one step. "equal" divides by it, so that an error of one size costs the same at every step.
+    toy's calls 4 to 18 m^2 / var grows from .002 to 35, and the last of them has 97 % of the sum: unweighted, as Eq. (2)
+    is printed, the loss is nearly that of one step. "equal" divides by it, so that an error of one size costs the same
+    at every step.
     """
     if mode == "none":
         return torch.ones(len(calls))
