@@ -137,9 +137,9 @@ def step_weights(schedule: Schedule, calls: list[tuple[int, int]], mode: str) ->
     """Factors on the log-ratio of each trained step.
 
     The step's mean depends on the predicted x0 as m x0, so an error d in x0 costs m^2 d^2 / (2 var) nats. Over the
-    toy's calls 4 to 18 m^2 / var grows from .002 to 35, and the last of them has 97 % of the sum: unweighted, as printed
-    in Eq. (2), the loss is nearly that of one step. "equal" divides by it, so that an error of one size costs the same
-    at every step.
+    toy's calls 4 to 18 m^2 / var grows from .002 to 35, and the last of them has 97 % of the sum: unweighted, as
+    printed in Eq. (2), the loss is nearly that of one step. "equal" divides by it, so that an error of one size costs
+    the same at every step.
     """
     if mode == "none":
         return torch.ones(len(calls))
