@@ -355,6 +355,7 @@ def main(cfg: Config) -> dict:
     model = load(cfg.model, device)
     # Small log-ratios want float32. SDXL needs a bfloat16 forward to fit, with what is frozen stored so.
     half = bool(model.cfg.base) and use_bf16(cfg.bf16, device)
+    torch.manual_seed(cfg.seed)  # of LoRA's start; all other noise has keys of its own
     parameters = model.freeze(lora=cfg.lora, half=half)
     if cfg.checkpointing:
         model.unet.enable_gradient_checkpointing()

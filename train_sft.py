@@ -143,7 +143,9 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
             for p in group["params"]:
-                m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                m = self.state[p]["momentum"]
                 m.lerp_(p.grad, 1 - group["momentum"])
                 g = p.grad.lerp(m, group["momentum"]).flatten(1).bfloat16()  # Nesterov's; (out, in)
                 tall = g.shape[0] > g.shape[1]
@@ -255,14 +257,13 @@ def main(cfg: Config) -> dict:
         model.unet.enable_gradient_checkpointing()
     if cfg.compile:
         model.unet.compile()
-    names = {p: n for n, p in model.named_parameters()}
-    matrices = [
+    from_nothing = not (cfg.init or model.cfg.base)
+    inner = {
         p
-        for p in parameters
-        if p.ndim > 1 and "_blocks." in names[p] and not re.search("position|time_emb", names[p])
-        if not (cfg.init or model.cfg.base)
-    ]
-    rest = [p for p in parameters if all(p is not m for m in matrices)]
+        for n, p in model.named_parameters()
+        if from_nothing and p.ndim > 1 and "_blocks." in n and not re.search("position|time_emb", n)
+    }
+    matrices, rest = [p for p in parameters if p in inner], [p for p in parameters if p not in inner]
     fused = device.type == "cuda"
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(rest, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
