@@ -3,6 +3,8 @@
     PSNR     10 log10(1 / mean squared error), dB; at most 58.9, the error of rounding to 8 bits
     SSIM     Wang et al. 2004: Gaussian window 11 x 11, sigma 1.5, no padding, in float64
     LPIPS    Zhang et al. 2018, AlexNet, v0.1; smaller is better; needs the published weights (--lpips)
+    GMSD     Xue et al. 2014, gradient magnitude similarity deviation; smaller is better; perceptual like LPIPS but
+             another number, for where those weights cannot be had
     hull     silhouette consistency: the largest object that fits the five silhouettes, drawn again, against them
     contrastive   sum of the scorer's output over views 1..4 (--scorer DIR)
 
@@ -46,10 +48,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import InputError, cli, get_device, load_json, provenance, save_json, use_bf16, write_atomic
-from data import SPLITS, VIEWS, load_views, make_toys, split_of, toy_name
+from data import SPLITS, VIEWS, load_views, make_toys, split_of, toy_name, write_views
 from model import load
 from sample import sample_images
-from scorer import Scorer
+from scorer import Scorer, contrastive_reward
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,10 @@ class Config:
     num_steps: int = 20  # network calls a sample (paper: 50)
     batch_size: int = 8  # objects sampled at a time
     bf16: str = "auto"  # sample in bfloat16: auto (where it is fast), on or off
-    scorer: str = ""  # scorer folder, for the contrastive column
+    scorer: tuple[str, ...] = ()  # scorer folders: the first is column contrastive, others contrastive_<folder's name>
     lpips: str = ""  # "hub" (downloads 244 MB once), or a folder with alexnet-owt-7be5be79.pth and alex.pth
+    known_rows: bool = True  # also score the truth, white, copied and spoilt images: the same for every model
+    images_out: str = ""  # folder to write the first seed's views to, in the format that --images reads
     against: str = ""  # a JSON file of an earlier run on the same objects: adds paired differences to it
     out: str = "out/evaluation.json"  # JSON file to write
     grid: str = ""  # picture of the first objects to write (PNG)
@@ -111,6 +115,25 @@ def ssim(
     c1, c2 = 0.01**2, 0.03**2
     similarity = (2 * a * b + c1) * (2 * cov + c2) / ((a * a + b * b + c1) * (var_x + var_y + c2))
     return similarity.mean((1, 2, 3))
+
+
+def gmsd(
+    x: Tensor,  # (N, 3, H, W) in [0, 1]
+    y: Tensor,  # (N, 3, H, W)
+) -> Tensor:  # (N,)
+    """Standard deviation over pixels of (2 g_x g_y + c) / (g_x^2 + g_y^2 + c), g the length of the grey gradient.
+
+    On the luminance at half size, with Prewitt's filters and c = 170 / 255^2, as published; no padding.
+    """
+
+    def gradient(image: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, 1, H/2 - 2, W/2 - 2)
+        grey = (image * image.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+        rise = torch.tensor([1.0, 1.0, 1.0]).outer(torch.tensor([1.0, 0.0, -1.0])).to(image) / 3
+        return F.conv2d(F.avg_pool2d(grey, 2), torch.stack([rise, rise.T])[:, None]).norm(dim=1)
+
+    g_x, g_y, c = gradient(x), gradient(y), 170 / 255**2
+    similarity = (2 * g_x * g_y + c) / (g_x**2 + g_y**2 + c)
+    return similarity.flatten(1).std(1, correction=0)
 
 
 class Lpips(nn.Module):
@@ -250,7 +273,7 @@ def score_images(
     images: Tensor,  # (N, 5, 3, S, S) in [0, 1]
     truth: Tensor,  # (N, 5, 3, S, S)
     ref: Tensor,  # (N, 3, S, S)
-    scorer: Scorer | None = None,
+    scorers: Mapping[str, Scorer] | None = None,  # column -> scorer
     lpips: Lpips | None = None,
 ) -> dict[str, Tensor]:  # name -> (N,)
     """One number an object and metric. FORK: another metric is another line here."""
@@ -258,13 +281,13 @@ def score_images(
     for i in range(0, len(images), 16):  # a few objects at a time: SSIM holds a dozen float64 copies
         x, y, reference = images[i : i + 16], truth[i : i + 16], ref[i : i + 16]
         part: dict[str, Tensor] = {}
-        for name, metric in {"psnr": psnr, "ssim": ssim, "lpips": lpips}.items():
+        for name, metric in {"psnr": psnr, "ssim": ssim, "gmsd": gmsd, "lpips": lpips}.items():
             if metric is not None:
                 by_view = metric(x.flatten(0, 1), y.flatten(0, 1)).unflatten(0, x.shape[:2])  # (N, V)
                 part[name], part[f"{name}_unseen"] = by_view.mean(1), by_view[:, 1:].mean(1)
         part["hull"] = hull_iou(x)
-        if scorer is not None:
-            part["contrastive"] = scorer.score(reference, x)[:, 1:].sum(1)
+        for name, scorer in (scorers or {}).items():
+            part[name] = contrastive_reward(scorer, reference, x)
         parts.append({k: v.double().cpu() for k, v in part.items()})
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -374,7 +397,8 @@ def main(cfg: Config) -> dict:
     # Everything that can be wrong is read first: sampling takes minutes.
     device = get_device(cfg.device)
     model = load(cfg.model, device) if cfg.model else None
-    scorer = Scorer.load(cfg.scorer, device) if cfg.scorer else None
+    names = [f"contrastive_{Path(f).name}" if i else "contrastive" for i, f in enumerate(cfg.scorer)]
+    scorers = {name: Scorer.load(folder, device) for name, folder in zip(names, cfg.scorer, strict=True)}
     lpips = Lpips.load(cfg.lpips, device) if cfg.lpips else None
     size = cfg.size or (model.cfg.image_size if model else 64 if cfg.data == "toys" else 256)
     if model and size != model.cfg.image_size:
@@ -400,8 +424,9 @@ def main(cfg: Config) -> dict:
         yield from corruptions(truth)
 
     rows: dict[str, dict[str, float]] = {}
-    for name, images in tqdm(fixed_rows(), desc="rows of known quality", total=7, disable=None):
-        rows[name] = summary(score_images(images, truth, ref, scorer, lpips))
+    if cfg.known_rows:
+        for name, images in tqdm(fixed_rows(), desc="rows of known quality", total=7, disable=None):
+            rows[name] = summary(score_images(images, truth, ref, scorers, lpips))
 
     if model:
         label = cfg.model
@@ -412,7 +437,7 @@ def main(cfg: Config) -> dict:
         ]
     else:
         label, samples = cfg.images, [read_views(cfg.images, ids, size)[1]]
-    by_seed = [score_images(images, truth, ref, scorer, lpips) for images in samples]
+    by_seed = [score_images(images, truth, ref, scorers, lpips) for images in samples]
     scores = {name: torch.stack([one[name] for one in by_seed]).mean(0) for name in by_seed[0]}  # (N,) each
 
     rows = {label: summary(scores), **rows}
@@ -430,6 +455,9 @@ def main(cfg: Config) -> dict:
         for name, d in result["difference"].items():
             print(f"    {name:16s} {d['mean']:+.4f}   [{d['low']:+.4f}, {d['high']:+.4f}]")
     save_json(cfg.out, result)
+    if cfg.images_out:
+        for name, views in zip(ids, samples[0], strict=True):
+            write_views(Path(cfg.images_out) / name, views)
     if cfg.grid:
         grid(cfg.grid, {"truth": truth[:8], Path(label).name: samples[0][:8]}, ref[:8])
     print(f"\nwrote {' and '.join(filter(None, (cfg.out, cfg.grid)))}")

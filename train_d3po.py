@@ -10,8 +10,8 @@ the ground truth of the same objects holds it in place.
 The stages, each reused when it is there already (out/ is the default of --out):
 
     out/scorer_*/            the contrastive scorer, made by train_scorer.py when --feedback contrastive asks for it
-    out/candidates/          five trajectories an object, whatever the feedback
-    out/pairs_<feedback>_*/  pairs.json, and pi_pre's means of winner and loser at every trained step
+    out/candidates/          five trajectories an object, and pi_pre's means along them, whatever the feedback
+    out/pairs_<feedback>_*/  who won and who lost
     out/before/              pi_pre's images of the validation objects
     out/d3po_<feedback>/     log.jsonl, config.json and model.safetensors, results.json, grid.png
 
@@ -32,7 +32,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -104,6 +104,7 @@ class Config:
 
     save_every: int = 25  # save what a killed run goes on from
     log_every: int = 10  # log means of the last steps
+    eval_every: int = 0  # log all metrics of the validation objects as val_*; 0: only before and after
     batch_size: int = 8  # objects at a time when sampling
     bf16: str = "auto"  # draw samples in bfloat16: auto (where it is fast), on or off. A small model's loss is float32
     checkpointing: bool = False  # keep few activations and compute the others again: half the speed, far less memory
@@ -228,12 +229,14 @@ def prefer(cfg: Config, views: Tensor, candidates: Path, device: torch.device) -
         images = load_tensors(candidates / f"{i:04d}.safetensors")["images"].to(device).float() / 255
         truth = views[i].to(device).float() / 255
         rewards = reward_of(truth[:1].expand(len(images), -1, -1, -1), images, truth).cpu()
+        quality = psnr(images[:, 1:].flatten(1, 2), truth[None, 1:].flatten(1, 2)).tolist()  # for the record only
         order = rewards.argsort(descending=True).tolist()
         chosen = [(order[0], order[-1])]
         if cfg.pairs == "all":
             chosen = [(a, b) for j, a in enumerate(order) for b in order[j + 1 :]]
         pairs += [
-            {"object": i, "winner": w, "loser": l, "rewards": [round(r, 5) for r in rewards.tolist()]}
+            {"object": i, "winner": w, "loser": l}
+            | {"rewards": [round(r, 5) for r in rewards.tolist()], "psnr": [round(q, 3) for q in quality]}
             for w, l in chosen  # noqa: E741
             if rewards[w] > rewards[l]
         ]
@@ -245,24 +248,28 @@ def prefer(cfg: Config, views: Tensor, candidates: Path, device: torch.device) -
     return pairs
 
 
-# --- pi_pre's means: computed once, so that no second network is held while training ---
+# --- chains: what the loss reads, from disk ---
+
+Row = tuple[int, int, int]  # object, candidate, and j, which of the trained steps
 
 
-class Pairs:
-    """Winner and loser chains on disk, read by memory map: only what a batch needs is ever loaded."""
+class Chains:
+    """Candidates' states and pi_pre's means, read by memory map: only what a batch needs is ever loaded."""
 
-    def __init__(self, pairs: list[dict], candidates: Path, means: Path, cfg: Config, schedule: Schedule):
-        self.pairs, self.means, self.cfg = pairs, means, cfg
-        self.files = {i: open_tensors(candidates / f"{i:04d}.safetensors") for i in {p["object"] for p in pairs}}
-        calls = schedule.timesteps(cfg.num_steps)
-        self.calls = calls[cfg.first_call : cfg.num_steps - 1]  # J (t, s), without the last call: it has no density
+    def __init__(self, candidates: Path, cfg: Config, schedule: Schedule):
+        self.candidates, self.cfg = candidates, cfg
+        self.means = candidates / f"means_{cfg.condition}_{2 * cfg.batch_pairs}"  # by batch: see store_means
+        # J (t, s), without the last call: it has no density
+        self.calls = schedule.timesteps(cfg.num_steps)[cfg.first_call : cfg.num_steps - 1]
+        self.files: dict[int, Any] = {}
 
-    def batch(self, items: list[tuple[int, int]], device: torch.device) -> dict[str, Tensor]:
-        """Items (pair, j) -> rows: all winners, then all losers, each pair at one common step j."""
-        rows = [(n, j, who) for who in ("winner", "loser") for n, j in items]
+    def batch(self, rows: list[Row], device: torch.device) -> dict[str, Tensor]:
+        """State, action, condition and times of each row."""
         parts: dict[str, list[Tensor]] = {"x_t": [], "action": [], "y": [], "ref_noise": []}
-        for n, j, who in rows:
-            file, g = self.files[self.pairs[n]["object"]], self.pairs[n][who]
+        for i, g, j in rows:
+            if i not in self.files:
+                self.files[i] = open_tensors(self.candidates / f"{i:04d}.safetensors")
+            file = self.files[i]
             parts["x_t"].append(file.get_slice("states")[g, j])
             parts["action"].append(file.get_slice("states")[g, j + 1])
             # The condition of the loss. Under the one a candidate was sampled with, the noise scale alone can decide
@@ -272,14 +279,13 @@ class Pairs:
             parts["y"].append(file.get_tensor("y")[0] + noise)
             parts["ref_noise"].append(file.get_tensor("ref_noise")[0])
         batch = {k: torch.stack(v).to(device) for k, v in parts.items()}
-        t, s = (torch.tensor([self.calls[j][z] for _, j, _ in rows], device=device) for z in (0, 1))
+        t, s = (torch.tensor([self.calls[j][z] for _, _, j in rows], device=device) for z in (0, 1))
         return batch | {"t": t, "s": s}
 
-    def mean_pre(self, items: list[tuple[int, int]], device: torch.device) -> Tensor:  # (2 P, V, c, h, w)
-        """The stored means of the frozen policy, in the row order of `batch`."""
-        means = [open_tensors(self.means / f"{n:04d}.safetensors").get_slice("means") for n, _ in items]
-        rows = [m[side, j] for side in (0, 1) for m, (_, j) in zip(means, items, strict=True)]
-        return torch.stack(rows).to(device)
+    def mean_pre(self, rows: list[Row], device: torch.device) -> Tensor:  # (rows, V, c, h, w)
+        """The stored means of the frozen policy."""
+        files = [open_tensors(self.means / f"{i:04d}_{g}.safetensors") for i, g, _ in rows]
+        return torch.stack([f.get_slice("means")[j] for f, (_, _, j) in zip(files, rows, strict=True)]).to(device)
 
 
 def policy_mean(
@@ -288,7 +294,7 @@ def policy_mean(
     batch: dict[str, Tensor],
     half: bool = False,  # run the network in bfloat16
 ) -> tuple[Tensor, Tensor]:
-    """mean_theta (2 P, V, c, h, w) and var of the rows of `Pairs.batch`."""
+    """mean_theta (rows, V, c, h, w) and var of the rows of `Chains.batch`."""
     ref_t = noised_reference(schedule, model.cfg, batch["y"], batch["t"], batch["ref_noise"])
     with torch.autocast(ref_t.device.type, torch.bfloat16, enabled=half):
         prediction = model(batch["x_t"], batch["t"], ref_t)
@@ -297,19 +303,27 @@ def policy_mean(
 
 @torch.no_grad()
 def store_means(
-    model: MultiViewUNet, schedule: Schedule, pairs: Pairs, device: torch.device, half: bool = False
+    model: MultiViewUNet,
+    schedule: Schedule,
+    chains: Chains,
+    needed: set[tuple[int, int]],  # object, candidate
+    device: torch.device,
+    half: bool = False,
 ) -> None:
-    """mean_pre of every pair and trained step, in batches of the training shape: then equal weights give exactly equal
-    means, because kernels (and so their rounding) depend on the shape."""
-    size, J = pairs.cfg.batch_pairs, len(pairs.calls)
-    todo = [n for n in range(len(pairs.pairs)) if not (pairs.means / f"{n:04d}.safetensors").is_file()]
-    for n in tqdm(todo, desc="means of the pre-trained policy", disable=None):
+    """mean_pre of every trained step of the needed chains: once, so that no second network is held while training.
+
+    In batches of the training shape: then equal weights give exactly equal means, because kernels (and so their
+    rounding) depend on the shape.
+    """
+    size, J = 2 * chains.cfg.batch_pairs, len(chains.calls)
+    todo = [(i, g) for i, g in sorted(needed) if not (chains.means / f"{i:04d}_{g}.safetensors").is_file()]
+    for i, g in tqdm(todo, desc="means of the pre-trained policy", disable=None):
         means = []
         for first in range(0, J, size):
-            steps = [min(first + i, J - 1) for i in range(size)]  # the last batch is filled up
-            mean, _ = policy_mean(model, schedule, pairs.batch([(n, j) for j in steps], device), half)
-            means.append(mean.unflatten(0, (2, size))[:, : min(size, J - first)].cpu())
-        save_tensors(pairs.means / f"{n:04d}.safetensors", {"means": torch.cat(means, 1)})  # (2, J, V, c, h, w)
+            rows = [(i, g, min(first + k, J - 1)) for k in range(size)]  # the last batch is filled up
+            mean, _ = policy_mean(model, schedule, chains.batch(rows, device), half)
+            means.append(mean[: J - first].cpu())
+        save_tensors(chains.means / f"{i:04d}_{g}.safetensors", {"means": torch.cat(means)})  # (J, V, c, h, w)
 
 
 # --- evaluation and the loop ---
@@ -375,10 +389,10 @@ def main(cfg: Config) -> dict:
         training = replace(training, image_size=size, num_objects=cfg.num_objects, bf16=cfg.bf16, device=cfg.device)
         train_scorer(replace(training, out=folder))
         cfg = replace(cfg, scorer=folder)
-    scorer = Scorer.load(cfg.scorer) if cfg.scorer else None  # on the CPU until it is asked for
-    if scorer and not scorer.cfg.resize and scorer.cfg.image_size != size:
+    scorers = {"contrastive": Scorer.load(cfg.scorer)} if cfg.scorer else {}  # on the CPU until it is asked for
+    if any(not z.cfg.resize and z.cfg.image_size != size for z in scorers.values()):
         raise InputError(
-            f"{cfg.scorer}: a scorer for {scorer.cfg.image_size} pixels, expected {size}, what {cfg.model} makes. "
+            f"{cfg.scorer}: not a scorer for {size} pixels, which {cfg.model} makes. "
             f"Train one: python train_scorer.py --image_size {size}"
         )
     stage("scorer")
@@ -387,9 +401,9 @@ def main(cfg: Config) -> dict:
     collect(model, views, cfg, candidates, device)
     stage("candidates")
 
-    # What was preferred, and pi_pre's means: in a folder for each setting that they depend on.
+    # What was preferred: in a folder for each setting that it depends on.
     made_by = load_json(candidates / "made_by.json")
-    made_by |= settings(cfg, "feedback", "num_objects", "pairs", "condition", "batch_pairs")
+    made_by |= settings(cfg, "feedback", "num_objects", "pairs")
     if cfg.feedback == "contrastive":
         made_by |= {"scorer": digest(Path(cfg.scorer) / "model.safetensors")}
     if cfg.feedback == "matching":
@@ -399,14 +413,18 @@ def main(cfg: Config) -> dict:
     claim(folder, made_by)
     if not (folder / "pairs.json").is_file():
         save_json(folder / "pairs.json", prefer(cfg, views, candidates, device))
-    pairs = Pairs(load_json(folder / "pairs.json"), candidates, folder, cfg, schedule)
-    winners = [cfg.noise_scales[p["winner"]] for p in pairs.pairs]
-    losers = [cfg.noise_scales[p["loser"]] for p in pairs.pairs]
-    shares = {a: f"{winners.count(a)}/{losers.count(a)}" for a in cfg.noise_scales}
-    print(f"{len(pairs.pairs)} pairs of {len(views)} objects; noise scale: times winner/loser: {shares}")
+    pairs = load_json(folder / "pairs.json")
+    winners = [cfg.noise_scales[p["winner"]] for p in pairs]
+    losers = [cfg.noise_scales[p["loser"]] for p in pairs]
+    shares = {a: f"{winners.count(a)}/{losers.count(a)}" for a in sorted(set(cfg.noise_scales))}
+    print(f"{len(pairs)} pairs of {len(views)} objects; noise scale: times winner/loser: {shares}")
+    nearer = sum(p["psnr"][p["winner"]] > p["psnr"][p["loser"]] for p in pairs) / len(pairs)
+    print(f"the winner is nearer to the truth than the loser in {nearer:.0%} of them (PSNR of unseen views)")
     stage("feedback")
 
-    store_means(model, schedule, pairs, device, half)
+    chains = Chains(candidates, cfg, schedule)
+    needed = {(p["object"], p[who]) for p in pairs for who in ("winner", "loser")}
+    store_means(model, schedule, chains, needed, device, half)
     stage("means")
 
     folder = Path(cfg.out) / "before"
@@ -415,13 +433,22 @@ def main(cfg: Config) -> dict:
     if not (folder / "images.safetensors").is_file():
         save_tensors(folder / "images.safetensors", {"images": sample_validation(model, val_views, cfg)})
     before_images = load_tensors(folder / "images.safetensors")["images"]
+    truth = val_views.float() / 255
     stage("sample before")
+
+    def measure(images: Tensor) -> dict[str, Tensor]:  # the scorer is on the GPU no longer than that
+        for scorer in scorers.values():
+            scorer.to(device)
+        scores = score_images(images, truth, truth[:, 0], scorers)
+        for scorer in scorers.values():
+            scorer.to("cpu")
+        return scores
 
     optimizer = torch.optim.AdamW(
         parameters, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type == "cuda"
     )
-    weights = step_weights(schedule, pairs.calls, cfg.step_weight).to(device)
-    J, start = len(pairs.calls), 0
+    weights = step_weights(schedule, chains.calls, cfg.step_weight).to(device)
+    J, start = len(chains.calls), 0
     free = (
         "steps",
         "out",
@@ -430,6 +457,7 @@ def main(cfg: Config) -> dict:
         "device",
         "save_every",
         "log_every",
+        "eval_every",
         "batch_size",
     )  # may change on resume
     claim(out, {k: v for k, v in asdict(cfg).items() if k not in free})
@@ -460,21 +488,23 @@ def main(cfg: Config) -> dict:
         if step == cfg.steps:
             break
 
-        # batch: pairs at random steps, a function of (seed, step) alone
+        # batch: pairs at random steps, a function of (seed, step) alone; all winners, then all losers
         g = keyed_generator(cfg.seed, 6, step)
-        chosen = torch.randint(len(pairs.pairs), (cfg.batch_pairs,), generator=g).tolist()
-        items = list(zip(chosen, torch.randint(J, (cfg.batch_pairs,), generator=g).tolist(), strict=True))
-        batch = pairs.batch(items, device)
+        chosen = [pairs[n] for n in torch.randint(len(pairs), (cfg.batch_pairs,), generator=g)]
+        js = torch.randint(J, (cfg.batch_pairs,), generator=g).tolist() * 2
+        who = [(p["object"], p[side]) for side in ("winner", "loser") for p in chosen]
+        rows = [(i, g, j) for (i, g), j in zip(who, js, strict=True)]
+        batch = chains.batch(rows, device)
 
         # forward: winner and loser in one call
         mean_theta, var = policy_mean(model, schedule, batch, half)
-        ratio = log_ratio(batch["action"], mean_theta, pairs.mean_pre(items, device), var)  # (2 P,)
-        ratio = ratio * weights[[j for _, j in items] * 2]
+        ratio = log_ratio(batch["action"], mean_theta, chains.mean_pre(rows, device), var)  # (2 P,)
+        ratio = ratio * weights[js]
         ratio_w, ratio_l = ratio.chunk(2)
         if step == 0 and ratio.abs().max() * cfg.beta_dpo > 1e-3:
             raise InputError(
                 f"before the first update beta * log-ratio is {cfg.beta_dpo * ratio.abs().max():.2g}, expected below "
-                f"1e-3: the stored means are not this policy's. Delete {pairs.means} and start again."
+                f"1e-3: the stored means are not this policy's. Delete {chains.means} and start again."
             )
         loss_d3po, metrics = d3po_loss(ratio_w, ratio_l, cfg.beta_dpo)
         # each loss goes backward at once: its activations are gone before the next, and the gradients are seen apart
@@ -497,7 +527,7 @@ def main(cfg: Config) -> dict:
         # log
         metrics |= {"loss_simple": loss_simple.item()}
         metrics |= {"grad_d3po": grad_norm(list(from_d3po)), "grad_simple": grad_norm(list(from_simple))}
-        for (_, j), value in zip(items * 2, ratio.tolist(), strict=True):
+        for j, value in zip(js, ratio.tolist(), strict=True):
             sums.setdefault(f"abs_log_ratio_call_{cfg.first_call + j}", []).append(abs(value))
         for name, value in metrics.items():
             sums.setdefault(name, []).append(value)
@@ -506,13 +536,14 @@ def main(cfg: Config) -> dict:
             sums = {}
             log_line(out / "log.jsonl", step=step + 1, **means)
             bar.set_postfix({k: f"{means[k]:.3f}" for k in ("loss_d3po", "accuracy", "loss_simple")})
+        if cfg.eval_every and (step + 1) % cfg.eval_every == 0:
+            scores = measure(sample_validation(model, val_views, cfg))
+            log_line(out / "log.jsonl", step=step + 1, **{f"val_{k}": v.mean().item() for k, v in scores.items()})
     model.save(out)
     stage("train")
 
     after_images = sample_validation(model, val_views, cfg)
-    truth = val_views.float() / 255
-    scorer = scorer.to(device) if scorer else None
-    before, after = (score_images(x, truth, truth[:, 0], scorer) for x in (before_images, after_images))
+    before, after = measure(before_images), measure(after_images)
     grid(
         out / "grid.png",
         {"truth": truth[:8], "before": before_images[:8], "after": after_images[:8]},

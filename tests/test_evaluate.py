@@ -67,6 +67,29 @@ def test_psnr_equals_scikit_image_and_is_capped() -> None:
     assert torch.equal(evaluate.psnr(x, y[:1]), evaluate.psnr(x, y[:1].expand_as(x)))  # one truth, many candidates
 
 
+def test_gmsd_against_its_definition() -> None:
+    """Pixel by pixel in numpy; and more noise is worse."""
+    x, y = pairs()
+    for a, b, got in zip(x, y, evaluate.gmsd(x, y), strict=True):
+        lengths = []
+        for image in (a, b):
+            grey = np.tensordot([0.299, 0.587, 0.114], image.double().numpy(), 1)
+            half = (grey[::2, ::2] + grey[1::2, ::2] + grey[::2, 1::2] + grey[1::2, 1::2]) / 4
+            g = np.zeros((30, 30))
+            for r in range(30):
+                for c in range(30):
+                    part = half[r : r + 3, c : c + 3]
+                    across, down = part[:, 0].sum() - part[:, 2].sum(), part[0].sum() - part[2].sum()
+                    g[r, c] = np.hypot(across, down) / 3
+            lengths.append(g)
+        g, h = lengths
+        c = 170 / 255**2
+        assert got.item() == pytest.approx(((2 * g * h + c) / (g**2 + h**2 + c)).std(), abs=1e-5)
+    view, noise = toys(1)[:, 0], rand(1, 3, 64, 64)
+    none, little, much = (evaluate.gmsd(view, view + scale * noise).item() for scale in (0, 0.1, 0.5))
+    assert none == 0 < little < much
+
+
 def write_lpips(folder) -> dict[str, torch.Tensor]:
     """Random weights under the published names; the heads are never negative there."""
     torch.manual_seed(0)
@@ -203,7 +226,7 @@ def test_score_images_by_view_and_by_part(tmp_path) -> None:
     images = truth.clone()
     images[:, 1:] = 1.0  # the reference's view is right, the others are white
     scores = evaluate.score_images(images, truth, truth[:, 0])
-    assert list(scores) == ["psnr", "psnr_unseen", "ssim", "ssim_unseen", "hull"]
+    assert list(scores) == ["psnr", "psnr_unseen", "ssim", "ssim_unseen", "gmsd", "gmsd_unseen", "hull"]
     one = evaluate.psnr(torch.ones(4, 3, 64, 64), truth[17, 1:])
     assert scores["psnr_unseen"][17].item() == pytest.approx(one.mean().item())
     assert scores["psnr"][17].item() == pytest.approx(
@@ -216,7 +239,7 @@ def test_score_images_by_view_and_by_part(tmp_path) -> None:
 
     write_lpips(tmp_path)
     lpips = evaluate.Lpips.load(str(tmp_path))
-    more = evaluate.score_images(images[:2], truth[:2], truth[:2, 0], scorer=Stub(), lpips=lpips)  # pyright: ignore
+    more = evaluate.score_images(images[:2], truth[:2], truth[:2, 0], {"contrastive": Stub()}, lpips)  # pyright: ignore
     want = (1 - truth[:2, :1]).square().mean((1, 2, 3, 4)) * 4
     assert torch.allclose(more["contrastive"].float(), want) and torch.equal(more["hull"], scores["hull"][:2])
     assert torch.allclose(more["lpips"] * 5, more["lpips_unseen"] * 4, atol=1e-6)
@@ -307,7 +330,7 @@ def test_wrong_input_is_one_line_before_any_work(folder) -> None:
         ({"data": str(folder / "none")}, "no such folder"),
         ({"n": 0}, "at least 1"),
         ({"size": 16}, "at least 32"),
-        ({"scorer": str(folder / "none")}, "none"),
+        ({"scorer": (str(folder / "none"),)}, "none"),
         ({"lpips": str(folder / "none")}, "--lpips"),
         ({"against": str(folder / "none.json")}, "not readable"),
         ({"against": str(folder / "other.json")}, "was not made on these 3 objects"),

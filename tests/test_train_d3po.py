@@ -131,16 +131,16 @@ def test_candidates_of_another_run_are_refused(tmp_path):
 def test_log_ratio_is_exactly_zero_before_the_first_update(tmp_path, condition):
     cfg, model, views, folder = collected(tmp_path, condition=condition)
     schedule = Schedule(model.cfg)
-    pairs = D.Pairs(D.prefer(cfg, views, folder, CPU), folder, tmp_path / "means", cfg, schedule)
-    D.store_means(model, schedule, pairs, CPU)
+    chains = D.Chains(folder, cfg, schedule)
+    D.store_means(model, schedule, chains, {(i, g) for i in range(3) for g in (0, 4)}, CPU)
     with torch.no_grad():
-        for items in ([(0, 0), (1, 2)], [(2, 1), (0, 2)]):
-            batch = pairs.batch(items, CPU)
-            clean = load_tensors(folder / f"{items[0][0]:04d}.safetensors")["y"][0]
+        for rows in ([(0, 0, 0), (1, 0, 2), (0, 4, 0), (1, 4, 2)], [(2, 0, 1), (0, 0, 2), (2, 4, 1), (0, 4, 2)]):
+            batch = chains.batch(rows, CPU)
+            clean = load_tensors(folder / f"{rows[0][0]:04d}.safetensors")["y"][0]
             assert torch.equal(batch["y"][0], clean)  # the winner has a = 0,
             assert torch.equal(batch["y"][2], clean) == (condition == "clean")  # the loser a = 0.8
             mean, var = D.policy_mean(model, schedule, batch)
-            assert (log_ratio(batch["action"], mean, pairs.mean_pre(items, CPU), var) == 0).all()
+            assert (log_ratio(batch["action"], mean, chains.mean_pre(rows, CPU), var) == 0).all()
             if condition == "sampled":  # then the actions are the policy's own: standardised, they are its step noise
                 z = (batch["action"] - mean) / var.sqrt()
                 assert abs(z.std().item() - 1) < 0.02
@@ -154,10 +154,10 @@ def test_a_fixed_pair_is_learned(tmp_path):
     """
     cfg, model, views, folder = collected(tmp_path, noise_scales=(0.0, 0.0), feedback="random")
     schedule = Schedule(model.cfg)
-    pairs = D.Pairs(D.prefer(cfg, views, folder, CPU)[:1], folder, tmp_path / "means", cfg, schedule)
-    D.store_means(model, schedule, pairs, CPU)
-    items = [(0, 1), (0, 2)]
-    batch, pre = pairs.batch(items, CPU), pairs.mean_pre(items, CPU)
+    chains = D.Chains(folder, cfg, schedule)
+    D.store_means(model, schedule, chains, {(0, 0), (0, 1)}, CPU)
+    rows = [(0, g, j) for g in (0, 1) for j in (1, 2)]
+    batch, pre = chains.batch(rows, CPU), chains.mean_pre(rows, CPU)
     optimizer = torch.optim.AdamW(model.attention_parameters(), lr=3e-5)
     margins = []
     for _ in range(15):
@@ -255,7 +255,7 @@ def test_training_refuses_means_of_another_policy(tmp_path):
     cfg = config(tmp_path, steps=1)
     D.main(cfg)
     (tmp_path / "out" / "d3po_noise_scale" / "state.pt").unlink()
-    for path in (tmp_path / "out").glob("pairs_*/*.safetensors"):
+    for path in (tmp_path / "out").glob("candidates/means_*/*.safetensors"):
         save_tensors(path, {"means": load_tensors(path)["means"] * 1.5})
     with pytest.raises(InputError, match="before the first update"):
         D.main(cfg)
@@ -279,7 +279,7 @@ def test_wrong_input_is_one_line(tmp_path):
     with pytest.raises(InputError, match="expected 1 or more"):
         D.main(config(tmp_path, steps=0))
     small_scorer("bilinear", 32, 8, 32, 1, 2).save(tmp_path / "scorer")
-    with pytest.raises(InputError, match="a scorer for 32 pixels, expected 16"):
+    with pytest.raises(InputError, match="not a scorer for 16 pixels"):
         D.main(config(tmp_path, feedback="contrastive", scorer=str(tmp_path / "scorer")))
     assert not (tmp_path / "out" / "candidates").exists()
     D.main(config(tmp_path, steps=2))
