@@ -66,7 +66,7 @@ class Config:
     size: int = 0  # pixels at which views are compared (0: the model's; for --images 64 with toys, else 256)
     seed: int = 0  # first seed of the sampler
     seeds: int = 1  # samples of each object with seeds seed, seed + 1, ...; an object's numbers are their mean
-    num_steps: int = 20  # network calls a sample (paper: 50)
+    num_steps: int = 10  # network calls a sample (paper: 50)
     batch_size: int = 8  # objects sampled at a time
     bf16: str = "auto"  # sample in bfloat16: auto (where it is fast), on or off
     scorer: tuple[str, ...] = ()  # scorer folders: the first is column contrastive, others contrastive_<folder's name>
@@ -444,6 +444,7 @@ def main(cfg: Config) -> dict:
     print(f"\n{len(ids)} objects, {len(samples)} seed(s), {size} px\n\n{markdown(rows)}")
     result = {
         **provenance(cfg),
+        "size": size,
         "rows": rows,
         "seeds": [summary(one) for one in by_seed],
         "ids": ids,

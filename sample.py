@@ -158,10 +158,11 @@ def sample(
     model: MultiViewUNet,
     ref: Tensor,  # (B, 3, H, W) reference images in [0, 1]
     seeds: list[int],  # one an object: x_T and epsilon_Y depend on it alone
-    num_steps: int = 20,  # K
+    num_steps: int = 10,  # K
     candidates: list[int] | None = None,  # one a row: candidate noise and step noises depend on (seed, candidate)
     noise_scales: list[float] | None = None,  # one a row: a of App. B, the scale of the candidate noise
     bf16: bool = False,  # run the network in bfloat16; states and steps stay float32
+    common_noise: bool = False,  # an object's candidates share the step noises, too
 ) -> Trajectory:
     """Run the chain for B rows. The images are in `.images` (B, V, 3, H, W)."""
     cfg, device = model.cfg, ref.device
@@ -178,7 +179,7 @@ def sample(
     ref_noise = draw(latent, [(seed, 1) for seed in seeds]).to(device)
     keys = list(zip(seeds, candidates, strict=True))
     unit_noise = draw(latent, [(seed, 2, candidate) for seed, candidate in keys]).to(device)
-    step_noise = [keyed_generator(seed, 3, candidate) for seed, candidate in keys]
+    step_noise = [keyed_generator(seed, 3, 0 if common_noise else candidate) for seed, candidate in keys]
 
     y = model.encode(ref)
     states = [x]
@@ -197,7 +198,7 @@ def sample_images(
     model: MultiViewUNet,
     ref: Tensor,  # (N, 3, H, W) in [0, 1]
     seed: int,  # object i is drawn with key (seed, i)
-    num_steps: int = 20,
+    num_steps: int = 10,
     batch_size: int = 8,
     label: str = "sample",
     bf16: bool = False,
@@ -220,7 +221,7 @@ class Config:
     model: str = "checkpoints/toy"  # folder that train_sft.py or train_d3po.py wrote
     out: str = "views.png"  # strip of the five views; each view also goes to <out without suffix>/<view>.png
     seed: int = 0  # of x_T and all noises
-    num_steps: int = 20  # network calls K
+    num_steps: int = 10  # network calls K
     bf16: str = "auto"  # run the network in bfloat16: auto (where it is fast), on or off
     device: str = "auto"  # auto, cpu or cuda
 

@@ -82,24 +82,26 @@ class Config:
     matcher: str = "sift"  # sift or loftr, for --feedback matching
     matcher_weights: str = ""  # LoFTR weights (empty: from torch's hub cache, downloaded if absent)
     data: str = "toys"  # toys, or a folder of renders (see data.py)
-    num_objects: int = 48  # preference objects (paper: 240)
+    num_objects: int = 96  # preference objects (paper: 240)
     eval_objects: int = 32  # validation objects
     out: str = "out"  # where everything goes
     name: str = ""  # folder of this run in out; empty: d3po_<feedback>. Runs share candidates, scorer and pairs
 
-    num_steps: int = 20  # network calls K of the sampler (paper: 50)
-    first_call: int = 4  # train calls first_call .. K - 2 (paper: the last 40); the very last has no density
+    num_steps: int = 10  # network calls K of the sampler (paper: 50)
+    first_call: int = 8  # train calls first_call .. K - 2 (paper: the last 40); the very last has no density
     noise_scales: tuple[float, ...] = (0.0, 0.1, 0.3, 0.5, 0.8)  # a of the candidates (App. B)
-    pairs: Literal["best_worst", "all"] = "best_worst"  # which candidates of one reference are compared
+    common_noise: bool = True  # candidates share the step noises, too: only the reference's noise tells them apart
+    pairs: Literal["best_worst", "all"] = "all"  # which candidates of one reference are compared
     condition: Literal["clean", "sampled"] = "clean"  # the reference that the loss sees: noiseless, or as sampled
 
-    steps: int = 150  # optimizer steps (paper: 1800)
-    batch_pairs: int = 4  # pairs a step, and ground-truth objects for L_simple-MV
-    lr: float = 5e-5  # AdamW, constant; attention layers only (App. B)
+    steps: int = 60  # optimizer steps (paper: 1800)
+    batch_objects: int = 8  # preference objects a step, and as many ground-truth objects for L_simple-MV
+    optimizer: Literal["lars", "adamw"] = "lars"  # see LARS: Adam's steps go mostly along noise
+    lr: float = 1e-4  # falls to 0 in a straight line; attention layers only (App. B)
     lora: int = 0  # train a change of this rank of their projections instead: less memory; 0: no
     beta_dpo: float = 1e-3  # beta of Eq. 2 on the log-ratio SUMMED over V c h w; 0 is the SFT baseline
     lambda_simple: float = 1.0  # weight of L_simple-MV (paper: 1)
-    step_weight: Literal["none", "equal"] = "none"  # equal: an error of x0 costs the same at every trained step
+    step_weight: Literal["none", "root", "equal"] = "none"  # on the log-ratio of each trained step: see step_weights
     seed: int = 0  # of candidates, pairs, batches and noise
 
     save_every: int = 25  # save what a killed run goes on from
@@ -140,7 +142,7 @@ def step_weights(schedule: Schedule, calls: list[tuple[int, int]], mode: str) ->
     The step's mean depends on the predicted x0 as m x0, so an error d in x0 costs m^2 d^2 / (2 var) nats. Over the
     toy's calls 4 to 18 m^2 / var grows from .002 to 35, and the last of them has 97 % of the sum: unweighted, as
     printed in Eq. (2), the loss is nearly that of one step. "equal" divides by it, so that an error of one size costs
-    the same at every step.
+    the same at every step, "root" by its square root, which evens out the noise of the gradient instead.
     """
     if mode == "none":
         return torch.ones(len(calls))
@@ -150,7 +152,8 @@ def step_weights(schedule: Schedule, calls: list[tuple[int, int]], mode: str) ->
     # mean = sqrt(ab_s) x0 + sqrt(1 - ab_s - var) eps, and eps has -sqrt(ab_t / (1 - ab_t)) x0 in it
     m = ab_s.sqrt() - (1 - ab_s - var).sqrt() * (ab_t / (1 - ab_t)).sqrt()
     worth = (m**2 / var).flatten()
-    return 1 / worth / (1 / worth).mean()
+    weights = worth ** (-1.0 if mode == "equal" else -0.5)
+    return weights / weights.mean()
 
 
 # --- candidates: one file an object, the same for every feedback ---
@@ -169,16 +172,15 @@ def collect(
     device: torch.device,
 ) -> None:
     """Draw G candidates of every object and keep the part of their chains that is trained on."""
-    made_by = settings(cfg, "model", "data", "num_steps", "first_call", "noise_scales", "seed", "bf16")
+    made_by = settings(cfg, "model", "data", "num_steps", "first_call", "noise_scales", "common_noise", "seed", "bf16")
     claim(folder, made_by | {"weights": digest(Path(cfg.model) / "model.safetensors")})
     todo = [i for i in range(len(views)) if not (folder / f"{i:04d}.safetensors").is_file()]
     for i in tqdm(todo, desc="collect candidates", disable=None):
         ref = views[i, :1].to(device).float().expand(len(cfg.noise_scales), -1, -1, -1) / 255
         candidates = list(range(len(cfg.noise_scales)))
         seeds = [key_seed(cfg.seed, 8, i)] * len(candidates)  # 8: other noise than in evaluation
-        chain = sample(
-            model, ref, seeds, cfg.num_steps, candidates, list(cfg.noise_scales), bf16=use_bf16(cfg.bf16, device)
-        )
+        scales, bf16 = list(cfg.noise_scales), use_bf16(cfg.bf16, device)
+        chain = sample(model, ref, seeds, cfg.num_steps, candidates, scales, bf16, cfg.common_noise)
         tensors = {
             "states": chain.states[:, cfg.first_call : cfg.num_steps],  # (G, J + 1, V, c, h, w): x_t, and the actions
             "y": chain.y[:1],
@@ -222,30 +224,34 @@ def feedback_fn(cfg: Config, device: torch.device) -> Callable[[Tensor, Tensor, 
 
 
 def prefer(cfg: Config, views: Tensor, candidates: Path, device: torch.device) -> list[dict]:
-    """Rank the candidates of each object: a list of {object, winner, loser, rewards}. Ties make no pair."""
+    """Rank the candidates of each object: a list of {object, order (best first), rewards, psnr}, without objects whose
+    candidates all tie. The PSNR (four unseen views) is for the record: how good is the feedback?
+    """
     reward_of = feedback_fn(cfg, device)
-    pairs = []
+    ranked = []
     for i in tqdm(range(len(views)), desc=f"{cfg.feedback} feedback", disable=None):
         images = load_tensors(candidates / f"{i:04d}.safetensors")["images"].to(device).float() / 255
         truth = views[i].to(device).float() / 255
         rewards = reward_of(truth[:1].expand(len(images), -1, -1, -1), images, truth).cpu()
-        quality = psnr(images[:, 1:].flatten(1, 2), truth[None, 1:].flatten(1, 2)).tolist()  # for the record only
-        order = rewards.argsort(descending=True).tolist()
-        chosen = [(order[0], order[-1])]
-        if cfg.pairs == "all":
-            chosen = [(a, b) for j, a in enumerate(order) for b in order[j + 1 :]]
-        pairs += [
-            {"object": i, "winner": w, "loser": l}
-            | {"rewards": [round(r, 5) for r in rewards.tolist()], "psnr": [round(q, 3) for q in quality]}
-            for w, l in chosen  # noqa: E741
-            if rewards[w] > rewards[l]
-        ]
-    if not pairs:
+        quality = psnr(images[:, 1:].flatten(1, 2), truth[None, 1:].flatten(1, 2)).tolist()
+        if rewards.max() > rewards.min():
+            entry = {"object": i, "order": rewards.argsort(descending=True).tolist()}
+            entry |= {"rewards": [round(r, 5) for r in rewards.tolist()], "psnr": [round(q, 3) for q in quality]}
+            ranked.append(entry)
+    if not ranked:
         raise InputError(
             f"--feedback {cfg.feedback}: all candidates of all {len(views)} objects tie, expected a preference. "
             "Use another feedback, or larger images."
         )
-    return pairs
+    return ranked
+
+
+def pairs_of(entry: dict, mode: str) -> list[tuple[int, int]]:
+    """(winner, loser) of one object: the best and the worst candidate, or every two that do not tie."""
+    order, rewards = entry["order"], entry["rewards"]
+    if mode == "best_worst":
+        return [(order[0], order[-1])]
+    return [(win, lose) for k, win in enumerate(order) for lose in order[k + 1 :] if rewards[win] > rewards[lose]]
 
 
 # --- chains: what the loss reads, from disk ---
@@ -258,7 +264,9 @@ class Chains:
 
     def __init__(self, candidates: Path, cfg: Config, schedule: Schedule):
         self.candidates, self.cfg = candidates, cfg
-        self.means = candidates / f"means_{cfg.condition}_{2 * cfg.batch_pairs}"  # by batch: see store_means
+        # rows of a training step: pairs are made of two candidates of an object, or of all
+        self.rows = cfg.batch_objects * (2 if cfg.pairs == "best_worst" else len(cfg.noise_scales))
+        self.means = candidates / f"means_{cfg.condition}_{self.rows}"  # by batch: see store_means
         # J (t, s), without the last call: it has no density
         self.calls = schedule.timesteps(cfg.num_steps)[cfg.first_call : cfg.num_steps - 1]
         self.files: dict[int, Any] = {}
@@ -315,15 +323,42 @@ def store_means(
     In batches of the training shape: then equal weights give exactly equal means, because kernels (and so their
     rounding) depend on the shape.
     """
-    size, J = 2 * chains.cfg.batch_pairs, len(chains.calls)
     todo = [(i, g) for i, g in sorted(needed) if not (chains.means / f"{i:04d}_{g}.safetensors").is_file()]
-    for i, g in tqdm(todo, desc="means of the pre-trained policy", disable=None):
-        means = []
-        for first in range(0, J, size):
-            rows = [(i, g, min(first + k, J - 1)) for k in range(size)]  # the last batch is filled up
-            mean, _ = policy_mean(model, schedule, chains.batch(rows, device), half)
-            means.append(mean[: J - first].cpu())
-        save_tensors(chains.means / f"{i:04d}_{g}.safetensors", {"means": torch.cat(means)})  # (J, V, c, h, w)
+    rows = [(i, g, j) for i, g in todo for j in range(len(chains.calls))]
+    means: list[Tensor] = []
+    for first in tqdm(range(0, len(rows), chains.rows), desc="means of the pre-trained policy", disable=None):
+        part = rows[first : first + chains.rows]
+        filled = part + part[-1:] * (chains.rows - len(part))
+        mean, _ = policy_mean(model, schedule, chains.batch(filled, device), half)
+        means += mean[: len(part)].cpu()
+        while len(means) >= len(chains.calls):  # a chain is complete
+            i, g = todo.pop(0)
+            done, means = means[: len(chains.calls)], means[len(chains.calls) :]
+            save_tensors(chains.means / f"{i:04d}_{g}.safetensors", {"means": torch.stack(done)})  # (J, V, c, h, w)
+
+
+# --- optimizer ---
+
+
+class LARS(torch.optim.Optimizer):
+    """Momentum, with a step of lr |W| along it for each tensor W (You et al. 2017, without weight decay).
+
+    Most of Eq. (2)'s gradient is the sampler's noise, spread over all coordinates; what it says lies in a few
+    directions that stand out. Adam makes all coordinates move equally far, and so mostly along noise. Here the step
+    stays along the gradient, and lr is the relative change of each weight.
+    """
+
+    def __init__(self, params: list[torch.nn.Parameter], lr: float, momentum: float = 0.9):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                # m <- mu m + (1 - mu) g,    W <- W - lr |W| m / |m|
+                m.lerp_(p.grad, 1 - group["momentum"])
+                p.sub_(m, alpha=(group["lr"] * p.norm() / m.norm().clamp(min=1e-30)).item())
 
 
 # --- evaluation and the loop ---
@@ -350,8 +385,8 @@ def check(cfg: Config) -> None:
         loftr_model(cfg.matcher_weights, torch.device("cpu"))  # are its weights there?
     if not 0 <= cfg.first_call < cfg.num_steps - 1:
         raise InputError(f"--first_call {cfg.first_call}: expected 0 to {cfg.num_steps - 2}, below --num_steps - 1.")
-    if min(cfg.steps, cfg.batch_pairs, cfg.save_every, cfg.log_every, cfg.num_objects, cfg.eval_objects) < 1:
-        raise InputError("--steps, --batch_pairs, --save_every, --log_every and object counts: expected 1 or more.")
+    if min(cfg.steps, cfg.batch_objects, cfg.save_every, cfg.log_every, cfg.num_objects, cfg.eval_objects) < 1:
+        raise InputError("--steps, --batch_objects, --save_every, --log_every and object counts: expected 1 or more.")
 
 
 def main(cfg: Config) -> dict:
@@ -386,7 +421,8 @@ def main(cfg: Config) -> dict:
     if cfg.feedback == "contrastive" and not cfg.scorer:
         folder = str(Path(cfg.out) / f"scorer_{Path(cfg.negatives).name}")
         training = ScorerTraining(negatives=cfg.negatives, zero123=cfg.zero123, pretrained=cfg.model, data=cfg.data)
-        training = replace(training, image_size=size, num_objects=cfg.num_objects, bf16=cfg.bf16, device=cfg.device)
+        training = replace(training, num_objects=cfg.num_objects, num_steps=cfg.num_steps, image_size=size)
+        training = replace(training, bf16=cfg.bf16, device=cfg.device)
         train_scorer(replace(training, out=folder))
         cfg = replace(cfg, scorer=folder)
     scorers = {"contrastive": Scorer.load(cfg.scorer)} if cfg.scorer else {}  # on the CPU until it is asked for
@@ -402,8 +438,7 @@ def main(cfg: Config) -> dict:
     stage("candidates")
 
     # What was preferred: in a folder for each setting that it depends on.
-    made_by = load_json(candidates / "made_by.json")
-    made_by |= settings(cfg, "feedback", "num_objects", "pairs")
+    made_by = load_json(candidates / "made_by.json") | settings(cfg, "feedback", "num_objects")
     if cfg.feedback == "contrastive":
         made_by |= {"scorer": digest(Path(cfg.scorer) / "model.safetensors")}
     if cfg.feedback == "matching":
@@ -413,17 +448,20 @@ def main(cfg: Config) -> dict:
     claim(folder, made_by)
     if not (folder / "pairs.json").is_file():
         save_json(folder / "pairs.json", prefer(cfg, views, candidates, device))
-    pairs = load_json(folder / "pairs.json")
-    winners = [cfg.noise_scales[p["winner"]] for p in pairs]
-    losers = [cfg.noise_scales[p["loser"]] for p in pairs]
+    ranked = load_json(folder / "pairs.json")
+    winners = [cfg.noise_scales[e["order"][0]] for e in ranked]
+    losers = [cfg.noise_scales[e["order"][-1]] for e in ranked]
     shares = {a: f"{winners.count(a)}/{losers.count(a)}" for a in sorted(set(cfg.noise_scales))}
-    print(f"{len(pairs)} pairs of {len(views)} objects; noise scale: times winner/loser: {shares}")
-    nearer = sum(p["psnr"][p["winner"]] > p["psnr"][p["loser"]] for p in pairs) / len(pairs)
-    print(f"the winner is nearer to the truth than the loser in {nearer:.0%} of them (PSNR of unseen views)")
+    print(f"{len(ranked)} of {len(views)} objects have a preference; noise scale: times best/worst: {shares}")
+    nearer = [e["psnr"][win] > e["psnr"][lose] for e in ranked for win, lose in pairs_of(e, cfg.pairs)]
+    share = sum(nearer) / len(nearer)
+    print(f"{len(nearer)} pairs; in {share:.0%} of them the winner is nearer to the truth (PSNR of unseen views)")
     stage("feedback")
 
     chains = Chains(candidates, cfg, schedule)
-    needed = {(p["object"], p[who]) for p in pairs for who in ("winner", "loser")}
+    # A training step shows each of its objects with those candidates that its pairs are made of.
+    shown = [[e["order"][0], e["order"][-1]] if cfg.pairs == "best_worst" else sorted(e["order"]) for e in ranked]
+    needed = {(e["object"], g) for e, candidates in zip(ranked, shown, strict=True) for g in candidates}
     store_means(model, schedule, chains, needed, device, half)
     stage("means")
 
@@ -444,13 +482,13 @@ def main(cfg: Config) -> dict:
             scorer.to("cpu")
         return scores
 
-    optimizer = torch.optim.AdamW(
-        parameters, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type == "cuda"
-    )
+    optimizer = LARS(parameters, cfg.lr)
+    if cfg.optimizer == "adamw":
+        fused = device.type == "cuda"
+        optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
     weights = step_weights(schedule, chains.calls, cfg.step_weight).to(device)
     J, start = len(chains.calls), 0
     free = (
-        "steps",
         "out",
         "name",
         "threads",
@@ -467,8 +505,6 @@ def main(cfg: Config) -> dict:
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
         print(f"{out}: going on at step {start}")
-    if start > cfg.steps:
-        raise InputError(f"{out}: is at step {start}, got --steps {cfg.steps}. Raise --steps or take another --name.")
     if start == cfg.steps and (out / "results.json").is_file():
         print(f"{out}: finished before, reused")
         return load_json(out / "results.json")
@@ -488,19 +524,22 @@ def main(cfg: Config) -> dict:
         if step == cfg.steps:
             break
 
-        # batch: pairs at random steps, a function of (seed, step) alone; all winners, then all losers
+        # batch: objects, each at one random step of its chains; a function of (seed, step) alone
         g = keyed_generator(cfg.seed, 6, step)
-        chosen = [pairs[n] for n in torch.randint(len(pairs), (cfg.batch_pairs,), generator=g)]
-        js = torch.randint(J, (cfg.batch_pairs,), generator=g).tolist() * 2
-        who = [(p["object"], p[side]) for side in ("winner", "loser") for p in chosen]
-        rows = [(i, g, j) for (i, g), j in zip(who, js, strict=True)]
+        chosen = torch.randint(len(ranked), (cfg.batch_objects,), generator=g).tolist()
+        js = torch.randint(J, (cfg.batch_objects,), generator=g).tolist()
+        rows = [(ranked[n]["object"], c, j) for n, j in zip(chosen, js, strict=True) for c in shown[n]]
         batch = chains.batch(rows, device)
 
-        # forward: winner and loser in one call
+        # forward: all rows in one call, then one loss for each pair
         mean_theta, var = policy_mean(model, schedule, batch, half)
-        ratio = log_ratio(batch["action"], mean_theta, chains.mean_pre(rows, device), var)  # (2 P,)
-        ratio = ratio * weights[js]
-        ratio_w, ratio_l = ratio.chunk(2)
+        ratio = log_ratio(batch["action"], mean_theta, chains.mean_pre(rows, device), var)  # (rows,)
+        ratio = ratio * weights[[j for _, _, j in rows]]
+        pairs = []
+        for k, n in enumerate(chosen):
+            first, place = k * len(shown[n]), shown[n].index
+            pairs += [(first + place(win), first + place(lose)) for win, lose in pairs_of(ranked[n], cfg.pairs)]
+        ratio_w, ratio_l = (ratio[list(side)] for side in zip(*pairs, strict=True))
         if step == 0 and ratio.abs().max() * cfg.beta_dpo > 1e-3:
             raise InputError(
                 f"before the first update beta * log-ratio is {cfg.beta_dpo * ratio.abs().max():.2g}, expected below "
@@ -509,7 +548,7 @@ def main(cfg: Config) -> dict:
         loss_d3po, metrics = d3po_loss(ratio_w, ratio_l, cfg.beta_dpo)
         # each loss goes backward at once: its activations are gone before the next, and the gradients are seen apart
         from_d3po = torch.autograd.grad(loss_d3po, parameters)
-        real = training_batch(model, schedule, raw, cfg.batch_pairs, cfg.seed, step, device)
+        real = training_batch(model, schedule, raw, cfg.batch_objects, cfg.seed, step, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             loss_simple = simple_loss(model, schedule, *real).mean()
         from_simple = torch.autograd.grad(cfg.lambda_simple * loss_simple, parameters)
@@ -522,12 +561,14 @@ def main(cfg: Config) -> dict:
             raise InputError(
                 f"step {step}: the gradient is {norm.item()}, expected a finite one. Lower --lr or --beta_dpo."
             )
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * (1 - step / cfg.steps)
         optimizer.step()
 
         # log
         metrics |= {"loss_simple": loss_simple.item()}
         metrics |= {"grad_d3po": grad_norm(list(from_d3po)), "grad_simple": grad_norm(list(from_simple))}
-        for j, value in zip(js, ratio.tolist(), strict=True):
+        for (_, _, j), value in zip(rows, ratio.tolist(), strict=True):
             sums.setdefault(f"abs_log_ratio_call_{cfg.first_call + j}", []).append(abs(value))
         for name, value in metrics.items():
             sums.setdefault(name, []).append(value)

@@ -74,7 +74,7 @@ class Config:
     num_objects: int = 96  # objects to train on, each with one generated set (paper: not stated)
     num_val: int = 32  # objects of the validation split, to judge the scorer
     image_size: int = 64  # pixels; the generator's own size
-    num_steps: int = 20  # sampling steps of the generator
+    num_steps: int = 10  # sampling steps of the generator
 
     # --- scorer ---
 
@@ -220,21 +220,25 @@ def make_batch(cfg: Config, truth: Tensor, fake: Tensor, step: int) -> Tensor:
     return images
 
 
-def evaluate(scorer: Scorer, truth: Tensor, fake: Tensor) -> dict[str, float]:
-    """Truth against wrong views: AUC over single views, and how often the truth has the higher reward.
+def wrong_views(truth: Tensor) -> dict[str, Tensor]:
+    """True views (N, V, 3, S, S) made inconsistent with their reference, or with each other.
 
     `other` takes the views of another object: seen only by an f that looks at the reference. `mirrored` and
     `shifted` are the truth with a small geometric error, never shown in training. `swapped`, right and left
     exchanged, leaves the sum as it was, for f does not know which view it sees: the paper's reward is blind
     to it.
     """
-    wrong = {
-        "generated": fake,
+    return {
         "other": truth.roll(1, dims=0),
         "mirrored": truth.flip(-1),
         "shifted": truth.roll(max(truth.shape[-1] // 16, 1), dims=-1),
         "swapped": truth[:, MIRRORED_ORDER],
     }
+
+
+def evaluate(scorer: Scorer, truth: Tensor, fake: Tensor) -> dict[str, float]:
+    """Truth against wrong views: AUC over single views, and how often the truth has the higher reward."""
+    wrong = {"generated": fake, **wrong_views(truth)}
 
     def scores(views: Tensor) -> Tensor:  # (B, V, 3, S, S) uint8 -> (B, V-1)
         pairs = zip(truth[:, :1].float() / 255, views.float() / 255, strict=True)

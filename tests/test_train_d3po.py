@@ -31,7 +31,7 @@ def config(tmp_path, **changes) -> D.Config:
         "num_steps": 5,
         "first_call": 1,
         "steps": 2,
-        "batch_pairs": 2,
+        "batch_objects": 2,
     }
     defaults = {
         "model": str(tmp_path / "pre"),
@@ -108,10 +108,13 @@ def collected(tmp_path, **changes):
 
 def test_pairs_name_the_best_and_the_worst(tmp_path):
     cfg, _, views, folder = collected(tmp_path)
-    pairs = D.prefer(cfg, views, folder, CPU)
-    assert [(p["object"], p["winner"], p["loser"]) for p in pairs] == [(0, 0, 4), (1, 0, 4), (2, 0, 4)]
-    every = D.prefer(config(tmp_path, pairs="all"), views, folder, CPU)
-    assert len(every) == 30 and all(p["winner"] < p["loser"] for p in every)
+    ranked = D.prefer(cfg, views, folder, CPU)
+    assert [(e["object"], e["order"]) for e in ranked] == [(i, [0, 1, 2, 3, 4]) for i in range(3)]
+    assert D.pairs_of(ranked[0], "best_worst") == [(0, 4)]
+    every = D.pairs_of(ranked[0], "all")
+    assert len(set(every)) == 10 and all(win < lose for win, lose in every)
+    tied = {"order": [2, 0, 1], "rewards": [1.0, 1.0, 3.0]}
+    assert D.pairs_of(tied, "all") == [(2, 0), (2, 1)]
 
 
 def test_ties_make_no_pair(tmp_path, monkeypatch):
@@ -125,6 +128,24 @@ def test_candidates_of_another_run_are_refused(tmp_path):
     cfg, model, views, folder = collected(tmp_path)
     with pytest.raises(InputError, match="made with seed 0; expected seed 1"):
         D.collect(model, views, config(tmp_path, seed=1), folder, CPU)
+
+
+def test_lars_moves_each_tensor_along_its_gradient_by_a_share_of_its_length():
+    g = torch.Generator().manual_seed(0)
+    weights = [torch.nn.Parameter(scale * torch.randn(7, 3, generator=g)) for scale in (1.0, 100.0)]
+    before = [w.detach().clone() for w in weights]
+    optimizer = D.LARS(weights, lr=0.01)
+    for w, size in zip(weights, (1e-4, 10.0), strict=True):
+        w.grad = size * torch.randn(7, 3, generator=g)
+    optimizer.step()
+    for w, old in zip(weights, before, strict=True):
+        moved = old - w.detach()
+        assert (moved.norm() / old.norm()).item() == pytest.approx(0.01, rel=1e-4)
+        assert torch.cosine_similarity(moved.flatten(), w.grad.flatten(), dim=0).item() == pytest.approx(1, abs=1e-4)
+    for w in weights:  # the momentum after two: .9 (.1 first) + .1 second
+        w.grad = -0.9 * w.grad
+    optimizer.step()
+    assert all(optimizer.state[w]["momentum"].abs().max() < 1e-6 * w.grad.abs().max() for w in weights)
 
 
 @pytest.mark.parametrize("condition", ["clean", "sampled"])
@@ -152,7 +173,7 @@ def test_a_fixed_pair_is_learned(tmp_path):
     (Both candidates are drawn under it here. A noised loser's gradient is so much larger that the winner's likelihood
     may fall with the loser's: see "log_ratio_w" in the README.)
     """
-    cfg, model, views, folder = collected(tmp_path, noise_scales=(0.0, 0.0), feedback="random")
+    cfg, model, views, folder = collected(tmp_path, noise_scales=(0.0, 0.0), common_noise=False, feedback="random")
     schedule = Schedule(model.cfg)
     chains = D.Chains(folder, cfg, schedule)
     D.store_means(model, schedule, chains, {(0, 0), (0, 1)}, CPU)
@@ -189,7 +210,7 @@ def test_the_scorer_is_asked_for_contrastive_feedback(tmp_path, monkeypatch):
     monkeypatch.setattr(D, "contrastive_reward", lambda scorer, ref, images: torch.arange(5.0))  # the noisiest is best
     D.main(config(tmp_path, feedback="contrastive", scorer=str(tmp_path / "scorer")))
     (folder,) = (tmp_path / "out").glob("pairs_contrastive_*")
-    assert all(p["winner"] == 4 and p["loser"] == 0 for p in load_json(folder / "pairs.json"))
+    assert all(e["order"] == [4, 3, 2, 1, 0] for e in load_json(folder / "pairs.json"))
 
 
 def test_candidates_do_not_share_noise_with_evaluation(tmp_path):
@@ -283,7 +304,7 @@ def test_wrong_input_is_one_line(tmp_path):
         D.main(config(tmp_path, feedback="contrastive", scorer=str(tmp_path / "scorer")))
     assert not (tmp_path / "out" / "candidates").exists()
     D.main(config(tmp_path, steps=2))
-    with pytest.raises(InputError, match="is at step 2, got --steps 1"):
+    with pytest.raises(InputError, match="made with steps 2; expected steps 1"):
         D.main(config(tmp_path, steps=1))
     (tmp_path / "out" / "d3po_noise_scale" / "state.pt").write_bytes(b"half")
     with pytest.raises(InputError, match="not readable"):

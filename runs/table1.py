@@ -1,0 +1,188 @@
+"""What runs/table1.sh measured, as a table, a picture and curves.
+
+Reads the evaluations OUT/eval/<row>_<seed>.json and the training logs OUT/seed0/<row>/log.jsonl. An object's number is
+the mean over seeds, a row's the mean over objects; +- is the standard deviation between the seeds' means, and [a, b] a
+95 % bootstrap interval over objects, of differences paired by object and noise.
+
+Run:
+    python -m runs.table1 --out out/table1 --results results/table1
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common import cli, load_json, save_json, write_atomic
+from data import load_views
+from evaluate import bootstrap_interval, grid
+
+ROWS = {  # file name -> label in the table
+    "pre": "pre-trained",
+    "sft": "SFT",
+    "m": "MV-D3PO-M",
+    "c_pre": "MV-D3PO-C (pre)",
+    "c": "MV-D3PO-C",
+    "hull": "MV-D3PO, hull feedback",
+    "independent": "independent views (Zero123-style), as a folder",
+}
+METRICS = {  # column -> heading, digits
+    "psnr": ("PSNR", 2),
+    "ssim": ("SSIM", 4),
+    "lpips": ("LPIPS, lower is better", 4),
+    "gmsd": ("GMSD, lower is better", 4),
+    "contrastive": ("contrastive score", 3),
+    "contrastive_scorer_pre": ("score of C (pre)", 3),
+    "hull": ("silhouette consistency", 4),
+}
+SHOWN = ("sft", "m", "c")  # in the picture and its curves
+
+
+@dataclass(frozen=True)
+class Config:
+    """Where the measurements are, and where the table goes."""
+
+    out: str = "out/table1"
+    results: str = "results/table1"
+
+
+def read(out: Path, row: str) -> dict[str, Tensor]:  # metric -> (seeds, N)
+    """The numbers of every object and seed."""
+    files = [load_json(path) for path in sorted((out / "eval").glob(f"{row}_[0-9].json"))]
+    return {k: torch.tensor([f["objects"][k] for f in files], dtype=torch.float64) for k in files[0]["objects"]}
+
+
+def table(scores: dict[str, dict[str, Tensor]], names: list[str], known: dict[str, dict[str, float]]) -> list[str]:
+    """Markdown lines: means +- spread between seeds, then the rows of known quality."""
+    heads = [METRICS[n.removesuffix("_unseen")][0] for n in names]
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(names) + 1) + "|"]
+    for row, values in scores.items():
+        cells = []
+        for n in names:
+            digits, seeds = METRICS[n.removesuffix("_unseen")][1], values[n].mean(1)
+            spread = f" ± {seeds.std().item():.{digits}f}" if len(seeds) > 1 else ""
+            cells.append(f"{seeds.mean().item():.{digits}f}{spread}")
+        lines.append(f"| {ROWS[row]} | " + " | ".join(cells) + " |")
+    for label, values in known.items():
+        cells = [f"{values[n]:.{METRICS[n.removesuffix('_unseen')][1]}f}" for n in names]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def differences(scores: dict[str, dict[str, Tensor]], names: list[str], base: str) -> tuple[list[str], dict]:
+    """Markdown lines and numbers of each row minus `base`, object by object. Bold: the interval leaves out 0."""
+    heads = [METRICS[n.removesuffix("_unseen")][0] for n in names]
+    lines = [f"| minus {ROWS[base]} | " + " | ".join(heads) + " |", "|---" * (len(names) + 1) + "|"]
+    numbers: dict = {}
+    for row, values in scores.items():
+        if row == base:
+            continue
+        cells, numbers[row] = [], {}
+        for n in names:
+            digits = METRICS[n.removesuffix("_unseen")][1] + 1
+            difference = values[n].mean(0) - scores[base][n].mean(0)
+            low, high = bootstrap_interval(difference)
+            mean = difference.mean().item()
+            numbers[row][n] = {"mean": mean, "low": low, "high": high}
+            cell = f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+            cells.append(f"**{cell}**" if low > 0 or high < 0 else cell)
+        lines.append(f"| {ROWS[row]} | " + " | ".join(cells) + " |")
+    return lines, numbers
+
+
+def picture(cfg: Config, scores: dict[str, dict[str, Tensor]], ids: list[str]) -> list[int]:
+    """grid.png: truth and the shown methods on the objects at fixed quantiles of SFT's PSNR of unseen views."""
+    order = scores["sft"]["psnr_unseen"].mean(0).argsort()
+    chosen = [int(order[round(q * (len(order) - 1))]) for q in (0.95, 0.8, 0.65, 0.5, 0.35, 0.2, 0.05)]
+    columns, size = {}, load_json(Path(cfg.out) / "eval" / "pre_0.json")["size"]
+    for row, label in {"truth": "truth", **{row: ROWS[row] for row in SHOWN}}.items():
+        folder = Path(cfg.out) / "images" / (row if row == "truth" else f"{row}_0")
+        names, views = load_views(str(folder), size)
+        columns[label] = torch.stack([torch.as_tensor(views[names.index(ids[i])]) for i in chosen]).float() / 255
+    grid(Path(cfg.results) / "grid.png", columns, columns["truth"][:, 0])
+    return chosen
+
+
+def curves(cfg: Config) -> None:
+    """curves.png: what training did, and whether the validation images followed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = {
+        "margin": "margin of Eq. (2)",
+        "accuracy": "share of pairs with positive margin",
+        "loss_simple": "L_simple-MV on the preference objects",
+        "grad_d3po": "gradient norm of Eq. (2)",
+        "val_contrastive": "contrastive score, validation objects",
+        "val_hull": "silhouette consistency, the same",
+        "val_psnr_unseen": "PSNR of unseen views, the same",
+    }
+    figure, axes = plt.subplots(2, 4, figsize=(16, 7), layout="constrained")
+    logs = {}
+    for row in ROWS:
+        path = Path(cfg.out) / "seed0" / row / "log.jsonl"
+        if path.is_file():
+            logs[row] = [json.loads(line) for line in path.read_text().splitlines()]
+    for axis, (key, title) in zip(axes.flat, panels.items(), strict=False):
+        for row, lines in logs.items():
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            if points and not (row == "sft" and key in ("margin", "accuracy", "grad_d3po")):
+                axis.plot(*zip(*points, strict=True), label=ROWS[row], color=f"C{list(ROWS).index(row)}")
+        axis.set(title=title, xlabel="step")
+    axis = axes.flat[-1]
+    for row, lines in logs.items():  # is the reward a measure of quality? one path through the plane by method
+        points = [(z["val_contrastive"], z["val_psnr_unseen"]) for z in lines if "val_contrastive" in z]
+        if points:
+            axis.plot(*zip(*points, strict=True), ".-", color=f"C{list(ROWS).index(row)}")
+            axis.plot(*points[-1], "o", color=f"C{list(ROWS).index(row)}")
+    axis.set(title="reward against quality, dot: the end", xlabel="contrastive score", ylabel="PSNR of unseen views")
+    axes.flat[4].legend(fontsize=7)
+    write_atomic(Path(cfg.results) / "curves.png", lambda p: figure.savefig(p, dpi=80, format="png"))
+    plt.close(figure)
+
+
+def main(cfg: Config) -> dict:
+    """Write table.md, table.json, grid.png and curves.png."""
+    out, results = Path(cfg.out), Path(cfg.results)
+    scores = {row: read(out, row) for row in ROWS if (out / "eval" / f"{row}_0.json").is_file()}
+    first = load_json(out / "eval" / "pre_0.json")
+    known = {k: v for k, v in first["rows"].items() if k != first["config"]["model"]}
+    chosen = picture(cfg, scores, first["ids"])
+    curves(cfg)
+
+    columns = [k for k in METRICS if k in scores["pre"]]
+    unseen = [f"{k}_unseen" if f"{k}_unseen" in scores["pre"] else k for k in columns]
+    seeds = len(scores["sft"]["psnr"])
+    text = [
+        f"{len(first['ids'])} held-out objects, {seeds} seeds (of candidates, batches, samples; scorers are shared).",
+        "± is the standard deviation between seeds, [a, b] the 95 % bootstrap interval over objects; bold: without 0.",
+        f"`bash runs/table1.sh`; {first['hardware']}, {first['config']['num_steps']} network calls a sample.",
+        "",
+        "**The four unseen views**",
+        "",
+        *table(scores, unseen, known),
+        "",
+        "**All five views**, the copy of the reference included",
+        "",
+        *table(scores, columns, known),
+    ]
+    numbers = {}
+    for base in ("sft", "m", "pre"):
+        lines, numbers[base] = differences(scores, unseen, base)
+        text += ["", *lines]
+    names = ", ".join(first["ids"][i] for i in chosen)
+    text += ["", f"`grid.png`: the objects at the 95, 80, 65, 50, 35, 20 and 5 % quantiles of SFT's PSNR ({names})."]
+    write_atomic(results / "table.md", lambda p: p.write_text("\n".join(text) + "\n"))
+    rows = {row: {k: v.mean(1).tolist() for k, v in values.items()} for row, values in scores.items()}
+    result = {"rows": rows, "known": known, "differences": numbers, "objects_in_grid": chosen}
+    save_json(results / "table.json", result)
+    print("\n".join(text))
+    return result
+
+
+if __name__ == "__main__":
+    cli(main, Config, __doc__)

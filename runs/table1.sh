@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Table 1 at the toy preset, on held-out objects. Resumable: the same command goes on where it stopped, and two shells may
+# share the work: SEEDS=0 in one, SEEDS="1 2" in the other (the scorers first), then once more without.
+#   bash runs/table1.sh            results/table1/ (3 hours of one core)
+#   bash runs/table1.sh --small    the same path in two minutes, on numbers too small to mean anything
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+out=out/table1 results=results/table1 seeds=${SEEDS:-"0 1 2"}
+scorer="--num_objects 240 --num_steps 10"
+d3po="--num_objects 240"
+table="--n 200" watch="--eval_every 10"
+if [ "${1:-}" = "--small" ]; then
+    out=out/table1_small results=out/table1_small/results seeds="0 1"
+    scorer="--num_objects 4 --num_val 4 --steps 2 --eval_every 2 --num_steps 3"
+    d3po="--num_objects 2 --eval_objects 2 --steps 2 --num_steps 4 --first_call 1"
+    table="--n 3 --num_steps 3" watch="--eval_every 1"
+fi
+
+# once FILE COMMAND...: run what makes FILE, unless it is there
+once() { if [ ! -e "$1" ]; then "${@:2}"; fi; }
+
+# Stage 2: the scorers of MV-D3PO-C and MV-D3PO-C (pre)
+python train_scorer.py $scorer --out $out/scorer
+python train_scorer.py $scorer --negatives pretrained --out $out/scorer_pre
+judges="--scorer $out/scorer $out/scorer_pre"
+
+for seed in $seeds; do
+    # Stage 3: every row from the same candidates, with the same objects, batches and number of steps
+    run() { once $out/seed$seed/$1/results.json python train_d3po.py --out $out/seed$seed --name $1 --seed $seed $d3po $watch "${@:2}"; }
+    run sft --feedback random --beta_dpo 0 --scorer $out/scorer
+    run m --feedback matching --scorer $out/scorer
+    run c_pre --feedback contrastive --scorer $out/scorer_pre
+    run c --feedback contrastive --scorer $out/scorer
+    run hull --feedback hull --scorer $out/scorer
+    watch="" # curves of the first seed only
+
+    # Table 1: the same 200 held-out objects and the same noise for every row
+    measure() { once $out/eval/$1_$seed.json python evaluate.py --split heldout $table $judges --seed $seed --out $out/eval/$1_$seed.json "${@:2}"; }
+    measure pre --model checkpoints/toy
+    for row in sft m c_pre c hull; do
+        measure $row --model $out/seed$seed/$row --known_rows False --images_out $out/images/${row}_$seed
+    done
+    # Any other model takes part with a folder of its views. Here it is the independent-view model's.
+    once $out/images/independent_$seed python evaluate.py --model checkpoints/toy_independent --split heldout $table \
+        --known_rows False --seed $seed --images_out $out/images/independent_$seed --out $out/eval/independent_model.json
+    measure independent --images $out/images/independent_$seed --known_rows False
+done
+
+once $out/images/truth python data.py --toys 200 --size 64 --seed 3 --out $out/images/truth
+python -m runs.table1 --out $out --results $results
