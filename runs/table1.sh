@@ -9,12 +9,12 @@ cd "$(dirname "$0")/.."
 out=out/table1 results=results/table1 seeds=${SEEDS:-"0 1 2"}
 scorer="--num_objects 240 --num_steps 10"
 d3po="--num_objects 240"
-table="--n 200" watch="--eval_every 10"
+table="--n 200" watch="--eval_every 20" feedback="--n 64"
 if [ "${1:-}" = "--small" ]; then
     out=out/table1_small results=out/table1_small/results seeds="0 1"
     scorer="--num_objects 4 --num_val 4 --steps 2 --eval_every 2 --num_steps 3"
     d3po="--num_objects 2 --eval_objects 2 --steps 2 --num_steps 4 --first_call 1"
-    table="--n 3 --num_steps 3" watch="--eval_every 1"
+    table="--n 3 --num_steps 3" watch="--eval_every 1" feedback="--n 2 --num_steps 3"
 fi
 
 # once FILE COMMAND...: run what makes FILE, unless it is there
@@ -46,6 +46,9 @@ for seed in $seeds; do
         --known_rows False --seed $seed --images_out $out/images/independent_$seed --out $out/eval/independent_model.json
     measure independent --images $out/images/independent_$seed --known_rows False
 done
+
+# What each feedback can see, on the same objects
+once $results/feedback.md python -m runs.feedback --split heldout $feedback --scorers $out/scorer $out/scorer_pre --out $results/feedback
 
 once $out/images/truth python data.py --toys 200 --size 64 --seed 3 --out $out/images/truth
 python -m runs.table1 --out $out --results $results

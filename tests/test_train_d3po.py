@@ -130,24 +130,6 @@ def test_candidates_of_another_run_are_refused(tmp_path):
         D.collect(model, views, config(tmp_path, seed=1), folder, CPU)
 
 
-def test_lars_moves_each_tensor_along_its_gradient_by_a_share_of_its_length():
-    g = torch.Generator().manual_seed(0)
-    weights = [torch.nn.Parameter(scale * torch.randn(7, 3, generator=g)) for scale in (1.0, 100.0)]
-    before = [w.detach().clone() for w in weights]
-    optimizer = D.LARS(weights, lr=0.01)
-    for w, size in zip(weights, (1e-4, 10.0), strict=True):
-        w.grad = size * torch.randn(7, 3, generator=g)
-    optimizer.step()
-    for w, old in zip(weights, before, strict=True):
-        moved = old - w.detach()
-        assert (moved.norm() / old.norm()).item() == pytest.approx(0.01, rel=1e-4)
-        assert torch.cosine_similarity(moved.flatten(), w.grad.flatten(), dim=0).item() == pytest.approx(1, abs=1e-4)
-    for w in weights:  # the momentum after two: .9 (.1 first) + .1 second
-        w.grad = -0.9 * w.grad
-    optimizer.step()
-    assert all(optimizer.state[w]["momentum"].abs().max() < 1e-6 * w.grad.abs().max() for w in weights)
-
-
 @pytest.mark.parametrize("condition", ["clean", "sampled"])
 def test_log_ratio_is_exactly_zero_before_the_first_update(tmp_path, condition):
     cfg, model, views, folder = collected(tmp_path, condition=condition)
