@@ -67,6 +67,8 @@ class Config:
     seed: int = 0  # first seed of the sampler
     seeds: int = 1  # samples of each object with seeds seed, seed + 1, ...; an object's numbers are their mean
     num_steps: int = 10  # network calls a sample (paper: 50)
+    guidance: float = 0.0  # w of contrastive guidance while sampling, away from a reference with
+    guidance_noise: float = 0.8  # this much noise on its latent
     batch_size: int = 8  # objects sampled at a time
     bf16: str = "auto"  # sample in bfloat16: auto (where it is fast), on or off
     scorer: tuple[str, ...] = ()  # scorer folders: the first is column contrastive, others contrastive_<folder's name>
@@ -431,8 +433,9 @@ def main(cfg: Config) -> dict:
     if model:
         label = cfg.model
         bf16 = use_bf16(cfg.bf16, device)
+        how = {"bf16": bf16, "guidance": cfg.guidance, "guidance_noise": cfg.guidance_noise}
         samples = [
-            sample_images(model, ref, seed, cfg.num_steps, cfg.batch_size, f"sample, seed {seed}", bf16)
+            sample_images(model, ref, seed, cfg.num_steps, cfg.batch_size, f"sample, seed {seed}", **how)
             for seed in range(cfg.seed, cfg.seed + cfg.seeds)
         ]
     else:

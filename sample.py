@@ -163,6 +163,8 @@ def sample(
     noise_scales: list[float] | None = None,  # one a row: a of App. B, the scale of the candidate noise
     bf16: bool = False,  # run the network in bfloat16; states and steps stay float32
     common_noise: bool = False,  # an object's candidates share the step noises, too
+    guidance: float = 0.0,  # w of contrastive guidance at sampling (Sec. 4), which no training needs
+    guidance_noise: float = 0.0,  # scale of the reference noise that it leads away from
 ) -> Trajectory:
     """Run the chain for B rows. The images are in `.images` (B, V, 3, H, W)."""
     cfg, device = model.cfg, ref.device
@@ -187,6 +189,9 @@ def sample(
         t, s = torch.full((batch,), t_int, device=device), torch.full((batch,), s_int, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             prediction = model(x, t, noised_reference(schedule, cfg, y + scales * unit_noise, t, ref_noise))
+            if guidance:  # s_clean + w (s_clean - s_noised)
+                noised = model(x, t, noised_reference(schedule, cfg, y + guidance_noise * unit_noise, t, ref_noise))
+                prediction = prediction + guidance * (prediction - noised)
         mean, var = ddpm_step(schedule, prediction, x, t, s)
         noise = torch.stack([torch.randn(x.shape[1:], generator=generator) for generator in step_noise]).to(device)
         x = mean + var.sqrt() * noise
@@ -202,6 +207,8 @@ def sample_images(
     batch_size: int = 8,
     label: str = "sample",
     bf16: bool = False,
+    guidance: float = 0.0,
+    guidance_noise: float = 0.0,
 ) -> Tensor:  # (N, V, 3, H, W) in [0, 1], on the CPU, rounded to 8 bits as a PNG would be
     """`sample` over many references in batches, with a progress bar."""
     device = next(model.parameters()).device
@@ -209,7 +216,8 @@ def sample_images(
     for i in tqdm(range(0, len(ref), batch_size), desc=label, leave=False, disable=None):
         part = ref[i : i + batch_size].to(device)
         seeds = [key_seed(seed, i + j) for j in range(len(part))]
-        images.append(sample(model, part, seeds, num_steps, bf16=bf16).images.cpu())
+        chain = sample(model, part, seeds, num_steps, bf16=bf16, guidance=guidance, guidance_noise=guidance_noise)
+        images.append(chain.images.cpu())
     return (torch.cat(images) * 255).round() / 255
 
 

@@ -437,7 +437,8 @@ def main(cfg: Config) -> dict:
     # A training step shows each of its objects with those candidates that its pairs are made of.
     shown = [[e["order"][0], e["order"][-1]] if cfg.pairs == "best_worst" else sorted(e["order"]) for e in ranked]
     needed = {(e["object"], g) for e, candidates in zip(ranked, shown, strict=True) for g in candidates}
-    store_means(model, schedule, chains, needed, device, half)
+    if cfg.beta_dpo:
+        store_means(model, schedule, chains, needed, device, half)
     stage("means")
 
     folder = Path(cfg.out) / "before"
@@ -498,30 +499,37 @@ def main(cfg: Config) -> dict:
         if step == cfg.steps:
             break
 
-        # batch: objects, each at one random step of its chains; a function of (seed, step) alone
-        g = keyed_generator(cfg.seed, 6, step)
-        chosen = torch.randint(len(ranked), (cfg.batch_objects,), generator=g).tolist()
-        js = torch.randint(J, (cfg.batch_objects,), generator=g).tolist()
-        rows = [(ranked[n]["object"], c, j) for n, j in zip(chosen, js, strict=True) for c in shown[n]]
-        batch = chains.batch(rows, device)
+        # Eq. 2. Without beta it has no gradient, and what is left is SFT
+        from_d3po, metrics = [torch.zeros_like(p) for p in parameters], {}
+        if cfg.beta_dpo:
+            # batch: objects, each at one random step of its chains; a function of (seed, step) alone
+            g = keyed_generator(cfg.seed, 6, step)
+            chosen = torch.randint(len(ranked), (cfg.batch_objects,), generator=g).tolist()
+            js = torch.randint(J, (cfg.batch_objects,), generator=g).tolist()
+            rows = [(ranked[n]["object"], c, j) for n, j in zip(chosen, js, strict=True) for c in shown[n]]
+            batch = chains.batch(rows, device)
 
-        # forward: all rows in one call, then one loss for each pair
-        mean_theta, var = policy_mean(model, schedule, batch, half)
-        ratio = log_ratio(batch["action"], mean_theta, chains.mean_pre(rows, device), var)  # (rows,)
-        ratio = ratio * weights[[j for _, _, j in rows]]
-        pairs = []
-        for k, n in enumerate(chosen):
-            first, place = k * len(shown[n]), shown[n].index
-            pairs += [(first + place(win), first + place(lose)) for win, lose in pairs_of(ranked[n], cfg.pairs)]
-        ratio_w, ratio_l = (ratio[list(side)] for side in zip(*pairs, strict=True))
-        if step == 0 and ratio.abs().max() * cfg.beta_dpo > 1e-3:
-            raise InputError(
-                f"before the first update beta * log-ratio is {cfg.beta_dpo * ratio.abs().max():.2g}, expected below "
-                f"1e-3: the stored means are not this policy's. Delete {chains.means} and start again."
-            )
-        loss_d3po, metrics = d3po_loss(ratio_w, ratio_l, cfg.beta_dpo)
-        # each loss goes backward at once: its activations are gone before the next, and the gradients are seen apart
-        from_d3po = torch.autograd.grad(loss_d3po, parameters)
+            # forward: all rows in one call, then one loss for each pair
+            mean_theta, var = policy_mean(model, schedule, batch, half)
+            ratio = log_ratio(batch["action"], mean_theta, chains.mean_pre(rows, device), var)  # (rows,)
+            ratio = ratio * weights[[j for _, _, j in rows]]
+            pairs = []
+            for k, n in enumerate(chosen):
+                first, place = k * len(shown[n]), shown[n].index
+                pairs += [(first + place(win), first + place(lose)) for win, lose in pairs_of(ranked[n], cfg.pairs)]
+            ratio_w, ratio_l = (ratio[list(side)] for side in zip(*pairs, strict=True))
+            if step == 0 and ratio.abs().max() * cfg.beta_dpo > 1e-3:
+                raise InputError(
+                    f"before the first update beta * log-ratio is {cfg.beta_dpo * ratio.abs().max():.2g}, expected "
+                    f"below 1e-3: the stored means are not this policy's. Delete {chains.means} and start again."
+                )
+            loss_d3po, metrics = d3po_loss(ratio_w, ratio_l, cfg.beta_dpo)
+            # each loss goes backward at once: its activations are gone before the next, and gradients are seen apart
+            from_d3po = torch.autograd.grad(loss_d3po, parameters)
+            for (_, _, j), value in zip(rows, ratio.tolist(), strict=True):
+                sums.setdefault(f"abs_log_ratio_call_{cfg.first_call + j}", []).append(abs(value))
+
+        # L_simple-MV on the truth
         real = training_batch(model, schedule, raw, cfg.batch_objects, cfg.seed, step, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             loss_simple = simple_loss(model, schedule, *real).mean()
@@ -542,15 +550,13 @@ def main(cfg: Config) -> dict:
         # log
         metrics |= {"loss_simple": loss_simple.item()}
         metrics |= {"grad_d3po": grad_norm(list(from_d3po)), "grad_simple": grad_norm(list(from_simple))}
-        for (_, _, j), value in zip(rows, ratio.tolist(), strict=True):
-            sums.setdefault(f"abs_log_ratio_call_{cfg.first_call + j}", []).append(abs(value))
         for name, value in metrics.items():
             sums.setdefault(name, []).append(value)
         if (step + 1) % cfg.log_every == 0:
             means = {k: sum(v) / len(v) for k, v in sorted(sums.items())}
             sums = {}
             log_line(out / "log.jsonl", step=step + 1, **means)
-            bar.set_postfix({k: f"{means[k]:.3f}" for k in ("loss_d3po", "accuracy", "loss_simple")})
+            bar.set_postfix({k: f"{means[k]:.3f}" for k in ("loss_d3po", "accuracy", "loss_simple") if k in means})
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0:
             scores = measure(sample_validation(model, val_views, cfg))
             log_line(out / "log.jsonl", step=step + 1, **{f"val_{k}": v.mean().item() for k, v in scores.items()})

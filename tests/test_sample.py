@@ -128,6 +128,27 @@ def test_candidates_share_the_start_and_the_reference_noise_only(tiny):
     assert torch.equal(again.images, chain.images)
 
 
+def test_common_noise_leaves_only_the_reference_to_tell_candidates_apart(tiny):
+    ref, kinds = refs(1).expand(3, -1, -1, -1), {"candidates": [0, 1, 2], "common_noise": True}
+    chain = S.sample(tiny, ref, [5, 5, 5], 4, noise_scales=[0.0, 0.0, 0.8], **kinds)
+    assert torch.equal(chain.states[0], chain.states[1])
+    assert not torch.equal(chain.states[0], chain.states[2])
+    # under one condition the third would be the first: its noises are the same
+    assert torch.equal(S.sample(tiny, ref, [5, 5, 5], 4, **kinds).states[2], chain.states[0])
+
+
+def test_guidance_leads_away_from_the_noised_reference(tiny):
+    """One call: latents are linear in the prediction, so guided = clean + w (clean - noised)."""
+    seeds = [3, 4]
+    clean, noised, guided = (
+        S.sample(tiny, refs(2), seeds, 1, **kind).states[:, -1]
+        for kind in ({}, {"noise_scales": [0.7, 0.7]}, {"guidance": 0.5, "guidance_noise": 0.7})
+    )
+    assert (clean - noised).abs().max() > 1e-3
+    assert torch.allclose(guided, clean + 0.5 * (clean - noised), atol=1e-5)
+    assert torch.equal(S.sample(tiny, refs(2), seeds, 1, guidance_noise=0.7).states[:, -1], clean)
+
+
 def test_a_trajectory_can_be_replayed_bit_by_bit(tiny):
     """The stored states and noises are all that the policy depends on: its means come out the same, bit by bit."""
     ours = S.Schedule(tiny.cfg)
