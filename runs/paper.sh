@@ -14,7 +14,7 @@ lpips=${LPIPS:-hub} matcher=${MATCHER:-loftr} out=${OUT:-out/paper} size=${SIZE:
 # The paper's base model took 400 A100 days. 20,000 steps of attention alone are a day or two: a start, not that model.
 sft="--steps 20000 --batch_size 4 --num_objects 100000 --eval_every 1000 --num_steps 50"
 scorer="--num_objects 240 --num_steps 50"
-d3po="--num_objects 240 --steps 1800 --num_steps 50 --first_call 10 --save_every 100"
+d3po="--num_objects 240 --steps 1800 --num_steps 50 --first_call 10 --pairs best_worst --save_every 100"
 table="--n 200 --seeds 3 --num_steps 50"
 matching="--feedback matching --matcher $matcher"
 if [ "${1:-}" = "--small" ]; then

@@ -47,8 +47,15 @@ for seed in $seeds; do
     measure independent --images $out/images/independent_$seed --known_rows False
 done
 
-# What each feedback can see, on the same objects
-once $results/feedback.md python -m runs.feedback --split heldout $feedback --scorers $out/scorer $out/scorer_pre --out $results/feedback
+# What each feedback can see; also the paper's own scorer, an additive head and no mismatch term, on the same negatives
+for negatives in "" _pre; do
+    mkdir -p $out/scorer_concat$negatives
+    cp -n $out/scorer$negatives/negatives.* $out/scorer_concat$negatives
+done
+python train_scorer.py $scorer --head concat --mismatch 0 --out $out/scorer_concat
+python train_scorer.py $scorer --head concat --mismatch 0 --negatives pretrained --out $out/scorer_concat_pre
+once $results/feedback.md python -m runs.feedback --split heldout $feedback --out $results/feedback \
+    --scorers $out/scorer $out/scorer_pre $out/scorer_concat $out/scorer_concat_pre
 
 once $out/images/truth python data.py --toys 200 --size 64 --seed 3 --out $out/images/truth
 python -m runs.table1 --out $out --results $results
