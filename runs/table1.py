@@ -25,8 +25,8 @@ ROWS = {  # file name -> label in the table
     "m": "MV-D3PO-M",
     "c_pre": "MV-D3PO-C (pre)",
     "c": "MV-D3PO-C",
-    "hull": "MV-D3PO, hull feedback",
-    "independent": "independent views (Zero123-style), as a folder",
+    "hull": "MV-D3PO, hull feedback (one seed)",
+    "independent": "independent views (Zero123-style), from a folder (one seed)",
 }
 METRICS = {  # column -> heading, digits
     "psnr": ("PSNR", 2),
@@ -82,7 +82,8 @@ def differences(scores: dict[str, dict[str, Tensor]], names: list[str], base: st
         cells, numbers[row] = [], {}
         for n in names:
             digits = METRICS[n.removesuffix("_unseen")][1] + 1
-            difference = values[n].mean(0) - scores[base][n].mean(0)
+            k = min(len(values[n]), len(scores[base][n]))  # the seeds that both have
+            difference = values[n][:k].mean(0) - scores[base][n][:k].mean(0)
             low, high = bootstrap_interval(difference)
             mean = difference.mean().item()
             numbers[row][n] = {"mean": mean, "low": low, "high": high}

@@ -32,19 +32,26 @@ for seed in $seeds; do
     run m --feedback matching --scorer $out/scorer
     run c_pre --feedback contrastive --scorer $out/scorer_pre
     run c --feedback contrastive --scorer $out/scorer
-    run hull --feedback hull --scorer $out/scorer
+    rows="pre sft m c_pre c"
+    if [ $seed = 0 ]; then # our own feedback and the Zero123-style model with one seed only
+        run hull --feedback hull --scorer $out/scorer
+        rows="$rows hull independent"
+    fi
     watch="" # curves of the first seed only
 
     # Table 1: the same 200 held-out objects and the same noise for every row
     measure() { once $out/eval/$1_$seed.json python evaluate.py --split heldout $table $judges --seed $seed --out $out/eval/$1_$seed.json "${@:2}"; }
-    measure pre --model checkpoints/toy
-    for row in sft m c_pre c hull; do
-        measure $row --model $out/seed$seed/$row --known_rows False --images_out $out/images/${row}_$seed
+    for row in $rows; do
+        case $row in
+        pre) measure pre --model checkpoints/toy ;; # also scores images of known quality
+        independent) # any other model takes part with a folder of its views
+            once $out/images/independent python evaluate.py --model checkpoints/toy_independent --split heldout $table \
+                --known_rows False --images_out $out/images/independent --out $out/eval/independent_model.json
+            measure independent --images $out/images/independent --known_rows False
+            ;;
+        *) measure $row --model $out/seed$seed/$row --known_rows False --images_out $out/images/${row}_$seed ;;
+        esac
     done
-    # Any other model takes part with a folder of its views. Here it is the independent-view model's.
-    once $out/images/independent_$seed python evaluate.py --model checkpoints/toy_independent --split heldout $table \
-        --known_rows False --seed $seed --images_out $out/images/independent_$seed --out $out/eval/independent_model.json
-    measure independent --images $out/images/independent_$seed --known_rows False
 done
 
 # What each feedback can see; also the paper's own scorer, an additive head and no mismatch term, on the same negatives
