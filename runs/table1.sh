@@ -32,10 +32,10 @@ for seed in $seeds; do
     run m --feedback matching --scorer $out/scorer
     run c_pre --feedback contrastive --scorer $out/scorer_pre
     run c --feedback contrastive --scorer $out/scorer
-    rows="pre sft m c_pre c"
+    rows="pre sft m c_pre c" known=False
     if [ $seed = 0 ]; then # our own feedback and the Zero123-style model with one seed only
         run hull --feedback hull --scorer $out/scorer
-        rows="$rows hull independent"
+        rows="$rows hull independent" known=True # and images of known quality
     fi
     watch="" # curves of the first seed only
 
@@ -43,7 +43,7 @@ for seed in $seeds; do
     measure() { once $out/eval/$1_$seed.json python evaluate.py --split heldout $table $judges --seed $seed --out $out/eval/$1_$seed.json "${@:2}"; }
     for row in $rows; do
         case $row in
-        pre) measure pre --model checkpoints/toy ;; # also scores images of known quality
+        pre) measure pre --model checkpoints/toy --known_rows $known ;;
         independent) # any other model takes part with a folder of its views
             once $out/images/independent python evaluate.py --model checkpoints/toy_independent --split heldout $table \
                 --known_rows False --images_out $out/images/independent --out $out/eval/independent_model.json
