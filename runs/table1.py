@@ -125,9 +125,15 @@ def curves(cfg: Config) -> None:
     figure, axes = plt.subplots(2, 4, figsize=(16, 7), layout="constrained")
     logs = {}
     for row in ROWS:
-        path = Path(cfg.out) / "seed0" / row / "log.jsonl"
-        if path.is_file():
-            logs[row] = [json.loads(line) for line in path.read_text().splitlines()]
+        folder = Path(cfg.out) / "seed0" / row
+        if (folder / "results.json").is_file():
+            before = {f"val_{k}": v["before"] for k, v in load_json(folder / "results.json")["table"].items()}
+            if row == "c_pre":  # its reward is another scorer's: not on one axis with the others
+                before.pop("val_contrastive", None)
+            lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+            logs[row] = [{"step": 0, **before}] + [
+                {k: z[k] for k in z if k in before or k[:4] != "val_"} for z in lines
+            ]
     for axis, (key, title) in zip(axes.flat, panels.items(), strict=False):
         for row, lines in logs.items():
             points = [(line["step"], line[key]) for line in lines if key in line]
