@@ -2,10 +2,11 @@
 
     L = -log sigmoid( beta [log pi_theta/pi_pre (a_w|s_w) - log pi_theta/pi_pre (a_l|s_l)] ) + lambda L_simple-MV
 
-For each reference the pre-trained model draws five candidates, which share x_T and see the reference through more and
-more noise (App. B). A feedback scores the finished images; the best and the worst become winner and loser; and at each
-of the last denoising steps the policy is moved towards the winner's action and away from the loser's. L_simple-MV on
-the ground truth of the same objects holds it in place.
+For each reference the pre-trained model draws five candidates, which share all noises of the chain and see the
+reference through more and more noise of their own (App. B). A feedback ranks the finished images; of every two the
+better is the winner; and at the last denoising step that has a density (--first_call: at more of them) the policy is
+moved towards the winner's action and away from the loser's. L_simple-MV on the ground truth of the same objects holds
+it in place. Why these defaults: results/ablations.md.
 
 The stages, each reused when it is there already (out/ is the default of --out):
 
@@ -21,7 +22,7 @@ Run:
     python train_d3po.py --feedback random --beta_dpo 0 --name sft_baseline   # L_simple-MV alone: the SFT row
 
 Expect (defaults, 1 seed):
-    margin 0 -> about +.004 in 150 steps; log_ratio_w and log_ratio_l both fall; no metric moves beyond its interval
+    margin 0 -> about +.01 in 60 steps, accuracy .5 -> .65; log_ratio_w and log_ratio_l both fall, the loser's further
 
 Letters: P pairs, G candidates of a reference, K network calls of which J are trained, V views, c h w latent sizes.
 """
@@ -138,10 +139,10 @@ def d3po_loss(
 def step_weights(schedule: Schedule, calls: list[tuple[int, int]], mode: str) -> Tensor:  # (J,)
     """Factors on the log-ratio of each trained step.
 
-    The step's mean depends on the predicted x0 as m x0, so an error d in x0 costs m^2 d^2 / (2 var) nats. Over the
-    toy's calls 4 to 18 m^2 / var grows from .002 to 35, and the last of them has 97 % of the sum: unweighted, as
-    printed in Eq. (2), the loss is nearly that of one step. "equal" divides by it, so that an error of one size costs
-    the same at every step, "root" by its square root, which evens out the noise of the gradient instead.
+    The step's mean depends on the predicted x0 as m x0, so an error d in x0 costs m^2 d^2 / (2 var) nats. Over calls 4
+    to 18 of a toy chain of 20 m^2 / var grows from .002 to 35, and the last of them has 97 % of the sum: unweighted,
+    as printed in Eq. (2), the loss is nearly that of one step. "equal" divides by it, so that an error of one size
+    costs the same at every step, "root" by its square root, which evens out the noise of the gradient instead.
     """
     if mode == "none":
         return torch.ones(len(calls))
