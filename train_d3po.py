@@ -254,6 +254,16 @@ def pairs_of(entry: dict, mode: str) -> list[tuple[int, int]]:
     return [(win, lose) for k, win in enumerate(order) for lose in order[k + 1 :] if rewards[win] > rewards[lose]]
 
 
+def pair_rows(batch: list[tuple[dict, list[int]]], mode: str) -> tuple[list[int], list[int]]:
+    """Rows of the winners and of the losers of a batch of (entry, candidates shown), stored object after object."""
+    pairs = []
+    for k, (entry, shown) in enumerate(batch):
+        first = k * len(shown)
+        pairs += [(first + shown.index(win), first + shown.index(lose)) for win, lose in pairs_of(entry, mode)]
+    winners, losers = zip(*pairs, strict=True)
+    return list(winners), list(losers)
+
+
 # --- chains: what the loss reads, from disk ---
 
 Row = tuple[int, int, int]  # object, candidate, and j, which of the trained steps
@@ -425,9 +435,9 @@ def main(cfg: Config) -> dict:
     if not (folder / "pairs.json").is_file():
         save_json(folder / "pairs.json", prefer(cfg, views, candidates, device))
     ranked = load_json(folder / "pairs.json")
-    winners = [cfg.noise_scales[e["order"][0]] for e in ranked]
-    losers = [cfg.noise_scales[e["order"][-1]] for e in ranked]
-    shares = {a: f"{winners.count(a)}/{losers.count(a)}" for a in sorted(set(cfg.noise_scales))}
+    best = [cfg.noise_scales[e["order"][0]] for e in ranked]
+    worst = [cfg.noise_scales[e["order"][-1]] for e in ranked]
+    shares = {a: f"{best.count(a)}/{worst.count(a)}" for a in sorted(set(cfg.noise_scales))}
     print(f"{len(ranked)} of {len(views)} objects have a preference; noise scale: times best/worst: {shares}")
     nearer = [e["psnr"][win] > e["psnr"][lose] for e in ranked for win, lose in pairs_of(e, cfg.pairs)]
     share = sum(nearer) / len(nearer)
@@ -514,11 +524,8 @@ def main(cfg: Config) -> dict:
             mean_theta, var = policy_mean(model, schedule, batch, half)
             ratio = log_ratio(batch["action"], mean_theta, chains.mean_pre(rows, device), var)  # (rows,)
             ratio = ratio * weights[[j for _, _, j in rows]]
-            pairs = []
-            for k, n in enumerate(chosen):
-                first, place = k * len(shown[n]), shown[n].index
-                pairs += [(first + place(win), first + place(lose)) for win, lose in pairs_of(ranked[n], cfg.pairs)]
-            ratio_w, ratio_l = (ratio[list(side)] for side in zip(*pairs, strict=True))
+            winners, losers = pair_rows([(ranked[n], shown[n]) for n in chosen], cfg.pairs)
+            ratio_w, ratio_l = ratio[winners], ratio[losers]
             if step == 0 and ratio.abs().max() * cfg.beta_dpo > 1e-3:
                 raise InputError(
                     f"before the first update beta * log-ratio is {cfg.beta_dpo * ratio.abs().max():.2g}, expected "

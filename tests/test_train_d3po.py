@@ -93,6 +93,8 @@ def test_equal_step_weight_evens_out_an_error_in_x0():
     worth = weights * ((moved - mean).square() / var).flatten(1).mean(1)
     torch.testing.assert_close(worth, worth[:1].expand(15), rtol=1e-3, atol=0)
     assert D.step_weights(schedule, calls, "none").eq(1).all()
+    root = D.step_weights(schedule, calls, "root")
+    torch.testing.assert_close(root**2 / (root**2).mean(), weights)
 
 
 # --- candidates, preferences, means ---
@@ -115,6 +117,14 @@ def test_pairs_name_the_best_and_the_worst(tmp_path):
     assert len(set(every)) == 10 and all(win < lose for win, lose in every)
     tied = {"order": [2, 0, 1], "rewards": [1.0, 1.0, 3.0]}
     assert D.pairs_of(tied, "all") == [(2, 0), (2, 1)]
+
+
+def test_pairs_find_their_rows():
+    """Two objects, three candidates each, rows in the order of the candidates."""
+    one, two = {"order": [2, 0, 1], "rewards": [2.0, 1.0, 3.0]}, {"order": [1, 2, 0], "rewards": [1.0, 3.0, 1.0]}
+    winners, losers = D.pair_rows([(one, [0, 1, 2]), (two, [0, 1, 2])], "all")
+    assert list(zip(winners, losers, strict=True)) == [(2, 0), (2, 1), (0, 1), (4, 5), (4, 3)]
+    assert D.pair_rows([(one, [2, 1]), (two, [1, 0])], "best_worst") == ([0, 2], [1, 3])
 
 
 def test_ties_make_no_pair(tmp_path, monkeypatch):
