@@ -1,6 +1,7 @@
 """Metrics against scikit-image and hand-made voxel shapes; tables, pictures and the command line."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -98,6 +99,38 @@ def write_lpips(folder) -> dict[str, torch.Tensor]:
     torch.save({**trunk, "classifier.1.weight": torch.zeros(2)}, folder / "alexnet-owt-7be5be79.pth")
     torch.save(heads, folder / "alex.pth")
     return {**trunk, **heads}
+
+
+def lpips_pairs() -> tuple[torch.Tensor, torch.Tensor]:
+    """Images by formula: noise, a ramp of colours mirrored, and the ramp with a tenth of noise."""
+    up, right = torch.meshgrid(torch.linspace(0, 1, 64), torch.linspace(0, 1, 64), indexing="ij")
+    ramp, noise = torch.stack([right, up, right * up]), rand(3, 64, 64)
+    return torch.stack([noise, ramp, ramp]), torch.stack(
+        [rand(3, 64, 64, seed=1), ramp.flip(-1), 0.9 * ramp + 0.1 * noise]
+    )
+
+
+def test_lpips_gives_the_published_packages_numbers(tmp_path) -> None:
+    """What lpips 0.1.4 (PyPI) says of these images with these weights, recorded 2026-11-22."""
+    trunk, heads = {}, {}
+    shapes = {0: (64, 3, 11, 11), 3: (192, 64, 5, 5), 6: (384, 192, 3, 3), 8: (256, 384, 3, 3), 10: (256, 256, 3, 3)}
+    for i, (layer, shape) in enumerate(shapes.items()):  # by uniform numbers of a seed, in no module's own order
+        bound = (6 / (shape[1] * shape[2] * shape[3])) ** 0.5
+        trunk[f"features.{layer}.weight"] = (2 * rand(*shape, seed=i) - 1) * bound
+        trunk[f"features.{layer}.bias"] = (2 * rand(shape[0], seed=10 + i) - 1) * 0.1
+        heads[f"lin{i}.model.1.weight"] = rand(1, shape[0], 1, 1, seed=20 + i)
+    torch.save(trunk, tmp_path / "alexnet-owt-7be5be79.pth")
+    torch.save(heads, tmp_path / "alex.pth")
+    distances = evaluate.Lpips.load(str(tmp_path))(*lpips_pairs())
+    torch.testing.assert_close(distances, torch.tensor([0.850650, 1.395388, 0.0307796]), rtol=1e-4, atol=0)
+
+
+@pytest.mark.weights
+def test_lpips_with_the_published_weights() -> None:
+    """The same package with its own weights. `LPIPS=FOLDER pytest -m weights`; else they come from the network."""
+    lpips = evaluate.Lpips.load(os.environ.get("LPIPS", "hub"))
+    distances = lpips(*lpips_pairs())
+    torch.testing.assert_close(distances, torch.tensor([0.121430, 0.379979, 0.134329]), rtol=1e-4, atol=0)
 
 
 def test_lpips_reads_the_published_files(tmp_path) -> None:
