@@ -25,8 +25,8 @@ ROWS = {  # file name -> label in the table
     "m": "MV-D3PO-M",
     "c_pre": "MV-D3PO-C (pre)",
     "c": "MV-D3PO-C",
-    "hull": "MV-D3PO, hull feedback (one seed)",
-    "independent": "independent views (Zero123-style), from a folder (one seed)",
+    "hull": "MV-D3PO, hull feedback (ours)",
+    "independent": "independent views (Zero123-style), from a folder",
 }
 METRICS = {  # column -> heading, digits
     "psnr": ("PSNR", 2),

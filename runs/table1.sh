@@ -3,6 +3,7 @@
 # share the work: SEEDS=0 in one, SEEDS="1 2" in the other (the scorers first), then once more without.
 #   bash runs/table1.sh            results/table1/ (3 hours of one core)
 #   bash runs/table1.sh --small    the same path in two minutes, on numbers too small to mean anything
+# LPIPS=hub in front (or a folder with the two published files of weights) adds that column.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -23,7 +24,7 @@ once() { if [ ! -e "$1" ]; then "${@:2}"; fi; }
 # Stage 2: the scorers of MV-D3PO-C and MV-D3PO-C (pre)
 python train_scorer.py $scorer --out $out/scorer
 python train_scorer.py $scorer --negatives pretrained --out $out/scorer_pre
-judges="--scorer $out/scorer $out/scorer_pre"
+judges="--scorer $out/scorer $out/scorer_pre ${LPIPS:+--lpips $LPIPS}"
 
 for seed in $seeds; do
     # Stage 3: every row from the same candidates, with the same objects, batches and number of steps
@@ -32,26 +33,21 @@ for seed in $seeds; do
     run m --feedback matching --scorer $out/scorer
     run c_pre --feedback contrastive --scorer $out/scorer_pre
     run c --feedback contrastive --scorer $out/scorer
-    rows="pre sft m c_pre c" known=False
-    if [ $seed = 0 ]; then # our own feedback and the Zero123-style model with one seed only
-        run hull --feedback hull --scorer $out/scorer
-        rows="$rows hull independent" known=True # and images of known quality
-    fi
+    run hull --feedback hull --scorer $out/scorer
     watch="" # curves of the first seed only
 
     # Table 1: the same 200 held-out objects and the same noise for every row
-    measure() { once $out/eval/$1_$seed.json python evaluate.py --split heldout $table $judges --seed $seed --out $out/eval/$1_$seed.json "${@:2}"; }
-    for row in $rows; do
-        case $row in
-        pre) measure pre --model checkpoints/toy --known_rows $known ;;
-        independent) # any other model takes part with a folder of its views
-            once $out/images/independent python evaluate.py --model checkpoints/toy_independent --split heldout $table \
-                --known_rows False --images_out $out/images/independent --out $out/eval/independent_model.json
-            measure independent --images $out/images/independent --known_rows False
-            ;;
-        *) measure $row --model $out/seed$seed/$row --known_rows False --images_out $out/images/${row}_$seed ;;
-        esac
+    measure() { once $out/eval/$1_$seed.json python evaluate.py --split heldout $table $judges --seed $seed --known_rows False --out $out/eval/$1_$seed.json "${@:2}"; }
+    known="" # images of known quality, once
+    if [ $seed = 0 ]; then known="--known_rows True"; fi
+    measure pre --model checkpoints/toy $known
+    for row in sft m c_pre c hull; do
+        measure $row --model $out/seed$seed/$row --images_out $out/images/${row}_$seed
     done
+    # any other model takes part with a folder of its views: here the Zero123-style one
+    once $out/images/independent_$seed python evaluate.py --model checkpoints/toy_independent --split heldout $table --seed $seed \
+        --known_rows False --images_out $out/images/independent_$seed --out $out/eval/independent_model.json
+    measure independent --images $out/images/independent_$seed
 done
 
 # What each feedback can see; also the paper's own scorer, an additive head and no mismatch term, on the same negatives
