@@ -170,7 +170,13 @@ class Scorer(nn.Module):
 
 
 def small_scorer(
-    head: str, image_size: int, patch_size: int, hidden_size: int, num_layers: int, num_heads: int
+    head: str,
+    image_size: int,  # pixels that the encoder sees
+    patch_size: int,
+    hidden_size: int,
+    num_layers: int,
+    num_heads: int,
+    resize: bool = False,  # bring images of another size to image_size, instead of an error
 ) -> Scorer:
     """A small DINOv2 architecture from scratch, for toys.
 
@@ -187,7 +193,7 @@ def small_scorer(
         num_attention_heads=num_heads,
         initializer_range=hidden_size**-0.5,
     )
-    return Scorer(ScorerConfig(head, image_size, resize=False, encoder=encoder.to_diff_dict()))
+    return Scorer(ScorerConfig(head, image_size, resize, encoder=encoder.to_diff_dict()))
 
 
 def pretrained_scorer(backbone: str, head: str, image_size: int = 224) -> Scorer:

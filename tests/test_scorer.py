@@ -227,7 +227,8 @@ def config(folders: Path, out: Path) -> Config:
         num_objects=4,
         num_val=2,
         image_size=16,
-        patch_size=8,
+        shrink=2,
+        patch_size=4,
         hidden_size=16,
         num_layers=1,
         num_heads=2,
@@ -239,6 +240,18 @@ def config(folders: Path, out: Path) -> Config:
         device="cpu",
         out=str(out),
     )
+
+
+def test_scorer_sees_images_shrunk(folders: Path, tmp_path: Path):
+    """Fine stripes (mean grey) look grey to it, broad ones do not; images of any size are taken."""
+    scorer = train_scorer.new_scorer(replace(config(folders, tmp_path), image_size=64, shrink=4, patch_size=4))
+    fine, broad = (
+        torch.arange(64)[:, None].div(n, rounding_mode="floor").remainder(2).expand(1, 3, 64, 64) for n in (1, 16)
+    )
+    grey = scorer.embed(torch.full((1, 3, 64, 64), 0.5))
+    assert scorer.cfg.image_size == 16
+    assert (scorer.embed(fine.float()) - grey).norm() < 0.1 * (scorer.embed(broad.float()) - grey).norm()
+    assert torch.allclose(scorer.embed(torch.full((1, 3, 128, 128), 0.5)), grey, atol=1e-5)
 
 
 def test_training_runs_is_reused_and_resumes_bitwise(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
