@@ -55,7 +55,7 @@ def use_bf16(mode: str, device: torch.device) -> bool:
     if mode not in ("auto", "on", "off"):
         raise InputError(f"--bf16 {mode}: expected auto, on or off.")
     if mode == "auto" and device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     cpuinfo = Path("/proc/cpuinfo")  # avx512_bf16, amx_bf16; elsewhere than on Linux: off
     return mode == "on" or (mode == "auto" and cpuinfo.is_file() and "bf16" in cpuinfo.read_text())
 
@@ -201,9 +201,12 @@ def provenance(cfg: Any) -> dict[str, Any]:
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git, or not a clone
         commit = "unknown"
+    script = Path(sys.argv[0]).resolve()
     on_gpu = torch.cuda.is_available() and getattr(cfg, "device", "cpu") != "cpu"
     return {
-        "command": "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(
+            ["python", f"-m runs.{script.stem}" if script.parent.name == "runs" else script.name, *sys.argv[1:]]
+        ),
         "config": asdict(cfg),
         "commit": commit,
         "torch": torch.__version__,

@@ -520,7 +520,8 @@ def load_split(
     size: int,
     cache: str | Path = "out/data",
 ) -> Tensor:  # (n or fewer, V, 3, size, size) uint8
-    """The first n objects of a split, in memory. Toys are rendered once and cached. Splits never share an object."""
+    """The first n objects of a split, in memory. Toys are rendered once and cached. Toys' four splits
+    are disjoint; of a folder, train and preference are one (split_of)."""
     if source == "toys":
         path = Path(cache) / f"toys_{split}_{n}_{size}.safetensors"
         if not path.is_file():

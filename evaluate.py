@@ -20,7 +20,8 @@ Letters: N (or B) objects, V views, C H W pixels, S side of a square image.
 Run:
     python evaluate.py --model checkpoints/toy --n 64 --grid out/views.png
 
-    python evaluate.py --model out/d3po --split heldout --n 200 --scorer out/scorer --against out/before.json
+    python evaluate.py --model out/d3po_contrastive --n 64 --scorer out/scorer_zero123 --against out/evaluation.json \
+        --out out/after.json
 
     python evaluate.py --images DIR --data renders --size 256     # any other model's views: DIR/<object>/{view}.png
 
@@ -67,8 +68,8 @@ class Config:
     seed: int = 0  # first seed of the sampler
     seeds: int = 1  # samples of each object with seeds seed, seed + 1, ...; an object's numbers are their mean
     num_steps: int = 10  # network calls a sample (paper: 50)
-    guidance: float = 0.0  # w of contrastive guidance while sampling, away from a reference with
-    guidance_noise: float = 0.8  # this much noise on its latent
+    guidance: float = 0.0  # w of contrastive guidance: x0 + w (x0 - x0 of a noised reference)
+    guidance_noise: float = 0.8  # scale of the noise on that reference's latent
     batch_size: int = 8  # objects sampled at a time
     bf16: str = "auto"  # sample in bfloat16: auto (where it is fast), on or off
     scorer: tuple[str, ...] = ()  # scorer folders: the first is column contrastive, others contrastive_<folder's name>
@@ -398,7 +399,8 @@ def main(cfg: Config) -> dict:
         raise InputError(f"--n {cfg.n} --seeds {cfg.seeds} --batch_size {cfg.batch_size}: expected at least 1 each.")
     # Everything that can be wrong is read first: sampling takes minutes.
     device = get_device(cfg.device)
-    model = load(cfg.model, device) if cfg.model else None
+    bf16 = use_bf16(cfg.bf16, device)
+    model = load(cfg.model, device, half=bf16) if cfg.model else None
     names = [f"contrastive_{Path(f).name}" if i else "contrastive" for i, f in enumerate(cfg.scorer)]
     scorers = {name: Scorer.load(folder, device) for name, folder in zip(names, cfg.scorer, strict=True)}
     lpips = Lpips.load(cfg.lpips, device) if cfg.lpips else None
@@ -432,7 +434,6 @@ def main(cfg: Config) -> dict:
 
     if model:
         label = cfg.model
-        bf16 = use_bf16(cfg.bf16, device)
         how = {"bf16": bf16, "guidance": cfg.guidance, "guidance_noise": cfg.guidance_noise}
         samples = [
             sample_images(model, ref, seed, cfg.num_steps, cfg.batch_size, f"sample, seed {seed}", **how)
@@ -458,12 +459,12 @@ def main(cfg: Config) -> dict:
         print(f"\nminus {cfg.against}, mean and 95 % interval over objects:")
         for name, d in result["difference"].items():
             print(f"    {name:16s} {d['mean']:+.4f}   [{d['low']:+.4f}, {d['high']:+.4f}]")
-    save_json(cfg.out, result)
     if cfg.images_out:
         for name, views in zip(ids, samples[0], strict=True):
             write_views(Path(cfg.images_out) / name, views)
     if cfg.grid:
         grid(cfg.grid, {"truth": truth[:8], Path(label).name: samples[0][:8]}, ref[:8])
+    save_json(cfg.out, result)  # last: a resumed experiment takes it for a sign that all is there
     print(f"\nwrote {' and '.join(filter(None, (cfg.out, cfg.grid)))}")
     return result
 

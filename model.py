@@ -373,8 +373,11 @@ def from_base(cfg: ModelConfig) -> MultiViewUNet:
     return MultiViewUNet(cfg, unet).eval()
 
 
-def load(folder: str | Path, device: torch.device | str = "cpu") -> MultiViewUNet:
-    """Read a model that `MultiViewUNet.save` wrote. Wrong or broken files raise InputError."""
+def load(folder: str | Path, device: torch.device | str = "cpu", half: bool = False) -> MultiViewUNet:
+    """Read a model that `MultiViewUNet.save` wrote. Wrong or broken files raise InputError.
+
+    half: of SDXL, weights in bfloat16, half the memory: to draw with, not to train.
+    """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no config.json found, expected a model folder. Make one: python train_sft.py")
@@ -397,7 +400,8 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> MultiViewUNe
     except (TypeError, ValueError, AttributeError, ArithmeticError, IndexError) as error:
         raise InputError(f"{folder}/config.json: makes no model ({error}); expected one this project wrote.") from None
     load_weights(model, folder / "model.safetensors", assign=bool(cfg.base))
-    return model.float().to(device).eval()
+    model = model.bfloat16() if half and cfg.base else model.float()
+    return model.to(device).eval()
 
 
 if __name__ == "__main__":

@@ -239,9 +239,10 @@ def main(cfg: Config) -> dict:
     if not cfg.out.endswith(".png"):
         raise InputError(f"--out {cfg.out}: expected a name ending in .png.")
     device = get_device(cfg.device)
-    model = load(cfg.model, device)
+    bf16 = use_bf16(cfg.bf16, device)
+    model = load(cfg.model, device, half=bf16)
     ref = read_image(cfg.image, model.cfg.image_size)[None].float() / 255
-    images = sample_images(model, ref, cfg.seed, cfg.num_steps, bf16=use_bf16(cfg.bf16, device))[0]  # (V, 3, H, W)
+    images = sample_images(model, ref, cfg.seed, cfg.num_steps, bf16=bf16)[0]  # (V, 3, H, W)
     folder = Path(cfg.out).with_suffix("")
     for view, image in zip(VIEWS, images, strict=True):
         write_png(folder / f"{view}.png", image)

@@ -236,7 +236,7 @@ def prefer(cfg: Config, views: Tensor, candidates: Path, device: torch.device) -
         quality = psnr(images[:, 1:].flatten(1, 2), truth[None, 1:].flatten(1, 2)).tolist()
         if rewards.max() > rewards.min():
             entry = {"object": i, "order": rewards.argsort(descending=True).tolist()}
-            entry |= {"rewards": [round(r, 5) for r in rewards.tolist()], "psnr": [round(q, 3) for q in quality]}
+            entry |= {"rewards": rewards.tolist(), "psnr": [round(q, 3) for q in quality]}
             ranked.append(entry)
     if not ranked:
         raise InputError(
@@ -387,11 +387,12 @@ def main(cfg: Config) -> dict:
         seconds[name] = round(time.time() - clock - sum(seconds.values()), 1)
         print(f"[{name}: {seconds[name]:.0f} s]")
 
-    model = load(cfg.model, device)
+    model = load(cfg.model)
     # Small log-ratios want float32. SDXL needs a bfloat16 forward to fit, with what is frozen stored so.
     half = bool(model.cfg.base) and use_bf16(cfg.bf16, device)
     torch.manual_seed(cfg.seed)  # of LoRA's start; all other noise has keys of its own
     parameters = model.freeze(lora=cfg.lora, half=half)
+    model.to(device)
     if cfg.checkpointing:
         model.unet.enable_gradient_checkpointing()
     if cfg.compile:
@@ -485,15 +486,15 @@ def main(cfg: Config) -> dict:
         "batch_size",
     )  # may change on resume
     claim(out, {k: v for k, v in asdict(cfg).items() if k not in free})
+    if (out / "results.json").is_file():
+        print(f"{out}: finished before, reused")
+        return load_json(out / "results.json")
     if (out / "state.pt").is_file():
         state = load_state(out / "state.pt", device)
         model.load_state_dict(state["model"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
         print(f"{out}: going on at step {start}")
-    if start == cfg.steps and (out / "results.json").is_file():
-        print(f"{out}: finished before, reused")
-        return load_json(out / "results.json")
     trim_log(out / "log.jsonl", start)
     dims = model.cfg.latent_channels * model.cfg.latent_size**2 * views.shape[1]
     print(
@@ -511,7 +512,8 @@ def main(cfg: Config) -> dict:
             break
 
         # Eq. 2. Without beta it has no gradient, and what is left is SFT
-        from_d3po, metrics = [torch.zeros_like(p) for p in parameters], {}
+        optimizer.zero_grad()  # frees the old gradients before a forward
+        metrics = {"grad_d3po": 0.0}
         if cfg.beta_dpo:
             # batch: objects, each at one random step of its chains; a function of (seed, step) alone
             g = keyed_generator(cfg.seed, 6, step)
@@ -529,11 +531,13 @@ def main(cfg: Config) -> dict:
             if step == 0 and ratio.abs().max() * cfg.beta_dpo > 1e-3:
                 raise InputError(
                     f"before the first update beta * log-ratio is {cfg.beta_dpo * ratio.abs().max():.2g}, expected "
-                    f"below 1e-3: the stored means are not this policy's. Delete {chains.means} and start again."
+                    f"below 1e-3: the stored means are not this policy's (another device? another torch?). "
+                    f"Delete {chains.means} and start again."
                 )
             loss_d3po, metrics = d3po_loss(ratio_w, ratio_l, cfg.beta_dpo)
             # each loss goes backward at once: its activations are gone before the next, and gradients are seen apart
-            from_d3po = torch.autograd.grad(loss_d3po, parameters)
+            loss_d3po.backward()
+            metrics["grad_d3po"] = grad_norm([p.grad for p in parameters if p.grad is not None])
             for (_, _, j), value in zip(rows, ratio.tolist(), strict=True):
                 sums.setdefault(f"abs_log_ratio_call_{cfg.first_call + j}", []).append(abs(value))
 
@@ -543,9 +547,11 @@ def main(cfg: Config) -> dict:
             loss_simple = simple_loss(model, schedule, *real).mean()
         from_simple = torch.autograd.grad(cfg.lambda_simple * loss_simple, parameters)
 
+        metrics |= {"loss_simple": loss_simple.item(), "grad_simple": grad_norm(list(from_simple))}
+
         # step
-        for p, a, b in zip(parameters, from_d3po, from_simple, strict=True):
-            p.grad = a + b
+        for p, g in zip(parameters, from_simple, strict=True):
+            p.grad = g if p.grad is None else p.grad.add_(g)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         if not torch.isfinite(norm):
             raise InputError(
@@ -556,8 +562,6 @@ def main(cfg: Config) -> dict:
         optimizer.step()
 
         # log
-        metrics |= {"loss_simple": loss_simple.item()}
-        metrics |= {"grad_d3po": grad_norm(list(from_d3po)), "grad_simple": grad_norm(list(from_simple))}
         for name, value in metrics.items():
             sums.setdefault(name, []).append(value)
         if (step + 1) % cfg.log_every == 0:

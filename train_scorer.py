@@ -4,8 +4,8 @@
 
 First a generator draws five views for each reference, once, kept as 8-bit images like the truth: any
 difference in number format would be a trivial cue. Then encoder and head learn to tell them from the truth.
-The objects are those of the preference split, not of the generator's own training set, whose images are
-better than what it makes of new ones. Beside the paper's two terms, `--mismatch` adds one with the truth of
+The objects are those of the preference split: of toys, not the generator's own training set, whose images
+are better than what it makes of new ones. Beside the paper's two terms, `--mismatch` adds one with the truth of
 another object as a negative.
 
 Run:
@@ -146,7 +146,7 @@ def generate(cfg: Config, refs: Tensor, device: torch.device) -> Tensor:
     if len(fakes) == len(refs):
         return fakes
 
-    generator = model.load(folder, device)
+    generator = model.load(folder, device, half=use_bf16(cfg.bf16, device))
     if generator.cfg.image_size != cfg.image_size:
         raise InputError(
             f"{folder}: makes images of {generator.cfg.image_size} px, got --image_size {cfg.image_size}; "
@@ -282,6 +282,8 @@ def main(cfg: Config) -> dict[str, Any]:
         claim(out, made_by)
         print(f"{out}: finished before, reused")
         return load_json(out / "results.json")
+    if (out / "made_by.json").is_file():  # other settings are refused before they replace the negatives
+        claim(out, made_by)
     state_path, log_path = out / "state.pt", out / "log.jsonl"
     begin = time.time()
     truth, fake, n = make_pairs(cfg, device)
@@ -322,7 +324,7 @@ def main(cfg: Config) -> dict[str, Any]:
 
         # --- batch, forward, backward, step ---
         images = make_batch(cfg, truth[:n], fake[:n], step).to(device)  # (B, 1+4+4, 3, S, S)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and use_bf16(cfg.bf16, device)):
             e = rearrange(scorer.embed(images.flatten(0, 1)), "(B R) d -> B R d", B=len(images))
         e_ref, e_true, e_fake = e.float().split([1, 4, 4], dim=1)  # one reference serves both pairs
         # f of every reference with the true views of every object of the batch: the encoder's work is done

@@ -1,4 +1,4 @@
-"""Stage 1: L_simple-MV. Pre-training, the SFT baseline, and the independent-view baseline (paper Sec. 3.2.1).
+"""Stage 1: L_simple-MV. Pre-training, of the multi-view and of the independent-view model (paper Sec. 3.2.1).
 
     L_simple-MV = E_{X_0, Y, t, noise} | grad log q_t(X_t | X_0) - s_theta(X_t, Y_t, t) |^2        V views jointly
 
@@ -7,7 +7,8 @@ Views and reference get independent noise at one common t. The toy network predi
 is its squared error times a weight; we weight it as v-prediction would, which is 1 / (1 - alpha_bar_t).
 
 `python train_sft.py` trains the toy model from nothing, and --preset sdxl starts from published weights. With --init it
-fine-tunes all weights of a model of ours, with --attention_only the attention layers alone, as the SFT baseline does.
+fine-tunes all weights of a model of ours, with --attention_only the attention layers alone. (Table 1's SFT row is not
+made here but by `train_d3po.py --beta_dpo 0`, with all else equal.)
 
 Run:
     python train_sft.py                                                    # toy, from nothing
@@ -63,7 +64,7 @@ class Config:
     attention_only: bool = False  # train the attention layers only (App. B), and a fresh SDXL's view embedding
     lora: int = 0  # train a change of this rank of the attention projections only: less memory; 0: no
     data: str = "toys"  # toys, or a folder of renders (see data.py)
-    split: str = "train"  # objects to train on: train, or preference for the SFT baseline
+    split: str = "train"  # objects to train on: train, or preference
     num_objects: int = 4096  # how many of them
     out: str = "out/sft"  # where everything goes
 

@@ -37,6 +37,7 @@ METRICS = {  # column -> heading, digits
     "contrastive_scorer_pre": ("score of C (pre)", 3),
     "hull": ("silhouette consistency", 4),
 }
+FEEDBACK = {"c": "contrastive", "c_pre": "contrastive_scorer_pre", "hull": "hull"}  # the column a row was trained on
 SHOWN = ("sft", "m", "c")  # in the picture and its curves
 
 
@@ -63,7 +64,7 @@ def table(scores: dict[str, dict[str, Tensor]], names: list[str], known: dict[st
         for n in names:
             digits, seeds = METRICS[n.removesuffix("_unseen")][1], values[n].mean(1)
             spread = f" ± {seeds.std().item():.{digits}f}" if len(seeds) > 1 else ""
-            cells.append(f"{seeds.mean().item():.{digits}f}{spread}")
+            cells.append(f"{seeds.mean().item():.{digits}f}{spread}{' *' * (FEEDBACK.get(row) == n)}")
         lines.append(f"| {ROWS[row]} | " + " | ".join(cells) + " |")
     for label, values in known.items():
         cells = [f"{values[n]:.{METRICS[n.removesuffix('_unseen')][1]}f}" for n in names]
@@ -88,7 +89,7 @@ def differences(scores: dict[str, dict[str, Tensor]], names: list[str], base: st
             mean = difference.mean().item()
             numbers[row][n] = {"mean": mean, "low": low, "high": high}
             cell = f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-            cells.append(f"**{cell}**" if low > 0 or high < 0 else cell)
+            cells.append((f"**{cell}**" if low > 0 or high < 0 else cell) + " *" * (FEEDBACK.get(row) == n))
         lines.append(f"| {ROWS[row]} | " + " | ".join(cells) + " |")
     return lines, numbers
 
@@ -161,12 +162,13 @@ def main(cfg: Config) -> dict:
     chosen = picture(cfg, scores, first["ids"])
     curves(cfg)
 
-    columns = [k for k in METRICS if k in scores["pre"]]
+    columns = [k for k in METRICS if all(k in values for values in scores.values())]
     unseen = [f"{k}_unseen" if f"{k}_unseen" in scores["pre"] else k for k in columns]
     seeds = len(scores["sft"]["psnr"])
     text = [
         f"{len(first['ids'])} held-out objects, {seeds} seeds (of candidates, batches, samples; scorers are shared).",
         "± is the standard deviation between seeds, [a, b] the 95 % bootstrap interval over objects; bold: without 0.",
+        "\\* the row's own feedback. Silhouette consistency is of all five views in every table.",
         f"`bash runs/table1.sh`; {first['hardware']}, {first['config']['num_steps']} network calls a sample.",
         "",
         "**The four unseen views**",

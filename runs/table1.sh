@@ -3,7 +3,8 @@
 # share the work: SEEDS=0 in one, SEEDS="1 2" in the other (the scorers first), then once more without.
 #   bash runs/table1.sh            results/table1/ (3 hours of one core)
 #   bash runs/table1.sh --small    the same path in two minutes, on numbers too small to mean anything
-# LPIPS=hub in front (or a folder with the two published files of weights) adds that column.
+# LPIPS=hub in front (or a folder with the two published files of weights) adds that column; where there are measurements
+# without it, delete out/table1/eval first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -45,8 +46,9 @@ for seed in $seeds; do
         measure $row --model $out/seed$seed/$row --images_out $out/images/${row}_$seed
     done
     # any other model takes part with a folder of its views: here the Zero123-style one
-    once $out/images/independent_$seed python evaluate.py --model checkpoints/toy_independent --split heldout $table --seed $seed \
-        --known_rows False --images_out $out/images/independent_$seed --out $out/eval/independent_model.json
+    drawn=$out/eval/independent_model_$seed.json
+    once $drawn python evaluate.py --model checkpoints/toy_independent --split heldout $table --seed $seed \
+        --known_rows False --images_out $out/images/independent_$seed --out $drawn
     measure independent --images $out/images/independent_$seed
 done
 
@@ -60,5 +62,5 @@ python train_scorer.py $scorer --head concat --mismatch 0 --negatives pretrained
 once $results/feedback.md python -m runs.feedback --split heldout $feedback --out $results/feedback \
     --scorers $out/scorer $out/scorer_pre $out/scorer_concat $out/scorer_concat_pre
 
-once $out/images/truth python data.py --toys 200 --size 64 --seed 3 --out $out/images/truth
+python data.py --toys 200 --size 64 --seed 3 --out $out/images/truth
 python -m runs.table1 --out $out --results $results

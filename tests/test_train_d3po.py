@@ -267,6 +267,7 @@ def test_candidates_of_other_weights_are_refused(tmp_path):
 def test_training_refuses_means_of_another_policy(tmp_path):
     cfg = config(tmp_path, steps=1)
     D.main(cfg)
+    (tmp_path / "out" / "d3po_noise_scale" / "results.json").unlink()
     (tmp_path / "out" / "d3po_noise_scale" / "state.pt").unlink()
     for path in (tmp_path / "out").glob("candidates/means_*/*.safetensors"):
         save_tensors(path, {"means": load_tensors(path)["means"] * 1.5})
@@ -298,6 +299,7 @@ def test_wrong_input_is_one_line(tmp_path):
     D.main(config(tmp_path, steps=2))
     with pytest.raises(InputError, match="made with steps 2; expected steps 1"):
         D.main(config(tmp_path, steps=1))
+    (tmp_path / "out" / "d3po_noise_scale" / "results.json").unlink()
     (tmp_path / "out" / "d3po_noise_scale" / "state.pt").write_bytes(b"half")
     with pytest.raises(InputError, match="not readable"):
         D.main(config(tmp_path, steps=2))
