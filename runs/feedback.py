@@ -89,30 +89,33 @@ def main(cfg: Config) -> dict:
     if cfg.matching:
         feedbacks["matching (SIFT)"] = lambda y, x: matching_reward(y, x, "sift")
     feedbacks["hull"] = lambda y, x: hull_iou(x)
-    feedbacks["least noise"] = lambda y, x: torch.zeros(len(x))  # the control; of candidates see below
+    control = "least noise"  # ranks candidates without looking at them
+    feedbacks[control] = lambda y, x: -torch.tensor(cfg.noise_scales)
 
     lines, rows = [], {}
     wrong = list(sets)[1:]
     for name, reward in feedbacks.items():
-        rewards = {
-            k: torch.cat([reward(y[None], x[None]) for y, x in zip(ref, v, strict=True)]).double()
-            for k, v in sets.items()
-        }
+        row, cells = {}, ["-"] * len(wrong)
+        if name != control:
+            rewards = {
+                k: torch.cat([reward(y[None], x[None]) for y, x in zip(ref, v, strict=True)]).double()
+                for k, v in sets.items()
+            }
+            margin = {k: rewards["truth"] - rewards[k] for k in wrong}
+            row |= {f"auc_{k}": auc(rewards["truth"], rewards[k]) for k in wrong}
+            # (equal sums of equal numbers, added in another order, are a tie)
+            row |= {
+                f"paired_{k}": ((m > 1e-6).double() + (m.abs() <= 1e-6) / 2).mean().item() for k, m in margin.items()
+            }
+            cells = [f"{row[f'auc_{k}']:.2f} ({row[f'paired_{k}']:.2f})" for k in wrong]
         each = torch.stack([reward(y.expand(G, -1, -1, -1), x) for y, x in zip(ref, candidates, strict=True)]).double()
-        if name == "least noise":
-            each = -torch.tensor(cfg.noise_scales).double().expand(len(ref), G)
         rank = spearman(each, quality)
         best, worst = (quality.gather(1, i[:, None]).flatten() for i in (each.argmax(1), each.argmin(1)))
         low, high = bootstrap_interval(rank)
-        margin = {k: rewards["truth"] - rewards[k] for k in wrong}
-        row = {f"auc_{k}": auc(rewards["truth"], rewards[k]) for k in wrong}
-        # (equal sums of equal numbers, added in another order, are a tie)
-        row |= {f"paired_{k}": ((m > 1e-6).double() + (m.abs() <= 1e-6) / 2).mean().item() for k, m in margin.items()}
         row |= {"rank": rank.mean().item(), "rank_low": low, "rank_high": high}
         row |= {"nearer": (best > worst).double().mean().item(), "gap": (best - worst).mean().item()}
         rows[name] = row
         print(name, {k: round(v, 3) for k, v in row.items()}, flush=True)
-        cells = [f"{row[f'auc_{k}']:.2f} ({row[f'paired_{k}']:.2f})" for k in wrong]
         cells += [f"{row['rank']:+.2f} [{low:+.2f}, {high:+.2f}]", f"{row['nearer']:.0%}", f"{row['gap']:+.2f} dB"]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     head = "| AUC (paired) against | " + " | ".join(wrong) + " | rank | nearer | PSNR, best - worst |"
