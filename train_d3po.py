@@ -22,7 +22,8 @@ Run:
     python train_d3po.py --feedback random --beta_dpo 0 --name sft_baseline   # L_simple-MV alone: the SFT row
 
 Expect (defaults, 1 seed):
-    margin 0 -> about +.01 in 60 steps, accuracy .5 -> .65; log_ratio_w and log_ratio_l both fall, the loser's further
+    margin 0 -> +.02 in 60 steps, accuracy .5 -> .7; log_ratio_w and log_ratio_l both fall, the loser's further;
+    contrastive score +.011 [.003, .020] on 32 validation objects, no other metric beyond its interval
 
 Letters: P pairs, G candidates of a reference, K network calls of which J are trained, V views, c h w latent sizes.
 """

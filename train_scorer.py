@@ -13,8 +13,8 @@ Run:
     python train_scorer.py --negatives pretrained        # of the multi-view model itself ("C (pre)")
     python train_scorer.py --negatives DIR               # of another model: DIR/<object>/{front,...,top}.png
 
-Expect (48 objects, inside the main job, 1 seed):
-    auc_generated .92, auc_other .83, auc_shifted .67; auc_mirrored, auc_swapped .50 (f does not see which view it is)
+Expect (96 objects, inside the main job, 1 seed):
+    auc_generated .99, auc_other .85, auc_shifted .76; auc_mirrored, auc_swapped .50 (f does not see which view it is)
 
     Reads checkpoints/toy_independent or checkpoints/toy; writes out/scorer/{negatives.safetensors,
     negatives.json, state.pt, log.jsonl, results.json} and the scorer itself, {config.json,
