@@ -98,9 +98,9 @@ class Config:
 
     steps: int = 60  # optimizer steps (paper: 1800)
     batch_objects: int = 8  # preference objects a step, and as many ground-truth objects for L_simple-MV
-    lr: float = 2e-5  # AdamW; falls to 0 in a straight line; attention layers only (App. B)
+    lr: float = 1e-4  # AdamW; falls to 0 in a straight line; attention layers only (App. B)
     lora: int = 0  # train a change of this rank of their projections instead: less memory; 0: no
-    beta_dpo: float = 1e-3  # beta of Eq. 2 on the log-ratio SUMMED over V c h w; 0 is the SFT baseline
+    beta_dpo: float = 0.1  # beta of Eq. 2 on the log-ratio SUMMED over V c h w; 0 is the SFT baseline
     lambda_simple: float = 1.0  # weight of L_simple-MV (paper: 1)
     step_weight: Literal["none", "root", "equal"] = "none"  # on the log-ratio of each trained step: see step_weights
     seed: int = 0  # of candidates, pairs, batches and noise

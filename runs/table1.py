@@ -22,6 +22,7 @@ from evaluate import bootstrap_interval, grid
 ROWS = {  # file name -> label in the table
     "pre": "pre-trained",
     "sft": "SFT",
+    "sft_low": "SFT, learning rate 2e-5",
     "m": "MV-D3PO-M",
     "c_pre": "MV-D3PO-C (pre)",
     "c": "MV-D3PO-C",
@@ -138,7 +139,7 @@ def curves(cfg: Config) -> None:
     for axis, (key, title) in zip(axes.flat, panels.items(), strict=False):
         for row, lines in logs.items():
             points = [(line["step"], line[key]) for line in lines if key in line]
-            if points and not (row == "sft" and key in ("margin", "accuracy", "grad_d3po")):
+            if points and not (row[:3] == "sft" and key in ("margin", "accuracy", "grad_d3po")):
                 axis.plot(*zip(*points, strict=True), label=ROWS[row], color=f"C{list(ROWS).index(row)}")
         axis.set(title=title, xlabel="step")
     axis = axes.flat[-1]

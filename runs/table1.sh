@@ -31,6 +31,7 @@ for seed in $seeds; do
     # Stage 3: every row from the same candidates, with the same objects, batches and number of steps
     run() { once $out/seed$seed/$1/results.json python train_d3po.py --out $out/seed$seed --name $1 --seed $seed $d3po $watch "${@:2}"; }
     run sft --feedback random --beta_dpo 0 --scorer $out/scorer
+    run sft_low --feedback random --beta_dpo 0 --lr 2e-5 --scorer $out/scorer # is SFT's rate to blame?
     run m --feedback matching --scorer $out/scorer
     run c_pre --feedback contrastive --scorer $out/scorer_pre
     run c --feedback contrastive --scorer $out/scorer
@@ -42,7 +43,7 @@ for seed in $seeds; do
     known="" # images of known quality, once
     if [ $seed = 0 ]; then known="--known_rows True"; fi
     measure pre --model checkpoints/toy $known
-    for row in sft m c_pre c hull; do
+    for row in sft sft_low m c_pre c hull; do
         measure $row --model $out/seed$seed/$row --images_out $out/images/${row}_$seed
     done
     # any other model takes part with a folder of its views: here the Zero123-style one
