@@ -149,7 +149,7 @@ def curves(cfg: Config) -> None:
             axis.plot(*zip(*points, strict=True), ".-", color=f"C{list(ROWS).index(row)}")
             axis.plot(*points[-1], "o", color=f"C{list(ROWS).index(row)}")
     axis.set(title="reward against quality, dot: the end", xlabel="contrastive score", ylabel="PSNR of unseen views")
-    axes.flat[4].legend(fontsize=7)
+    axes.flat[2].legend(fontsize=7)  # the panel that has every row
     write_atomic(Path(cfg.results) / "curves.png", lambda p: figure.savefig(p, dpi=80, format="png"))
     plt.close(figure)
 
@@ -181,7 +181,7 @@ def main(cfg: Config) -> dict:
         *table(scores, columns, known),
     ]
     numbers = {}
-    for base in ("sft", "m", "pre"):
+    for base in ("sft", "sft_low", "m", "pre"):
         lines, numbers[base] = differences(scores, unseen, base)
         text += ["", *lines]
     names = ", ".join(first["ids"][i] for i in chosen)
