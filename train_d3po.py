@@ -84,7 +84,7 @@ class Config:
     matcher: str = "sift"  # sift or loftr, for --feedback matching
     matcher_weights: str = ""  # LoFTR weights (empty: from torch's hub cache, downloaded if absent)
     data: str = "toys"  # toys, or a folder of renders (see data.py)
-    num_objects: int = 96  # preference objects (paper: 240)
+    num_objects: int = 240  # preference objects, as in the paper
     eval_objects: int = 32  # validation objects
     out: str = "out"  # where everything goes
     name: str = ""  # folder of this run in out; empty: d3po_<feedback>. Runs share candidates, scorer and pairs

@@ -71,7 +71,7 @@ class Config:
     negatives: str = "zero123"  # zero123, pretrained, or a folder with another model's views of --data
     zero123: str = "checkpoints/toy_independent"  # the independent-view model that zero123 means
     pretrained: str = "checkpoints/toy"  # the multi-view model that pretrained means
-    num_objects: int = 96  # objects to train on, each with one generated set (paper: not stated)
+    num_objects: int = 240  # objects to train on, each with one generated set (paper: not stated)
     num_val: int = 32  # objects of the validation split, to judge the scorer
     image_size: int = 64  # pixels; the generator's own size
     num_steps: int = 10  # sampling steps of the generator
