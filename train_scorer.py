@@ -13,8 +13,8 @@ Run:
     python train_scorer.py --negatives pretrained        # of the multi-view model itself ("C (pre)")
     python train_scorer.py --negatives DIR               # of another model: DIR/<object>/{front,...,top}.png
 
-Expect (96 objects, inside the main job, 1 seed):
-    auc_generated .99, auc_other .85, auc_shifted .76; auc_mirrored, auc_swapped .50 (f does not see which view it is)
+Expect (240 objects, inside the main job, 1 seed):
+    auc_generated .97, auc_other .82, auc_shifted .70; auc_mirrored, auc_swapped .50 (f does not see which view it is)
 
     Reads checkpoints/toy_independent or checkpoints/toy; writes out/scorer/{negatives.safetensors,
     negatives.json, state.pt, log.jsonl, results.json} and the scorer itself, {config.json,
