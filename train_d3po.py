@@ -23,7 +23,7 @@ Run:
 
 Expect (defaults, 1 seed):
     margin 0 -> 1.5 in 60 steps, accuracy .5 -> .7; log_ratio_w and log_ratio_l both fall, to -19 and -34;
-    contrastive score +.044 [.036, .053] on 32 validation objects, GMSD +.0004 (worse), the others within their intervals
+    contrastive score +.044 [.036, .053] on 32 validation objects, GMSD +.0004 (worse), the others in their intervals
 
 Letters: P pairs, G candidates of a reference, K network calls of which J are trained, V views, c h w latent sizes.
 """
