@@ -5,8 +5,8 @@
 For each reference the pre-trained model draws five candidates, which share all noises of the chain and see the
 reference through more and more noise of their own (App. B). A feedback ranks the finished images; of every two the
 better is the winner; and at the last denoising step that has a density (--first_call: at more of them) the policy is
-moved towards the winner's action and away from the loser's. L_simple-MV on the ground truth of the same objects holds
-it in place. Why these defaults: results/ablations.md.
+moved towards the winner's action and away from the loser's; beta, not L_simple-MV on the ground truth of the same
+objects, is what holds it in place. Why these defaults: results/ablations.md.
 
 The stages, each reused when it is there already (out/ is the default of --out):
 
