@@ -5,8 +5,8 @@
 For each reference the pre-trained model draws five candidates, which share all noises of the chain and see the
 reference through more and more noise of their own (App. B). A feedback ranks the finished images; of every two the
 better is the winner; and at the last denoising step that has a density (--first_call: at more of them) the policy is
-moved towards the winner's action and away from the loser's; beta, not L_simple-MV on the ground truth of the same
-objects, is what holds it in place. Why these defaults: results/ablations.md.
+moved towards the winner's action and away from the loser's. Beta holds it in place: L_simple-MV, on the ground truth
+of the same objects, has a gradient thousands of times shorter. Why these defaults: results/ablations.md.
 
 The stages, each reused when it is there already (out/ is the default of --out):
 
@@ -23,7 +23,8 @@ Run:
 
 Expect (defaults, 1 seed):
     margin 0 -> 1.5 in 60 steps, accuracy .5 -> .7; log_ratio_w and log_ratio_l both fall, to -19 and -34;
-    contrastive score +.044 [.036, .053] on 32 validation objects, GMSD +.0004 (worse), the others in their intervals
+    contrastive score +.044 [.036, .053] on 32 validation objects, GMSD of unseen views +.0004 [.0002, .0006] (worse),
+    the intervals of the others contain 0
 
 Letters: P pairs, G candidates of a reference, K network calls of which J are trained, V views, c h w latent sizes.
 """

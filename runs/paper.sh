@@ -17,7 +17,7 @@ sft="--steps 20000 --batch_size 4 --num_objects 100000 --eval_every 1000 --num_s
 scorer="--num_objects 240 --num_steps 50"
 # The paper's setting: best against worst, one object a step, the last 40 calls. On toys it showed no signal (README, Results); what
 # did is D3PO="--first_call 48 --pairs all --batch_objects 8".
-d3po="--num_objects 240 --steps 1800 --num_steps 50 --first_call 10 --pairs best_worst --save_every 100"
+d3po="--num_objects 240 --steps 1800 --num_steps 50 --first_call 10 --pairs best_worst --beta_dpo 0.1 --save_every 100"
 table="--n 200 --seeds 3 --num_steps 50"
 matching="--feedback matching --matcher $matcher"
 if [ "${1:-}" = "--small" ]; then
