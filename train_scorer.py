@@ -276,12 +276,11 @@ def main(cfg: Config) -> dict[str, Any]:
     out, device = Path(cfg.out), get_device(cfg.device)
     free = ("device", "eval_every", "save_every", "log_every", "out")  # what may change when a run goes on
     made_by = {k: v for k, v in asdict(cfg).items() if k not in free}
-    if (out / "results.json").exists():
-        claim(out, made_by)
-        print(f"{out}: finished before, reused")
-        return load_json(out / "results.json")
     if (out / "made_by.json").is_file():  # other settings are refused before they replace the negatives
         claim(out, made_by)
+    if (out / "results.json").exists():
+        print(f"{out}: finished before, reused")
+        return load_json(out / "results.json")
     state_path, log_path = out / "state.pt", out / "log.jsonl"
     begin = time.time()
     truth, fake, n = make_pairs(cfg, device)
@@ -299,6 +298,7 @@ def main(cfg: Config) -> dict[str, Any]:
         start, seconds = state["step"], state["seconds"]
         print(f"{out}: goes on at step {start}")
     trim_log(log_path, start - 1)
+    half = device.type == "cuda" and use_bf16(cfg.bf16, device)
 
     begin, metrics = time.time() - seconds, {}
     bar = tqdm(total=cfg.steps, initial=start, desc="scorer", disable=None)
@@ -322,7 +322,7 @@ def main(cfg: Config) -> dict[str, Any]:
 
         # --- batch, forward, backward, step ---
         images = make_batch(cfg, truth[:n], fake[:n], step).to(device)  # (B, 1+4+4, 3, S, S)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and use_bf16(cfg.bf16, device)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
             e = rearrange(scorer.embed(images.flatten(0, 1)), "(B R) d -> B R d", B=len(images))
         e_ref, e_true, e_fake = e.float().split([1, 4, 4], dim=1)  # one reference serves both pairs
         # f of every reference with the true views of every object of the batch: the encoder's work is done

@@ -15,8 +15,8 @@ lpips=${LPIPS:-hub} matcher=${MATCHER:-loftr} out=${OUT:-out/paper} size=${SIZE:
 # by bench.py an hour each at 256 px and five at 512 on an A100, without VAE and reading.
 sft="--steps 20000 --batch_size 4 --num_objects 100000 --eval_every 1000 --num_steps 50"
 scorer="--num_objects 240 --num_steps 50"
-# The paper's setting: best against worst, one object a step, the last 40 calls. On toys it showed no signal (README, Results); what
-# did is D3PO="--first_call 48 --pairs all --batch_objects 8".
+# The paper's setting: best against worst, one object a step, the last 40 calls. On toys it showed no signal (README,
+# Results); what did is D3PO="--first_call 48 --pairs all --batch_objects 8".
 d3po="--num_objects 240 --steps 1800 --num_steps 50 --first_call 10 --pairs best_worst --beta_dpo 0.1 --save_every 100"
 table="--n 200 --seeds 3 --num_steps 50"
 matching="--feedback matching --matcher $matcher"
@@ -46,12 +46,9 @@ python train_d3po.py $d3po $matching --name m
 python train_d3po.py $d3po --feedback contrastive --scorer $out/scorer_pre --name c_pre
 python train_d3po.py $d3po --feedback contrastive --scorer $out/scorer --name c
 
-# once FILE COMMAND...: run what makes FILE, unless it is there
-once() { if [ ! -e "$1" ]; then "${@:2}"; fi; }
-
 # Table 1 on the held-out objects; another model's views join by: evaluate.py --images DIR
 table="--data $data --split heldout --scorer $out/scorer --lpips $lpips $table"
-once $out/table_sft.json python evaluate.py --model $out/sft $table --out $out/table_sft.json --grid $out/table_sft.png
+[ -e $out/table_sft.json ] || python evaluate.py --model $out/sft $table --out $out/table_sft.json --grid $out/table_sft.png
 for row in base m c_pre c; do
-    once $out/table_$row.json python evaluate.py --model $out/$row $table --against $out/table_sft.json --out $out/table_$row.json --grid $out/table_$row.png
+    [ -e $out/table_$row.json ] || python evaluate.py --model $out/$row $table --against $out/table_sft.json --out $out/table_$row.json --grid $out/table_$row.png
 done

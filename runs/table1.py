@@ -50,9 +50,9 @@ class Config:
     results: str = "results/table1"
 
 
-def read(out: Path, row: str) -> dict[str, Tensor]:  # metric -> (seeds, N)
+def read(out: Path, row: str, seeds: list[int]) -> dict[str, Tensor]:  # metric -> (seeds, N)
     """The numbers of every object and seed."""
-    files = [load_json(path) for path in sorted((out / "eval").glob(f"{row}_[0-9].json"))]
+    files = [load_json(out / "eval" / f"{row}_{seed}.json") for seed in seeds]
     return {k: torch.tensor([f["objects"][k] for f in files], dtype=torch.float64) for k in files[0]["objects"]}
 
 
@@ -84,8 +84,7 @@ def differences(scores: dict[str, dict[str, Tensor]], names: list[str], base: st
         cells, numbers[row] = [], {}
         for n in names:
             digits = METRICS[n.removesuffix("_unseen")][1] + 1
-            k = min(len(values[n]), len(scores[base][n]))  # the seeds that both have
-            difference = values[n][:k].mean(0) - scores[base][n][:k].mean(0)
+            difference = values[n].mean(0) - scores[base][n].mean(0)
             low, high = bootstrap_interval(difference)
             mean = difference.mean().item()
             numbers[row][n] = {"mean": mean, "low": low, "high": high}
@@ -139,7 +138,7 @@ def curves(cfg: Config) -> None:
     for axis, (key, title) in zip(axes.flat, panels.items(), strict=False):
         for row, lines in logs.items():
             points = [(line["step"], line[key]) for line in lines if key in line]
-            if points and not (row[:3] == "sft" and key in ("margin", "accuracy", "grad_d3po")):
+            if any(value for _, value in points):  # SFT's gradient of Eq. (2) is 0 throughout
                 axis.plot(*zip(*points, strict=True), label=ROWS[row], color=f"C{list(ROWS).index(row)}")
         axis.set(title=title, xlabel="step")
     axis = axes.flat[-1]
@@ -157,7 +156,9 @@ def curves(cfg: Config) -> None:
 def main(cfg: Config) -> dict:
     """Write table.md, table.json, grid.png and curves.png."""
     out, results = Path(cfg.out), Path(cfg.results)
-    scores = {row: read(out, row) for row in ROWS if (out / "eval" / f"{row}_0.json").is_file()}
+    present = [row for row in ROWS if (out / "eval" / f"{row}_0.json").is_file()]
+    seeds = [s for s in range(10) if all((out / "eval" / f"{row}_{s}.json").is_file() for row in present)]
+    scores = {row: read(out, row, seeds) for row in present}
     first = load_json(out / "eval" / "pre_0.json")
     known = {k: v for k, v in first["rows"].items() if k != first["config"]["model"]}
     chosen = picture(cfg, scores, first["ids"])
@@ -165,9 +166,9 @@ def main(cfg: Config) -> dict:
 
     columns = [k for k in METRICS if all(k in values for values in scores.values())]
     unseen = [f"{k}_unseen" if f"{k}_unseen" in scores["pre"] else k for k in columns]
-    seeds = len(scores["sft"]["psnr"])
     text = [
-        f"{len(first['ids'])} held-out objects, {seeds} seeds (of candidates, batches, samples; scorers are shared).",
+        f"{len(first['ids'])} held-out objects, {len(seeds)} seeds "
+        "(of candidates, batches, samples; scorers are shared).",
         "± is the standard deviation between seeds, [a, b] the 95 % bootstrap interval over objects; bold: without 0.",
         "\\* the row's own feedback. Silhouette consistency is of all five views in every table.",
         f"`bash runs/table1.sh`; {first['hardware']}, {first['config']['num_steps']} network calls a sample.",
