@@ -50,7 +50,6 @@ class ModelConfig:
     layers: int = 1  # residual blocks by resolution
     depth: int = 1  # transformer blocks after each residual block of an attention level
     attention_levels: tuple[int, ...] = (0,)  # resolutions with attention: 0 is the latent's own, 1 half of it, ...
-    mid_block: bool = False  # one more residual-attention-residual block at the coarsest resolution
     head_dim: int = 32  # channels of one attention head
     position: bool = True  # learned position embedding in attention (False for SDXL, which found its own way)
 
@@ -166,6 +165,8 @@ class LoRALinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias  # under their old names: the state dict only grows
+        # W as it is now, on the CPU and in no state dict: the weight may go to bfloat16, in which most of U D is lost
+        self.exact = linear.weight.detach().cpu()
         new = {"device": linear.weight.device, "dtype": torch.float32}
         self.down = nn.Parameter(torch.randn(rank, linear.in_features, **new) / linear.in_features**0.5)
         self.up = nn.Parameter(torch.zeros(linear.out_features, rank, **new))  # zero: theta = pre at the start
@@ -174,12 +175,15 @@ class LoRALinear(nn.Linear):
         return super().forward(input) + F.linear(F.linear(input, self.down), self.up)
 
     def merged(self) -> Tensor:
-        """One weight that does the same."""
-        return (self.weight.float() + self.up @ self.down).to(self.weight.dtype)
+        """One weight that does the same, in float32."""
+        return self.exact.float() + (self.up @ self.down).detach().cpu()
 
 
 def small_unet(cfg: ModelConfig) -> UNet2DConditionModel:
-    """A diffusers UNet of the same class as SDXL's, of any size, without attention to a text prompt."""
+    """A diffusers UNet of the same class as SDXL's, of any size, without attention to a text prompt.
+
+    FORK: another backbone is another function like this or `from_base`; `install_attention` finds its attn1 layers.
+    """
     with_attention = [level in cfg.attention_levels for level in range(len(cfg.channels))]
     unet = UNet2DConditionModel(
         sample_size=cfg.latent_size,
@@ -187,7 +191,7 @@ def small_unet(cfg: ModelConfig) -> UNet2DConditionModel:
         out_channels=cfg.latent_channels,
         block_out_channels=cfg.channels,
         layers_per_block=cfg.layers,
-        mid_block_type="UNetMidBlock2DCrossAttn" if cfg.mid_block else None,
+        mid_block_type=None,
         transformer_layers_per_block=cfg.depth,
         down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in with_attention),
         up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in with_attention[::-1]),

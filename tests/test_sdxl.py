@@ -201,6 +201,19 @@ def test_lora_starts_as_the_model_and_is_merged_on_save(tiny, tmp_path):
         torch.testing.assert_close(again(*inputs()), after, rtol=0, atol=1e-5)
 
 
+def test_a_small_lora_change_survives_the_frozen_weights_being_bfloat16(tiny, tmp_path):
+    before = {n: v.clone() for n, v in tiny.state_dict().items()}
+    tiny.freeze(lora=2, half=True)
+    layers = {f"{n}.weight": m for n, m in tiny.named_modules() if isinstance(m, LoRALinear)}
+    for layer in layers.values():
+        torch.nn.init.constant_(layer.up, 1e-5)  # less than half of a bfloat16 step of most weights
+    tiny.save(tmp_path / "m")
+    saved = load(tmp_path / "m").state_dict()
+    for name, layer in layers.items():
+        assert layer.weight.dtype == torch.bfloat16
+        torch.testing.assert_close(saved[name] - before[name], layer.up @ layer.down, rtol=0, atol=1e-7)
+
+
 def test_peak_memory_follows_storages_not_tensors():
     with FakeTensorMode():
         weight = torch.empty(100)
