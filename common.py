@@ -128,21 +128,23 @@ def open_tensors(path: str | Path) -> Any:
         raise InputError(f"{path}: not readable as safetensors ({error}). Delete it and start again.") from None
 
 
-def load_state(path: str | Path, device: torch.device) -> dict[str, Any]:
-    """Read the training state that a killed run goes on from; a broken one raises InputError."""
+def load_state(path: str | Path) -> dict[str, Any]:
+    """Read to the CPU the training state that a killed run goes on from; a broken one raises InputError."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
         raise InputError(
             f"{path}: not readable ({str(error).splitlines()[0]}); expected a training state. Delete it to start again."
         ) from None
 
 
-def digest(path: str | Path) -> str:
-    """The first 16 hexadecimal digits of a file's SHA-256; a missing file raises InputError."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: not found, expected a file of weights. Check the folder's name.")
-    with open(path, "rb") as file:
+def digest(what: str | Path | Tensor) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of a file or a tensor; a missing file raises InputError."""
+    if isinstance(what, Tensor):
+        return hashlib.sha256(what.contiguous().numpy().tobytes()).hexdigest()[:16]
+    if not Path(what).is_file():
+        raise InputError(f"{what}: not found, expected a file of weights. Check the folder's name.")
+    with open(what, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 

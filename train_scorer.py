@@ -93,7 +93,7 @@ class Config:
     batch_size: int = 8  # objects, all if there are fewer; each is one reference, four true and four generated views
     lr: float = 1e-3  # of the encoder; about 1e-5 for a pretrained one
     head_lr: float = 1e-3  # of f, which starts at zero also on a pretrained encoder
-    weight_decay: float = 0.05  # of matrices
+    weight_decay: float = 0.05  # of all weights
     mismatch: float = 1.0  # weight of the truth of another object as a negative; 0 is the paper's loss
     augment: bool = True  # permute colour channels and mirror objects, alike in all images of a batch
 
@@ -127,12 +127,17 @@ def auc(positive: Tensor, negative: Tensor) -> float:
 # --- objects and negatives ---
 
 
+def generator_folder(cfg: Config) -> str:
+    """The model of ours that draws the negatives; empty if they come from a folder of views."""
+    return {"zero123": cfg.zero123, "pretrained": cfg.pretrained}.get(cfg.negatives, "")
+
+
 def generate(cfg: Config, refs: Tensor, device: torch.device) -> Tensor:
     """Five views of each reference by a model of ours: (N, 3, S, S) -> (N, V, 3, S, S), both uint8.
 
     Kept in `out` beside a note of what made them, and written after every batch: SDXL needs an hour for this.
     """
-    folder = {"zero123": cfg.zero123, "pretrained": cfg.pretrained}[cfg.negatives]
+    folder = generator_folder(cfg)
     path, note = Path(cfg.out) / "negatives.safetensors", Path(cfg.out) / "negatives.json"
     made_by = {
         "model": folder,
@@ -149,8 +154,8 @@ def generate(cfg: Config, refs: Tensor, device: torch.device) -> Tensor:
     generator = model.load(folder, device, half=use_bf16(cfg.bf16, device))
     if generator.cfg.image_size != cfg.image_size:
         raise InputError(
-            f"{folder}: makes images of {generator.cfg.image_size} px, got --image_size {cfg.image_size}; "
-            f"expected the same. Use --image_size {generator.cfg.image_size}."
+            f"{folder}: makes images of {generator.cfg.image_size} px, expected {cfg.image_size}. Name another model "
+            f"by --{cfg.negatives}, or in train_scorer.py --image_size {generator.cfg.image_size}."
         )
     if not same:  # old views must not stand beside a new note, nor new views beside an old one
         path.unlink(missing_ok=True)
@@ -184,7 +189,7 @@ def make_pairs(cfg: Config, device: torch.device) -> tuple[Tensor, Tensor, int]:
         return torch.cat([train, val]), len(train)
 
     truth, n = load(cfg.data)
-    if cfg.negatives not in ("zero123", "pretrained"):
+    if not generator_folder(cfg):
         # Another model's views, the front being its reference. Equal names mean equal splits.
         have = load_views(cfg.negatives, cfg.image_size)[0]
         names = [] if cfg.data == "toys" else load_views(cfg.data, cfg.image_size)[0]
@@ -276,6 +281,8 @@ def main(cfg: Config) -> dict[str, Any]:
     out, device = Path(cfg.out), get_device(cfg.device)
     free = ("device", "eval_every", "save_every", "log_every", "out")  # what may change when a run goes on
     made_by = {k: v for k, v in asdict(cfg).items() if k not in free}
+    if generator_folder(cfg):
+        made_by["generator_weights"] = digest(Path(generator_folder(cfg)) / "model.safetensors")
     if (out / "made_by.json").is_file():  # other settings are refused before they replace the negatives
         claim(out, made_by)
     if (out / "results.json").exists():
@@ -292,7 +299,7 @@ def main(cfg: Config) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(groups, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
     start, seconds = 0, 0.0
     if state_path.exists():
-        state = load_state(state_path, device)
+        state = load_state(state_path)
         scorer.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start, seconds = state["step"], state["seconds"]

@@ -13,7 +13,7 @@ made here but by `train_d3po.py --beta_dpo 0`, with all else equal.)
 Run:
     python train_sft.py                                                    # toy, from nothing
     python train_sft.py --cross_view False --out out/sft_independent       # the Zero123-style baseline
-    python train_sft.py --init checkpoints/toy --attention_only True --split preference --num_objects 240
+    python train_sft.py --init checkpoints/toy --attention_only True --lr 2e-5 --steps 60 --out out/sft_finetuned
 
 Expect (toy, 63 minutes on one CPU core, 16 validation objects):
     psnr_unseen 14.9 at step 500, 15.5 at 1000, 16.6 at 2000, 18.4 at 4000, 19.2 at 6000; white 7.8, a copy 13.3
@@ -164,6 +164,7 @@ def reference_use(
     model: MultiViewUNet,
     views: Tensor,  # (N, V, 3, S, S) uint8
     device: torch.device,
+    batch_size: int,
     times: tuple[int, ...] = (200, 500, 800, 950),
 ) -> dict[str, float]:
     """Squared error of x0 with the right and with a wrong reference, by t: the first thing to look at in any run.
@@ -181,9 +182,12 @@ def reference_use(
         ref_noise = torch.randn(latents[:, 0].shape, generator=g).to(device)
         x_t = forward_noise(schedule, latents, t, noise)
         for name, y in (("right", latents[:, 0]), ("wrong", latents[:, 0].roll(1, 0))):
-            prediction = model(x_t, t, noised_reference(schedule, model.cfg, y, t, ref_noise))
-            prediction, _ = split_prediction(schedule, prediction, x_t, t)
-            result[f"x0_error_t{t_int}_{name}_ref"] = round(((prediction - latents) ** 2).mean().item(), 4)
+            ref_t, errors = noised_reference(schedule, model.cfg, y, t, ref_noise), []
+            for part in torch.arange(len(latents), device=device).split(batch_size):
+                prediction = model(x_t[part], t[part], ref_t[part])
+                x0, _ = split_prediction(schedule, prediction, x_t[part], t[part])
+                errors.append(((x0 - latents[part]) ** 2).flatten(1).mean(1))
+            result[f"x0_error_t{t_int}_{name}_ref"] = round(torch.cat(errors).mean().item(), 4)
     return result
 
 
@@ -191,9 +195,9 @@ def evaluate(model: MultiViewUNet, views: Tensor, cfg: Config, device: torch.dev
     """Sample the validation objects from their front view; numbers, and a picture of the first eight."""
     truth = views.float() / 255
     bf16 = use_bf16(cfg.bf16, device)
-    images = sample_images(model, truth[:, 0], cfg.seed, cfg.num_steps, label="evaluate", bf16=bf16)
+    images = sample_images(model, truth[:, 0], cfg.seed, cfg.num_steps, cfg.batch_size, "evaluate", bf16)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        use = reference_use(model, views, device)
+        use = reference_use(model, views, device, cfg.batch_size)
 
     def mean_psnr(candidate: Tensor, first: int) -> float:
         return psnr(candidate[:, first:].flatten(0, 1), truth[:, first:].flatten(0, 1)).mean().item()
@@ -242,7 +246,7 @@ def main(cfg: Config) -> dict:
         torch.set_num_threads(cfg.threads)
     device, out = get_device(cfg.device), Path(cfg.out)
     torch.manual_seed(cfg.seed)
-    model = new_model(cfg).to(device)
+    model = new_model(cfg)
     if min(cfg.steps, cfg.batch_size, cfg.warmup, cfg.eval_every, cfg.log_every, cfg.num_objects, cfg.eval_objects) < 1:
         raise InputError(
             "--steps, --batch_size, --warmup, --eval_every, --log_every and object counts: expected 1 or more."
@@ -254,6 +258,7 @@ def main(cfg: Config) -> dict:
 
     half = bf16 and bool(model.cfg.base and (cfg.attention_only or cfg.lora))
     parameters = model.train().freeze(cfg.attention_only, cfg.lora, half, view_embedding=not cfg.init)
+    model.to(device)  # after what is frozen has lost half its size
     if cfg.checkpointing:
         model.unet.enable_gradient_checkpointing()
     if cfg.compile:
@@ -278,11 +283,13 @@ def main(cfg: Config) -> dict:
     claim(out, {k: v for k, v in asdict(cfg).items() if k not in free})
     start, seconds, result = 0, 0.0, {}
     if (out / "state.pt").is_file():
-        state = load_state(out / "state.pt", device)
+        state = load_state(out / "state.pt")
         model.load_state_dict(state["model"], strict=False)
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        ema, start, seconds, result = state["ema"], state["step"], state["seconds"], state["result"]
+        ema = {k: v.to(device) for k, v in state["ema"].items()}
+        start, seconds, result = state["step"], state["seconds"], state["result"]
+        del state
         print(f"{out}: going on at step {start}")
     if start < cfg.steps:
         save_json(out / "run.json", provenance(cfg))
@@ -293,7 +300,7 @@ def main(cfg: Config) -> dict:
     for step in bar:
         # evaluate and save
         if (step % cfg.eval_every == 0 or step == cfg.steps) and step > start:
-            weights = {k: v.clone() for k, v in model.trained_state().items()}
+            weights = {k: v.to("cpu", copy=True) for k, v in model.trained_state().items()}
             model.load_state_dict(ema, strict=False)
             result = evaluate(model.eval(), val_views, cfg, device, out / "grid.png")
             model.save(out)
