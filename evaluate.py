@@ -23,7 +23,7 @@ Run:
     python evaluate.py --model out/d3po_contrastive --n 64 --scorer out/scorer_zero123 --against out/evaluation.json \
         --out out/after.json
 
-    python evaluate.py --images DIR --data renders --size 256     # any other model's views: DIR/<object>/{view}.png
+    python evaluate.py --images DIR --data renders     # any other model's views: DIR/<object>/{view}.png
 
 Expect (200 held-out toys):
     hull: truth 1.00, right mirrored .87, 3 px lower .94, of another object .79, all white 0.
@@ -48,8 +48,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import InputError, cli, get_device, load_json, provenance, save_json, use_bf16, write_atomic
-from data import SPLITS, VIEWS, load_views, make_toys, split_of, toy_name, write_views
+from common import InputError, cli, digest, get_device, load_json, provenance, save_json, use_bf16, write_atomic
+from data import SPLITS, VIEWS, load_views, make_toys, open_image, split_of, toy_name, write_views
 from model import load
 from sample import sample_images
 from scorer import Scorer, contrastive_reward
@@ -64,7 +64,7 @@ class Config:
     data: str = "toys"  # ground truth: toys, or a folder of renders in the same format
     split: Literal["all", "train", "preference", "validation", "heldout"] = "validation"  # heldout: for tables only
     n: int = 200  # objects, the first ones (paper: 200)
-    size: int = 0  # pixels at which views are compared (0: the model's; for --images 64 with toys, else 256)
+    size: int = 0  # pixels at which views are compared; 0: what the model makes, or what the pictures of --images have
     seed: int = 0  # first seed of the sampler
     seeds: int = 1  # samples of each object with seeds seed, seed + 1, ...; an object's numbers are their mean
     num_steps: int = 10  # network calls a sample (paper: 50)
@@ -95,6 +95,14 @@ def psnr(
     """
     mse = (x.double() - y.double()).square().flatten(1).mean(1)
     return -10 * mse.clamp(min=1 / (12 * 255**2)).log10()
+
+
+def closeness(
+    images: Tensor,  # (G, V, 3, S, S) candidates of one object
+    truth: Tensor,  # (V, 3, S, S)
+) -> Tensor:  # (G,) dB
+    """PSNR of the unseen views, their errors pooled: what a feedback should rank by."""
+    return psnr(images[:, 1:].flatten(1, 2), truth[None, 1:].flatten(1, 2))
 
 
 def ssim(
@@ -376,13 +384,25 @@ def read_views(folder: str, names: list[str], size: int) -> tuple[list[str], Ten
     return names, torch.stack([views[ids.index(name)] for name in tqdm(names, desc=folder, disable=None)]).float() / 255
 
 
-def paired_difference(scores: dict[str, Tensor], ids: list[str], path: str, seed: int) -> dict[str, dict[str, float]]:
-    """Ours minus the other run's, by metric: mean and 95 % interval over the objects, which must be the same."""
+def stored_size(folder: str) -> int:
+    """Pixels of the pictures in a folder of views, as its first one has them."""
+    return open_image(load_views(folder, 0)[1].folders[0] / f"{VIEWS[0]}.png").shape[-1]
+
+
+def paired_difference(scores: dict[str, Tensor], judged: dict, path: str, seed: int) -> dict[str, dict[str, float]]:
+    """Ours minus the other run's, by metric: mean and 95 % interval over objects. `judged` must be equal: the objects,
+    their size, and the weights of the scorers that both runs have.
+    """
     other = load_json(path)
-    if not isinstance(other, dict) or other.get("ids") != ids:
+    if not isinstance(other, dict) or other.get("ids") != judged["ids"]:
         raise InputError(
-            f"--against {path}: was not made on these {len(ids)} objects. Use equal --data, --split and --n."
+            f"--against {path}: was not made on these {len(judged['ids'])} objects. Use equal --data, --split and --n."
         )
+    if other.get("size") != judged["size"]:
+        raise InputError(f"--against {path}: made at {other.get('size')} pixels, not {judged['size']}. Name a --size.")
+    for name in judged["scorers"].keys() & other.get("scorers", {}).keys():
+        if judged["scorers"][name] != other["scorers"][name]:
+            raise InputError(f"--against {path}: column {name} is another scorer's there. Use equal --scorer.")
     result = {}
     for name in [name for name in scores if name in other["objects"]]:
         difference = scores[name] - torch.tensor(other["objects"][name], dtype=torch.float64)
@@ -404,7 +424,7 @@ def main(cfg: Config) -> dict:
     names = [f"contrastive_{Path(f).name}" if i else "contrastive" for i, f in enumerate(cfg.scorer)]
     scorers = {name: Scorer.load(folder, device) for name, folder in zip(names, cfg.scorer, strict=True)}
     lpips = Lpips.load(cfg.lpips, device) if cfg.lpips else None
-    size = cfg.size or (model.cfg.image_size if model else 64 if cfg.data == "toys" else 256)
+    size = cfg.size or (model.cfg.image_size if model else stored_size(cfg.images))
     if model and size != model.cfg.image_size:
         raise InputError(f"--size {size}: this model makes {model.cfg.image_size} pixels. Leave --size away.")
     if size < 32:
@@ -418,8 +438,10 @@ def main(cfg: Config) -> dict:
         every = load_views(cfg.data, size)[0]
         ids, truth = read_views(cfg.data, (every if cfg.split == "all" else split_of(every, cfg.split))[: cfg.n], size)
     ref = truth[:, 0]  # evaluation always takes the front
+    weights = [digest(Path(folder) / "model.safetensors") for folder in cfg.scorer]
+    judged = {"ids": ids, "size": size, "scorers": dict(zip(names, weights, strict=True))}
     if cfg.against:
-        paired_difference({}, ids, cfg.against, 0)  # is it there, and on these objects?
+        paired_difference({}, judged, cfg.against, 0)  # is it there, and comparable?
 
     def fixed_rows() -> Iterator[tuple[str, Tensor]]:
         yield "truth", truth
@@ -448,14 +470,13 @@ def main(cfg: Config) -> dict:
     print(f"\n{len(ids)} objects, {len(samples)} seed(s), {size} px\n\n{markdown(rows)}")
     result = {
         **provenance(cfg),
-        "size": size,
+        **judged,
         "rows": rows,
         "seeds": [summary(one) for one in by_seed],
-        "ids": ids,
         "objects": {name: values.tolist() for name, values in scores.items()},
     }
     if cfg.against:
-        result["difference"] = paired_difference(scores, ids, cfg.against, 0)
+        result["difference"] = paired_difference(scores, judged, cfg.against, 0)
         print(f"\nminus {cfg.against}, mean and 95 % interval over objects:")
         for name, d in result["difference"].items():
             print(f"    {name:16s} {d['mean']:+.4f}   [{d['low']:+.4f}, {d['high']:+.4f}]")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from common import cli, get_device, key_seed, provenance, save_json, write_atomic
 from data import load_split
-from evaluate import bootstrap_interval, hull_iou, psnr
+from evaluate import bootstrap_interval, closeness, hull_iou
 from matcher import matching_reward
 from model import load
 from sample import sample, sample_images
@@ -78,9 +78,7 @@ def main(cfg: Config) -> dict:
         chain = sample(model, view, seeds, cfg.num_steps, list(range(G)), scales, common_noise=cfg.common_noise)
         drawn.append(chain.images.cpu())
     candidates = torch.stack(drawn)  # (N, G, V, 3, S, S)
-    quality = torch.stack(
-        [psnr(x[:, 1:].flatten(1, 2), y[None, 1:].flatten(1, 2)) for x, y in zip(candidates, truth, strict=True)]
-    )
+    quality = torch.stack([closeness(x, y) for x, y in zip(candidates, truth, strict=True)])
 
     feedbacks: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
     for folder in cfg.scorers:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import data
 import evaluate
 from common import InputError, save_json
 from model import ModelConfig, MultiViewUNet
+from scorer import small_scorer
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -326,6 +328,21 @@ def test_folder_of_views(folder, capsys) -> None:
     assert json.loads((folder / "b.json").read_text())["ids"] == ["object0", "object1", "object2"]
 
 
+def test_only_what_is_comparable_is_compared(folder) -> None:
+    small_scorer("bilinear", 64, 16, 32, 1, 2).save(folder / "one")
+    small_scorer("bilinear", 64, 16, 32, 1, 2).save(folder / "two")
+    common = {"data": str(folder / "data"), "images": str(folder / "data"), "split": "all", "known_rows": False}
+    first = evaluate.Config(scorer=(str(folder / "one"),), out=str(folder / "a.json"), **common)
+    assert evaluate.main(first)["size"] == 64  # the pictures' own
+    again = replace(first, against=first.out, out=str(folder / "b.json"))
+    assert set(evaluate.main(again)["difference"]) >= {"psnr", "contrastive"}
+    with pytest.raises(InputError, match="made at 64 pixels, not 96"):
+        evaluate.main(replace(again, size=96, scorer=()))
+    with pytest.raises(InputError, match="column contrastive is another scorer's"):
+        evaluate.main(replace(again, scorer=(str(folder / "two"),)))
+    assert "contrastive" not in evaluate.main(replace(again, scorer=()))["difference"]
+
+
 def test_model(tmp_path) -> None:
     torch.manual_seed(0)
     MultiViewUNet(ModelConfig(channels=(32, 32), depth=1)).save(tmp_path / "model")
@@ -367,6 +384,7 @@ def test_wrong_input_is_one_line_before_any_work(folder) -> None:
         ({"lpips": str(folder / "none")}, "--lpips"),
         ({"against": str(folder / "none.json")}, "not readable"),
         ({"against": str(folder / "other.json")}, "was not made on these 3 objects"),
+        ({"images": str(folder / "none"), "size": 0}, "no such folder"),
     ]:
         with pytest.raises(InputError, match=message):
             evaluate.main(evaluate.Config(**{**good, **change}))
