@@ -2,11 +2,14 @@
 
     L = -log sigmoid( beta [log pi_theta/pi_pre (a_w|s_w) - log pi_theta/pi_pre (a_l|s_l)] ) + lambda L_simple-MV
 
-For each reference the pre-trained model draws five candidates, which share all noises of the chain and see the
+    pi(a|s) = N(a; mean(x_t, Y, t), var)     one DDPM step: the state s is x_t, the action a the x_s that it went to
+
+For each reference Y the pre-trained model draws five candidates, which share all noises of the chain and see the
 reference through more and more noise of their own (App. B). A feedback ranks the finished images; of every two the
-better is the winner; and at the last denoising step that has a density (--first_call: at more of them) the policy is
-moved towards the winner's action and away from the loser's. Beta holds it in place: L_simple-MV, on the ground truth
-of the same objects, has a gradient thousands of times shorter. Why these defaults: results/ablations.md.
+better is the winner (w), the other the loser (l), each with the x_t of its own chain. At the last denoising step that
+has a density (--first_call: at more of them) the policy is moved towards the winner's action and away from the
+loser's. What keeps it near pi_pre is beta. L_simple-MV, on the ground truth of the same objects, could not: its
+gradient is thousands of times shorter. Why these defaults: results/ablations.md.
 
 The stages, each reused when it is there already (out/ is the default of --out):
 
@@ -19,7 +22,7 @@ The stages, each reused when it is there already (out/ is the default of --out):
 Run:
     python train_d3po.py --feedback contrastive                             # 9 minutes on 2 quiet CPU cores
     python train_d3po.py --feedback matching                                # or hull: no training, no weights
-    python train_d3po.py --feedback random --beta_dpo 0 --name sft_baseline   # L_simple-MV alone: the SFT row
+    python train_d3po.py --beta_dpo 0                                       # L_simple-MV alone: the SFT row, out/sft
 
 Expect (defaults, 1 seed):
     margin 0 -> 1.5 in 60 steps, accuracy .5 -> .7; log_ratio_w and log_ratio_l both fall, to -19 and -34;
@@ -63,7 +66,7 @@ from common import (
     write_atomic,
 )
 from data import load_split, relative_views
-from evaluate import bootstrap_interval, grid, hull_iou, psnr, score_images
+from evaluate import bootstrap_interval, closeness, grid, hull_iou, score_images
 from matcher import loftr_model, matching_reward
 from model import MultiViewUNet, load
 from sample import Schedule, ddpm_step, log_ratio, noised_reference, sample, sample_images
@@ -88,7 +91,7 @@ class Config:
     num_objects: int = 240  # preference objects, as in the paper
     eval_objects: int = 32  # validation objects
     out: str = "out"  # where everything goes
-    name: str = ""  # folder of this run in out; empty: d3po_<feedback>. Runs share candidates, scorer and pairs
+    name: str = ""  # folder of this run in out; empty: d3po_<feedback>, or sft. Runs share candidates, scorer and pairs
 
     num_steps: int = 10  # network calls K of the sampler (paper: 50)
     first_call: int = 8  # train calls first_call .. K - 2 (paper: the last 40); the very last has no density
@@ -101,7 +104,7 @@ class Config:
     batch_objects: int = 8  # preference objects a step, and as many ground-truth objects for L_simple-MV
     lr: float = 1e-4  # AdamW; falls to 0 in a straight line; attention layers only (App. B)
     lora: int = 0  # train a change of this rank of their projections instead: less memory; 0: no
-    beta_dpo: float = 0.1  # beta of Eq. 2 on the log-ratio SUMMED over V c h w; 0 is the SFT baseline
+    beta_dpo: float = 0.1  # beta of Eq. 2 on the log-ratio SUMMED over V c h w; 0: no preferences, the SFT baseline
     lambda_simple: float = 1.0  # weight of L_simple-MV (paper: 1)
     step_weight: Literal["none", "root", "equal"] = "none"  # on the log-ratio of each trained step: see step_weights
     seed: int = 0  # of candidates, pairs, batches and noise
@@ -125,7 +128,10 @@ def d3po_loss(
     log_ratio_l: Tensor,  # (P,) of the loser's
     beta: float,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Eq. 2, mean over pairs, each at one denoising step. No clip: the paper's equation has none (D3PO's code has)."""
+    """Eq. 2, mean over pairs, each at one denoising step. No clip: the paper's equation has none (D3PO's code has).
+
+    FORK: another loss on preferences is another function of these two.
+    """
     # L = -log sigmoid( beta log_ratio_w - beta log_ratio_l )
     margin = beta * (log_ratio_w - log_ratio_l)
     loss = -F.logsigmoid(margin).mean()
@@ -176,7 +182,13 @@ def collect(
     """Draw G candidates of every object and keep the part of their chains that is trained on."""
     made_by = settings(cfg, "model", "data", "num_steps", "first_call", "noise_scales", "common_noise", "seed", "bf16")
     claim(folder, made_by | {"weights": digest(Path(cfg.model) / "model.safetensors")})
-    todo = [i for i in range(len(views)) if not (folder / f"{i:04d}.safetensors").is_file()]
+    todo = []
+    for i in range(len(views)):
+        file = folder / f"{i:04d}.safetensors"
+        if not file.is_file():
+            todo.append(i)
+        elif not open_tensors(file).get_tensor("ref").equal(views[i, 0]):
+            raise InputError(f"{file}: made for another object, expected number {i} of {cfg.data}. Delete {folder}.")
     for i in tqdm(todo, desc="collect candidates", disable=None):
         ref = views[i, :1].to(device).float().expand(len(cfg.noise_scales), -1, -1, -1) / 255
         candidates = list(range(len(cfg.noise_scales)))
@@ -189,6 +201,7 @@ def collect(
             "candidate_noise": chain.candidate_noise,
             "ref_noise": chain.ref_noise[:1],
             "images": (chain.images * 255).round().to(torch.uint8),
+            "ref": views[i, 0],
         }
         save_tensors(folder / f"{i:04d}.safetensors", tensors)
 
@@ -203,7 +216,8 @@ def feedback_fn(cfg: Config, device: torch.device) -> Callable[[Tensor, Tensor, 
     """The function (ref (G,3,S,S), images (G,V,3,S,S), truth (V,3,S,S)) -> (G,) that ranks candidates. Only the oracle
     looks at the truth.
 
-    FORK: your own feedback is one more entry here, and its name in FEEDBACKS.
+    FORK: your own feedback is one more entry here, and its name in FEEDBACKS. After a change to it delete its
+    out/pairs_<name>_*, or the old preferences are reused.
     """
     scorer = Scorer.load(cfg.scorer, device) if cfg.feedback == "contrastive" else None
     coin = keyed_generator(cfg.seed, 7, 0, 0)
@@ -220,7 +234,7 @@ def feedback_fn(cfg: Config, device: torch.device) -> Callable[[Tensor, Tensor, 
         "hull": lambda ref, images, truth: hull_iou(images),  # ours: do the silhouettes fit one object?
         "random": lambda ref, images, truth: torch.rand(len(images), generator=coin),
         "noise_scale": lambda ref, images, truth: -torch.tensor(cfg.noise_scales),
-        "oracle": lambda ref, images, truth: psnr(images[:, 1:].flatten(1, 2), truth[None, 1:].flatten(1, 2)),
+        "oracle": lambda ref, images, truth: closeness(images, truth),
     }
     return feedbacks[cfg.feedback]
 
@@ -235,7 +249,7 @@ def prefer(cfg: Config, views: Tensor, candidates: Path, device: torch.device) -
         images = load_tensors(candidates / f"{i:04d}.safetensors")["images"].to(device).float() / 255
         truth = views[i].to(device).float() / 255
         rewards = reward_of(truth[:1].expand(len(images), -1, -1, -1), images, truth).cpu()
-        quality = psnr(images[:, 1:].flatten(1, 2), truth[None, 1:].flatten(1, 2)).tolist()
+        quality = closeness(images, truth).tolist()
         if rewards.max() > rewards.min():
             entry = {"object": i, "order": rewards.argsort(descending=True).tolist()}
             entry |= {"rewards": rewards.tolist(), "psnr": [round(q, 3) for q in quality]}
@@ -256,19 +270,26 @@ def pairs_of(entry: dict, mode: str) -> list[tuple[int, int]]:
     return [(win, lose) for k, win in enumerate(order) for lose in order[k + 1 :] if rewards[win] > rewards[lose]]
 
 
-def pair_rows(batch: list[tuple[dict, list[int]]], mode: str) -> tuple[list[int], list[int]]:
-    """Rows of the winners and of the losers of a batch of (entry, candidates shown), stored object after object."""
-    pairs = []
-    for k, (entry, shown) in enumerate(batch):
-        first = k * len(shown)
-        pairs += [(first + shown.index(win), first + shown.index(lose)) for win, lose in pairs_of(entry, mode)]
-    winners, losers = zip(*pairs, strict=True)
-    return list(winners), list(losers)
+Row = tuple[int, int, int]  # object, candidate, and j, which of the trained steps
+
+
+def lay_out(batch: list[tuple[dict, int]], mode: str) -> tuple[list[Row], list[int], list[int]]:
+    """Rows for a batch of (entry of `prefer`, j), and where in them each pair's winner and loser stand.
+
+    A candidate has one row, however many pairs it is in: ten pairs of five candidates take five forwards, not twenty.
+    """
+    rows, winners, losers = [], [], []
+    for entry, j in batch:
+        pairs, at = pairs_of(entry, mode), {}
+        for candidate in sorted({c for pair in pairs for c in pair}):
+            at[candidate] = len(rows)
+            rows.append((entry["object"], candidate, j))
+        winners += [at[win] for win, _ in pairs]
+        losers += [at[lose] for _, lose in pairs]
+    return rows, winners, losers
 
 
 # --- chains: what the loss reads, from disk ---
-
-Row = tuple[int, int, int]  # object, candidate, and j, which of the trained steps
 
 
 class Chains:
@@ -383,7 +404,7 @@ def main(cfg: Config) -> dict:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     device, clock, seconds = get_device(cfg.device), time.time(), {}
-    out = Path(cfg.out) / (cfg.name or f"d3po_{cfg.feedback}")
+    out = Path(cfg.out) / (cfg.name or (f"d3po_{cfg.feedback}" if cfg.beta_dpo else "sft"))
 
     def stage(name: str) -> None:  # print what the stage took
         seconds[name] = round(time.time() - clock - sum(seconds.values()), 1)
@@ -407,13 +428,14 @@ def main(cfg: Config) -> dict:
     val_views = load_split(cfg.data, "validation", cfg.eval_objects, size)
     stage("data")
 
-    if cfg.feedback == "contrastive" and not cfg.scorer:
-        folder = str(Path(cfg.out) / f"scorer_{Path(cfg.negatives).name}")
-        training = ScorerTraining(negatives=cfg.negatives, zero123=cfg.zero123, pretrained=cfg.model, data=cfg.data)
-        training = replace(training, num_objects=cfg.num_objects, num_steps=cfg.num_steps, image_size=size)
-        training = replace(training, bf16=cfg.bf16, device=cfg.device)
-        train_scorer(replace(training, out=folder))
-        cfg = replace(cfg, scorer=folder)
+    if cfg.feedback == "contrastive" and cfg.beta_dpo and not cfg.scorer:
+        if model.cfg.base:
+            raise InputError(
+                "--feedback contrastive: expected --scorer. Train one: python train_scorer.py --backbone ..."
+            )
+        cfg = replace(cfg, scorer=str(Path(cfg.out) / f"scorer_{Path(cfg.negatives).name}"))
+        shared = settings(cfg, "negatives", "zero123", "data", "num_objects", "num_steps", "bf16", "device")
+        train_scorer(ScorerTraining(**shared, pretrained=cfg.model, image_size=size, out=cfg.scorer))
     scorers = {"contrastive": Scorer.load(cfg.scorer)} if cfg.scorer else {}  # on the CPU until it is asked for
     if any(not z.cfg.resize and z.cfg.image_size != size for z in scorers.values()):
         raise InputError(
@@ -422,42 +444,55 @@ def main(cfg: Config) -> dict:
         )
     stage("scorer")
 
+    # What this run is made of, files by their content. A finished run, or another's, is known before any work.
+    free = ("out", "name", "threads", "device", "save_every", "log_every", "eval_every", "batch_size")
+    run: dict[str, Any] = {k: v for k, v in asdict(cfg).items() if k not in free}  # the others may change on resume
+    weights_pre = {"weights": digest(Path(cfg.model) / "model.safetensors")}
+    run |= weights_pre | {"objects": digest(raw), "scorer_weights": ""}
+    if cfg.scorer:
+        run["scorer_weights"] = digest(Path(cfg.scorer) / "model.safetensors")
+    if (out / "made_by.json").is_file():
+        claim(out, run)
+    if (out / "results.json").is_file():
+        print(f"{out}: finished before, reused")
+        return load_json(out / "results.json")
+
     candidates = Path(cfg.out) / "candidates"
-    collect(model, views, cfg, candidates, device)
-    stage("candidates")
-
-    # What was preferred: in a folder for each setting that it depends on.
-    made_by = load_json(candidates / "made_by.json") | settings(cfg, "feedback", "num_objects")
-    if cfg.feedback == "contrastive":
-        made_by |= {"scorer": digest(Path(cfg.scorer) / "model.safetensors")}
-    if cfg.feedback == "matching":
-        made_by |= settings(cfg, "matcher", "matcher_weights")
-    name = hashlib.sha256(json.dumps(made_by, sort_keys=True, default=str).encode()).hexdigest()[:8]
-    folder = Path(cfg.out) / f"pairs_{cfg.feedback}_{name}"
-    claim(folder, made_by)
-    if not (folder / "pairs.json").is_file():
-        save_json(folder / "pairs.json", prefer(cfg, views, candidates, device))
-    ranked = load_json(folder / "pairs.json")
-    best = [cfg.noise_scales[e["order"][0]] for e in ranked]
-    worst = [cfg.noise_scales[e["order"][-1]] for e in ranked]
-    shares = {a: f"{best.count(a)}/{worst.count(a)}" for a in sorted(set(cfg.noise_scales))}
-    print(f"{len(ranked)} of {len(views)} objects have a preference; noise scale: times best/worst: {shares}")
-    nearer = [e["psnr"][win] > e["psnr"][lose] for e in ranked for win, lose in pairs_of(e, cfg.pairs)]
-    share = sum(nearer) / len(nearer)
-    print(f"{len(nearer)} pairs; in {share:.0%} of them the winner is nearer to the truth (PSNR of unseen views)")
-    stage("feedback")
-
-    chains = Chains(candidates, cfg, schedule)
-    # A training step shows each of its objects with those candidates that its pairs are made of.
-    shown = [[e["order"][0], e["order"][-1]] if cfg.pairs == "best_worst" else sorted(e["order"]) for e in ranked]
-    needed = {(e["object"], g) for e, candidates in zip(ranked, shown, strict=True) for g in candidates}
+    chains, ranked = Chains(candidates, cfg, schedule), []
     if cfg.beta_dpo:
-        store_means(model, schedule, chains, needed, device, half)
-    stage("means")
+        collect(model, views, cfg, candidates, device)
+        stage("candidates")
+
+        # What was preferred: in a folder for each setting that it depends on.
+        made_by = load_json(candidates / "made_by.json") | settings(cfg, "feedback", "num_objects")
+        if cfg.feedback == "contrastive":
+            made_by |= {"scorer": run["scorer_weights"]}
+        if cfg.feedback == "matching":
+            made_by |= settings(cfg, "matcher", "matcher_weights")
+        name = hashlib.sha256(json.dumps(made_by, sort_keys=True, default=str).encode()).hexdigest()[:8]
+        folder = Path(cfg.out) / f"pairs_{cfg.feedback}_{name}"
+        claim(folder, made_by)
+        if (folder / "pairs.json").is_file():
+            print(f"{folder}: preferences made before, reused")
+        else:
+            save_json(folder / "pairs.json", prefer(cfg, views, candidates, device))
+        ranked = load_json(folder / "pairs.json")
+        best = [cfg.noise_scales[e["order"][0]] for e in ranked]
+        worst = [cfg.noise_scales[e["order"][-1]] for e in ranked]
+        shares = {a: f"{best.count(a)}/{worst.count(a)}" for a in sorted(set(cfg.noise_scales))}
+        print(f"{len(ranked)} of {len(views)} objects have a preference; noise scale: times best/worst: {shares}")
+        nearer = [e["psnr"][win] > e["psnr"][lose] for e in ranked for win, lose in pairs_of(e, cfg.pairs)]
+        share = sum(nearer) / len(nearer)
+        print(f"{len(nearer)} pairs; in {share:.0%} of them the winner is nearer to the truth (PSNR of unseen views)")
+        stage("feedback")
+
+        rows, _, _ = lay_out([(entry, 0) for entry in ranked], cfg.pairs)
+        store_means(model, schedule, chains, {(i, candidate) for i, candidate, _ in rows}, device, half)
+        stage("means")
 
     folder = Path(cfg.out) / "before"
     made_by = settings(cfg, "model", "data", "eval_objects", "num_steps", "seed", "bf16")
-    claim(folder, made_by | {"weights": digest(Path(cfg.model) / "model.safetensors")})
+    claim(folder, made_by | weights_pre | {"objects": digest(val_views)})
     if not (folder / "images.safetensors").is_file():
         save_tensors(folder / "images.safetensors", {"images": sample_validation(model, val_views, cfg)})
     before_images = load_tensors(folder / "images.safetensors")["images"]
@@ -477,22 +512,9 @@ def main(cfg: Config) -> dict:
     )
     weights = step_weights(schedule, chains.calls, cfg.step_weight).to(device)
     J, start = len(chains.calls), 0
-    free = (
-        "out",
-        "name",
-        "threads",
-        "device",
-        "save_every",
-        "log_every",
-        "eval_every",
-        "batch_size",
-    )  # may change on resume
-    claim(out, {k: v for k, v in asdict(cfg).items() if k not in free})
-    if (out / "results.json").is_file():
-        print(f"{out}: finished before, reused")
-        return load_json(out / "results.json")
+    claim(out, run)
     if (out / "state.pt").is_file():
-        state = load_state(out / "state.pt", device)
+        state = load_state(out / "state.pt")
         model.load_state_dict(state["model"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
@@ -521,14 +543,13 @@ def main(cfg: Config) -> dict:
             g = keyed_generator(cfg.seed, 6, step)
             chosen = torch.randint(len(ranked), (cfg.batch_objects,), generator=g).tolist()
             js = torch.randint(J, (cfg.batch_objects,), generator=g).tolist()
-            rows = [(ranked[n]["object"], c, j) for n, j in zip(chosen, js, strict=True) for c in shown[n]]
+            rows, winners, losers = lay_out([(ranked[n], j) for n, j in zip(chosen, js, strict=True)], cfg.pairs)
             batch = chains.batch(rows, device)
 
             # forward: all rows in one call, then one loss for each pair
             mean_theta, var = policy_mean(model, schedule, batch, half)
             ratio = log_ratio(batch["action"], mean_theta, chains.mean_pre(rows, device), var)  # (rows,)
             ratio = ratio * weights[[j for _, _, j in rows]]
-            winners, losers = pair_rows([(ranked[n], shown[n]) for n in chosen], cfg.pairs)
             ratio_w, ratio_l = ratio[winners], ratio[losers]
             if step == 0 and ratio.abs().max() * cfg.beta_dpo > 1e-3:
                 raise InputError(
@@ -593,13 +614,14 @@ def main(cfg: Config) -> dict:
         low, high = bootstrap_interval(difference)
         values = {"before": before[name].mean(), "after": after[name].mean(), "difference": difference.mean()}
         table[name] = {k: float(v) for k, v in values.items()} | {"low": low, "high": high}
-        mark = " (the feedback itself)" if name == cfg.feedback else ""
+        mark = " (the feedback itself)" if name == cfg.feedback and cfg.beta_dpo else ""
         print(
             f"{name:<14}{table[name]['before']:>9.4f}{table[name]['after']:>9.4f}   "
             f"{table[name]['difference']:+.4f} [{low:+.4f}, {high:+.4f}]{mark}"
         )
     result = {**provenance(cfg), "table": table, "seconds": seconds}
     save_json(out / "results.json", result)
+    (out / "state.pt").unlink(missing_ok=True)
     print(f"total {sum(seconds.values()):.0f} s; {out}/grid.png shows the first eight objects")
     return result
 

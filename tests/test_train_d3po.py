@@ -121,10 +121,13 @@ def test_pairs_name_the_best_and_the_worst(tmp_path):
 
 def test_pairs_find_their_rows():
     """Two objects, three candidates each, rows in the order of the candidates."""
-    one, two = {"order": [2, 0, 1], "rewards": [2.0, 1.0, 3.0]}, {"order": [1, 2, 0], "rewards": [1.0, 3.0, 1.0]}
-    winners, losers = D.pair_rows([(one, [0, 1, 2]), (two, [0, 1, 2])], "all")
+    one = {"object": 7, "order": [2, 0, 1], "rewards": [2.0, 1.0, 3.0]}
+    two = {"object": 4, "order": [1, 2, 0], "rewards": [1.0, 3.0, 1.0]}
+    rows, winners, losers = D.lay_out([(one, 5), (two, 6)], "all")
+    assert rows == [(7, 0, 5), (7, 1, 5), (7, 2, 5), (4, 0, 6), (4, 1, 6), (4, 2, 6)]
     assert list(zip(winners, losers, strict=True)) == [(2, 0), (2, 1), (0, 1), (4, 5), (4, 3)]
-    assert D.pair_rows([(one, [2, 1]), (two, [1, 0])], "best_worst") == ([0, 2], [1, 3])
+    rows, winners, losers = D.lay_out([(one, 5), (two, 6)], "best_worst")
+    assert rows == [(7, 1, 5), (7, 2, 5), (4, 0, 6), (4, 1, 6)] and (winners, losers) == ([1, 3], [0, 2])
 
 
 def test_ties_make_no_pair(tmp_path, monkeypatch):
@@ -260,15 +263,37 @@ def test_candidates_of_other_weights_are_refused(tmp_path):
         other = random_model()
         other.unet.conv_in.weight.mul_(1.1)
         other.save(tmp_path / "pre")
-    with pytest.raises(InputError, match="made with weights"):
-        D.main(config(tmp_path, steps=1))
+    for name in ("", "another"):
+        with pytest.raises(InputError, match="made with weights"):
+            D.main(config(tmp_path, steps=1, name=name))
+
+
+def test_changed_data_and_scorers_are_noticed(tmp_path, monkeypatch):
+    small_scorer("bilinear", 16, 8, 32, 1, 2).save(tmp_path / "scorer")
+    cfg = config(tmp_path, steps=1, scorer=str(tmp_path / "scorer"))
+    D.main(cfg)
+    small_scorer("bilinear", 16, 8, 32, 1, 2).save(tmp_path / "scorer")
+    with pytest.raises(InputError, match="made with scorer_weights"):
+        D.main(cfg)
+    monkeypatch.setattr(D, "load_split", lambda data, split, n, size: make_toys(n, size, 5))
+    with pytest.raises(InputError, match="made with objects"):
+        D.main(cfg)
+    with pytest.raises(InputError, match="made for another object, expected number 0 of toys"):
+        D.main(config(tmp_path, steps=1, name="another"))
+
+
+def test_beta_0_is_sft_and_needs_no_candidates(tmp_path):
+    result = D.main(config(tmp_path, beta_dpo=0.0, feedback="contrastive"))
+    assert not list((tmp_path / "out").glob("candidates*")) and not list((tmp_path / "out").glob("scorer*"))
+    assert not list((tmp_path / "out").glob("pairs*")) and "candidates" not in result["seconds"]
+    logged = json.loads((tmp_path / "out" / "sft" / "log.jsonl").read_text().splitlines()[0])
+    assert logged["grad_d3po"] == 0 < logged["grad_simple"] and "loss_d3po" not in logged
 
 
 def test_training_refuses_means_of_another_policy(tmp_path):
     cfg = config(tmp_path, steps=1)
     D.main(cfg)
     (tmp_path / "out" / "d3po_noise_scale" / "results.json").unlink()
-    (tmp_path / "out" / "d3po_noise_scale" / "state.pt").unlink()
     for path in (tmp_path / "out").glob("candidates/means_*/*.safetensors"):
         save_tensors(path, {"means": load_tensors(path)["means"] * 1.5})
     with pytest.raises(InputError, match="before the first update"):
