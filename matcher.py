@@ -156,7 +156,7 @@ def count_matches(
     ref: Tensor,  # (B, 3, H, W) in [0, 1]
     views: Tensor,  # (B, V, 3, H, W) in [0, 1]
     method: str = "sift",
-    weights: str | None = None,
+    weights: str = "",
 ) -> Tensor:  # (B, V) long, on the CPU
     """Correspondences between the reference and each view. FORK: another matcher is another branch here."""
     if ref.ndim != 4 or views.ndim != 5 or len(ref) != len(views):
@@ -171,7 +171,7 @@ def count_matches(
         finally:
             torch.set_num_threads(threads)
     if method == "loftr":
-        return loftr_counts(grey_ref, grey, weights or "")
+        return loftr_counts(grey_ref, grey, weights)
     raise InputError(f"matcher {method!r} is unknown, expected sift or loftr.")
 
 
@@ -179,7 +179,7 @@ def matching_reward(
     ref: Tensor,  # (B, 3, H, W)
     views: Tensor,  # (B, V, 3, H, W), view 0 being the reference's own
     method: str = "sift",
-    weights: str | None = None,
+    weights: str = "",
 ) -> Tensor:  # (B,) float
     """MV-D3PO-M's feedback. Consecutive rows with one reference (its candidates) share its features."""
     return count_matches(ref, views[:, 1:], method, weights).sum(dim=1).float()
@@ -192,10 +192,8 @@ def main(cfg: Config) -> dict[str, int]:
     device = get_device(cfg.device)
     paths = [Path(cfg.ref)] + [Path(cfg.views) / f"{view}.png" for view in VIEWS]
     ref, *views = [read_image(path, cfg.size).float() / 255 for path in paths]  # each (3, size, size)
-    counts = count_matches(ref[None].to(device), torch.stack(views)[None].to(device), cfg.method, cfg.weights or None)[
-        0
-    ]  # (V,)
-    result = {view: int(count) for view, count in zip(VIEWS, counts, strict=True)}
+    counts = count_matches(ref[None].to(device), torch.stack(views)[None].to(device), cfg.method, cfg.weights)
+    result = {view: int(count) for view, count in zip(VIEWS, counts[0], strict=True)}
     for view, count in result.items():
         print(f"{view:6s} {count:5d}" + ("   (the reference's own view: not in the sum)" if view == VIEWS[0] else ""))
     result["sum"] = int(counts[1:].sum())

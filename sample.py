@@ -5,8 +5,12 @@ the noised reference; the action a_k is the next, less noisy x_s; and the policy
 
     pi_theta(a_k | s_k) = N(a_k; mean_theta(x_t, t, c), var_t I)          joint over the V views.
 
-DEVIATION: the paper's Eq. (1) freezes the score between two times and integrates the reverse SDE exactly, which gives a
-wider Gaussian. We take the DDPM posterior (Ho et al. 2020, Eq. 7), as D3PO's code and every peer does.
+DEVIATION: the paper's step is its Eq. (1) with the score frozen between two times,
+
+    dX = [beta/2 X + beta s_theta] dt + sqrt(beta) dB,      var = (ab_s - ab_t) / ab_t
+
+and we take the DDPM posterior (Ho et al. 2020, Eq. 7), as D3PO's code and every peer does. Its variance is smaller by
+the factor (ab_t / ab_s) (1 - ab_s) / (1 - ab_t), because the clean image is taken to be known.
 
 Letters: B rows (an object with one candidate's noise), V views, K network calls, c h w latent sizes, n train timesteps.
 
@@ -46,7 +50,11 @@ class Schedule:
         return padded[t].float().view(-1, 1, 1, 1, 1)
 
     def timesteps(self, num_steps: int) -> list[tuple[int, int]]:
-        """K pairs (t, s) from noise to clean: "leading" spacing, offset 1, and s = -1 (clean) after the last call."""
+        """K pairs (t, s) from noise to clean: "leading" spacing, offset 1, and s = -1 (clean) after the last call.
+
+        Stable Diffusion's own habit. The first t is below the last of training (901 of 999 if K = 10), where pure noise
+        is close to right: sqrt(ab) is .03 on toys, .12 for SDXL.
+        """
         if not 1 <= num_steps < self.num_train:
             raise InputError(f"--num_steps {num_steps}: expected 1 to {self.num_train - 1}.")
         stride = self.num_train // num_steps
@@ -103,6 +111,7 @@ def ddpm_step(
     # var = (1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s)
     var = (1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s)
     # mean = sqrt(ab_s) x0 + sqrt(1 - ab_s - var) eps        (DDIM at eta = 1; the clamp is for rounding at s = -1)
+    # With eps = (x_t - sqrt(ab_t) x0) / sqrt(1 - ab_t) it is Ho et al.'s Eq. 7, in x0 and x_t.
     mean = ab_s.sqrt() * x0 + (1 - ab_s - var).clamp(min=0).sqrt() * eps
     return mean, var
 
@@ -229,7 +238,7 @@ class Config:
     model: str = "checkpoints/toy"  # folder that train_sft.py or train_d3po.py wrote
     out: str = "views.png"  # strip of the five views; each view also goes to <out without suffix>/<view>.png
     seed: int = 0  # of x_T and all noises
-    num_steps: int = 10  # network calls K
+    num_steps: int = 10  # network calls K: as many as it was fine-tuned with (runs/paper.sh: 50)
     bf16: str = "auto"  # run the network in bfloat16: auto (where it is fast), on or off
     device: str = "auto"  # auto, cpu or cuda
 

@@ -3,8 +3,8 @@
 # can be run by itself, and the same command goes on where it stopped.
 #   DATA=renders bash runs/paper.sh
 #   DATA=renders SIZE=512 MEMORY="--lora 16" bash runs/paper.sh       larger, and on a small GPU (README: memory table)
-# Weights are downloaded once, or named by folder: BASE, DINO, LPIPS (see the README, "The paper's scale").
-# --small makes all counts tiny: does everything load and fit together?
+# Weights are downloaded once, or named by folder: BASE, DINO, LPIPS, and LOFTR by file (README, "The paper's scale").
+# --small makes all counts tiny, in out/paper_small: does everything load and fit together?
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,14 +19,22 @@ scorer="--num_objects 240 --num_steps 50"
 # Results); what did is D3PO="--first_call 48 --pairs all --batch_objects 8".
 d3po="--num_objects 240 --steps 1800 --num_steps 50 --first_call 10 --pairs best_worst --beta_dpo 0.1 --save_every 100"
 table="--n 200 --seeds 3 --num_steps 50"
-matching="--feedback matching --matcher $matcher"
+matching="--feedback matching --matcher $matcher ${LOFTR:+--matcher_weights $LOFTR}"
 if [ "${1:-}" = "--small" ]; then
+    out=${OUT:-out/paper_small}
     sft="--steps 2 --batch_size 2 --eval_every 1 --num_steps 3 --eval_objects 2"
     scorer="--num_objects 3 --num_val 2 --steps 2 --eval_every 1 --num_steps 3"
     d3po="--num_objects 3 --eval_objects 2 --steps 2 --num_steps 5 --first_call 1"
     table="--n 2 --num_steps 3"
     matching="--feedback random" # a picture of a random model matches nothing, and ties alone are an error
 fi
+
+# What is missing shows now, not after days
+python -c "
+import torch, evaluate, matcher, scorer
+evaluate.Lpips.load('$lpips')
+scorer.pretrained_scorer('$dino', 'bilinear')
+if 'loftr' in '$matching': matcher.loftr_model('${LOFTR:-}', torch.device('cpu'))"
 
 # Stage 1: the multi-view model, and the independent-view (Zero123-style) one that the scorer's negatives come from
 sft="--preset sdxl --base $base --image_size $size --data $data --attention_only True --lr 5e-5 --checkpointing True $sft"
@@ -41,7 +49,7 @@ python train_scorer.py $scorer --negatives pretrained --out $out/scorer_pre
 # Stage 3: SFT (the same loop at beta 0), MV-D3PO-M, MV-D3PO-C (pre), MV-D3PO-C, with 240 objects, 1,800 steps, the last
 # 40 of 50 calls
 d3po="--model $out/base --data $data --lr 1e-5 --batch_objects 1 --batch_size 1 --checkpointing True --out $out $d3po $memory ${D3PO:-}"
-python train_d3po.py $d3po --feedback random --beta_dpo 0 --name sft
+python train_d3po.py $d3po --beta_dpo 0 --name sft
 python train_d3po.py $d3po $matching --name m
 python train_d3po.py $d3po --feedback contrastive --scorer $out/scorer_pre --name c_pre
 python train_d3po.py $d3po --feedback contrastive --scorer $out/scorer --name c

@@ -30,8 +30,8 @@ judges="--scorer $out/scorer $out/scorer_pre ${LPIPS:+--lpips $LPIPS}"
 for seed in $seeds; do
     # Stage 3: every row from the same candidates, with the same objects, batches and number of steps
     run() { once $out/seed$seed/$1/results.json python train_d3po.py --out $out/seed$seed --name $1 --seed $seed $d3po $watch "${@:2}"; }
-    run sft --feedback random --beta_dpo 0 --scorer $out/scorer
-    run sft_low --feedback random --beta_dpo 0 --lr 2e-5 --scorer $out/scorer # is SFT's rate to blame?
+    run sft --beta_dpo 0 --scorer $out/scorer
+    run sft_low --beta_dpo 0 --lr 2e-5 --scorer $out/scorer # is SFT's rate to blame?
     run m --feedback matching --scorer $out/scorer
     run c_pre --feedback contrastive --scorer $out/scorer_pre
     run c --feedback contrastive --scorer $out/scorer
@@ -56,7 +56,7 @@ done
 # What each feedback can see; also the paper's own scorer, an additive head and no mismatch term, on the same negatives
 for negatives in "" _pre; do
     mkdir -p $out/scorer_concat$negatives
-    cp -n $out/scorer$negatives/negatives.* $out/scorer_concat$negatives
+    once $out/scorer_concat$negatives/negatives.json cp $out/scorer$negatives/negatives.* $out/scorer_concat$negatives
 done
 python train_scorer.py $scorer --head concat --mismatch 0 --out $out/scorer_concat
 python train_scorer.py $scorer --head concat --mismatch 0 --negatives pretrained --out $out/scorer_concat_pre

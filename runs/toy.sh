@@ -22,7 +22,7 @@ python train_scorer.py $scorer --out $out/scorer
 for feedback in $feedbacks; do
     python train_d3po.py --feedback $feedback --scorer $out/scorer $d3po --out $out
 done
-python train_d3po.py --feedback random --beta_dpo 0 --name sft_baseline --scorer $out/scorer $d3po --out $out
+python train_d3po.py --beta_dpo 0 --name sft_baseline --scorer $out/scorer $d3po --out $out
 
 # Evaluation on validation objects, and views of a picture of one's own
 python evaluate.py --model $out/sft_baseline --n $n --scorer $out/scorer --out $out/sft_baseline.json
