@@ -102,8 +102,9 @@ class Config:
 
     steps: int = 60  # optimizer steps (paper: 1800)
     batch_objects: int = 8  # preference objects a step, and as many ground-truth objects for L_simple-MV
-    lr: float = 1e-4  # AdamW; falls to 0 in a straight line; attention layers only (App. B)
-    lora: int = 0  # train a change of this rank of their projections instead: less memory; 0: no
+    lr: float = 5e-5  # AdamW; falls to 0 in a straight line
+    attention_only: bool = False  # train the attention layers only, as the paper does (App. B)
+    lora: int = 0  # train a change of this rank of the attention projections only: less memory; 0: no
     beta_dpo: float = 0.1  # beta of Eq. 2 on the log-ratio SUMMED over V c h w; 0: no preferences, the SFT baseline
     lambda_simple: float = 1.0  # weight of L_simple-MV (paper: 1)
     step_weight: Literal["none", "root", "equal"] = "none"  # on the log-ratio of each trained step: see step_weights
@@ -414,7 +415,7 @@ def main(cfg: Config) -> dict:
     # Small log-ratios want float32. SDXL needs a bfloat16 forward to fit, with what is frozen stored so.
     half = bool(model.cfg.base) and use_bf16(cfg.bf16, device)
     torch.manual_seed(cfg.seed)  # of LoRA's start; all other noise has keys of its own
-    parameters = model.freeze(lora=cfg.lora, half=half)
+    parameters = model.freeze(cfg.attention_only, cfg.lora, half)
     model.to(device)
     if cfg.checkpointing:
         model.unet.enable_gradient_checkpointing()

@@ -48,7 +48,7 @@ python train_scorer.py $scorer --negatives pretrained --out $out/scorer_pre
 
 # Stage 3: SFT (the same loop at beta 0), MV-D3PO-M, MV-D3PO-C (pre), MV-D3PO-C, with 240 objects, 1,800 steps, the last
 # 40 of 50 calls
-d3po="--model $out/base --data $data --lr 1e-5 --batch_objects 1 --batch_size 1 --checkpointing True --out $out $d3po $memory ${D3PO:-}"
+d3po="--model $out/base --data $data --lr 1e-5 --attention_only True --batch_objects 1 --batch_size 1 --checkpointing True --out $out $d3po $memory ${D3PO:-}"
 python train_d3po.py $d3po --beta_dpo 0 --name sft
 python train_d3po.py $d3po $matching --name m
 python train_d3po.py $d3po --feedback contrastive --scorer $out/scorer_pre --name c_pre

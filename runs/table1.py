@@ -27,6 +27,9 @@ ROWS = {  # file name -> label in the table
     "c_pre": "MV-D3PO-C (pre)",
     "c": "MV-D3PO-C",
     "hull": "MV-D3PO, hull feedback (ours)",
+    "sft_all": "SFT, all layers",
+    "m_all": "MV-D3PO-M, all layers",
+    "c_all": "MV-D3PO-C, all layers",
     "independent": "independent views (Zero123-style), from a folder",
 }
 METRICS = {  # column -> heading, digits
@@ -38,8 +41,13 @@ METRICS = {  # column -> heading, digits
     "contrastive_scorer_pre": ("score of C (pre)", 3),
     "hull": ("silhouette consistency", 4),
 }
-FEEDBACK = {"c": "contrastive", "c_pre": "contrastive_scorer_pre", "hull": "hull"}  # the column a row was trained on
-SHOWN = ("sft", "m", "c")  # in the picture and its curves
+FEEDBACK = {  # the column a row was trained on
+    "c": "contrastive",
+    "c_all": "contrastive",
+    "c_pre": "contrastive_scorer_pre",
+    "hull": "hull",
+}
+SHOWN = ("sft_all", "m_all", "c_all")  # in the picture
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,7 @@ def differences(scores: dict[str, dict[str, Tensor]], names: list[str], base: st
 
 def picture(cfg: Config, scores: dict[str, dict[str, Tensor]], ids: list[str]) -> list[int]:
     """grid.png: truth and the shown methods on the objects at fixed quantiles of SFT's PSNR of unseen views."""
-    order = scores["sft"]["psnr_unseen"].mean(0).argsort()
+    order = scores[SHOWN[0]]["psnr_unseen"].mean(0).argsort()
     chosen = [int(order[round(q * (len(order) - 1))]) for q in (0.95, 0.8, 0.65, 0.5, 0.35, 0.2, 0.05)]
     columns, size = {}, load_json(Path(cfg.out) / "eval" / "pre_0.json")["size"]
     for row, label in {"truth": "truth", **{row: ROWS[row] for row in SHOWN}}.items():
@@ -182,7 +190,7 @@ def main(cfg: Config) -> dict:
         *table(scores, columns, known),
     ]
     numbers = {}
-    for base in ("sft", "sft_low", "m", "pre"):
+    for base in ("sft", "sft_low", "m", "sft_all", "m_all", "pre"):
         lines, numbers[base] = differences(scores, unseen, base)
         text += ["", *lines]
     names = ", ".join(first["ids"][i] for i in chosen)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Table 1 at the toy preset, on held-out objects. Resumable: the same command goes on where it stopped, and two shells may
 # share the work: SEEDS=0 in one, SEEDS="1 2" in the other (the scorers first), then once more without.
-#   bash runs/table1.sh            results/table1/ (3 hours of one core)
+#   bash runs/table1.sh            results/table1/ (4 hours of one core)
 #   bash runs/table1.sh --small    the same path in five minutes, on numbers too small to mean anything
 # LPIPS=hub in front (or a folder with the two published files of weights) adds that column; where there are measurements
 # without it, delete out/table1/eval first.
@@ -28,7 +28,9 @@ python train_scorer.py $scorer --negatives pretrained --out $out/scorer_pre
 judges="--scorer $out/scorer $out/scorer_pre ${LPIPS:+--lpips $LPIPS}"
 
 for seed in $seeds; do
-    # Stage 3: every row from the same candidates, with the same objects, batches and number of steps
+    # Stage 3: every row from the same candidates, with the same objects, batches and number of steps. First as in the
+    # paper, attention layers only
+    d3po_all=$d3po d3po="$d3po --attention_only True --lr 1e-4"
     run() { once $out/seed$seed/$1/results.json python train_d3po.py --out $out/seed$seed --name $1 --seed $seed $d3po $watch "${@:2}"; }
     run sft --beta_dpo 0 --scorer $out/scorer
     run sft_low --beta_dpo 0 --lr 2e-5 --scorer $out/scorer # is SFT's rate to blame?
@@ -36,6 +38,10 @@ for seed in $seeds; do
     run c_pre --feedback contrastive --scorer $out/scorer_pre
     run c --feedback contrastive --scorer $out/scorer
     run hull --feedback hull --scorer $out/scorer
+    d3po=$d3po_all # and all layers
+    run sft_all --beta_dpo 0 --scorer $out/scorer
+    run m_all --feedback matching --scorer $out/scorer
+    run c_all --feedback contrastive --scorer $out/scorer
     watch="" # curves of the first seed only
 
     # Table 1: the same 200 held-out objects and the same noise for every row
@@ -43,7 +49,7 @@ for seed in $seeds; do
     known="" # images of known quality, once
     if [ $seed = 0 ]; then known="--known_rows True"; fi
     measure pre --model checkpoints/toy $known
-    for row in sft sft_low m c_pre c hull; do
+    for row in sft sft_low m c_pre c hull sft_all m_all c_all; do
         measure $row --model $out/seed$seed/$row --images_out $out/images/${row}_$seed
     done
     # any other model takes part with a folder of its views: here the Zero123-style one

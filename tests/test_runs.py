@@ -49,7 +49,11 @@ def test_table1_runs_to_the_end_and_resumes(tmp_path) -> None:
     for name in ("table.md", "grid.png", "curves.png", "feedback.md"):
         assert (results / name).stat().st_size > 0
     result = load_json(results / "table.json")
-    assert set(result["rows"]) == {"pre", "sft", "sft_low", "m", "c_pre", "c", "hull", "independent"}
+    assert set(result["rows"]) == {"pre", "sft", "sft_low", "m", "c_pre", "c", "hull", "independent"} | {
+        "sft_all",
+        "m_all",
+        "c_all",
+    }
     assert all(len(seeds) == 2 for row in result["rows"].values() for seeds in row.values())
     assert result["known"]["truth"]["ssim"] == pytest.approx(1)
     assert "[train:" in outputs[0] and "[train:" not in outputs[1]  # nothing was done again

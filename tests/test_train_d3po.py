@@ -282,6 +282,17 @@ def test_changed_data_and_scorers_are_noticed(tmp_path, monkeypatch):
         D.main(config(tmp_path, steps=1, name="another"))
 
 
+def test_attention_layers_alone_can_be_trained(tmp_path):
+    before = load(config(tmp_path).model)
+    attention = {id(p) for p in before.attention_parameters()}
+    for attention_only in (True, False):
+        cfg = config(tmp_path, steps=1, lr=1e-3, attention_only=attention_only, name=f"run_{attention_only}")
+        D.main(cfg)
+        after = dict(load(tmp_path / "out" / cfg.name).named_parameters())
+        changed = {id(p) in attention for n, p in before.named_parameters() if not torch.equal(p, after[n])}
+        assert changed == {True, attention_only}
+
+
 def test_beta_0_is_sft_and_needs_no_candidates(tmp_path):
     result = D.main(config(tmp_path, beta_dpo=0.0, feedback="contrastive"))
     assert not list((tmp_path / "out").glob("candidates*")) and not list((tmp_path / "out").glob("scorer*"))
