@@ -192,8 +192,8 @@ def main(cfg: Config) -> dict[str, int]:
     device = get_device(cfg.device)
     paths = [Path(cfg.ref)] + [Path(cfg.views) / f"{view}.png" for view in VIEWS]
     ref, *views = [read_image(path, cfg.size).float() / 255 for path in paths]  # each (3, size, size)
-    counts = count_matches(ref[None].to(device), torch.stack(views)[None].to(device), cfg.method, cfg.weights)
-    result = {view: int(count) for view, count in zip(VIEWS, counts[0], strict=True)}
+    (counts,) = count_matches(ref[None].to(device), torch.stack(views)[None].to(device), cfg.method, cfg.weights)
+    result = {view: int(count) for view, count in zip(VIEWS, counts, strict=True)}
     for view, count in result.items():
         print(f"{view:6s} {count:5d}" + ("   (the reference's own view: not in the sum)" if view == VIEWS[0] else ""))
     result["sum"] = int(counts[1:].sum())

@@ -96,5 +96,6 @@ def test_command_line(tmp_path, capsys) -> None:
     data.write_views(tmp_path / "toy", toys(1)[0])
     result = matcher.main(matcher.Config(str(tmp_path / "toy" / "front.png"), str(tmp_path / "toy"), device="cpu"))
     assert result["front"] == max(result[v] for v in data.VIEWS) and len(capsys.readouterr().out.splitlines()) == 6
+    assert result["sum"] == sum(result[v] for v in data.VIEWS[1:]) > 0
     with pytest.raises(InputError, match="nowhere"):
         matcher.main(matcher.Config(str(tmp_path / "nowhere.png"), str(tmp_path / "toy")))
