@@ -446,8 +446,8 @@ def main(cfg: Config) -> dict:
     stage("scorer")
 
     # What this run is made of, files by their content. A finished run, or another's, is known before any work.
-    free = ("out", "name", "threads", "device", "save_every", "log_every", "eval_every", "batch_size")
-    run: dict[str, Any] = {k: v for k, v in asdict(cfg).items() if k not in free}  # the others may change on resume
+    free = ("out", "name", "threads", "device", "save_every", "log_every", "eval_every", "batch_size")  # may change
+    run: dict[str, Any] = {k: v for k, v in asdict(cfg).items() if k not in free}
     weights_pre = {"weights": digest(Path(cfg.model) / "model.safetensors")}
     run |= weights_pre | {"objects": digest(raw), "scorer_weights": ""}
     if cfg.scorer:

@@ -22,7 +22,6 @@ Expect (240 objects, inside the main job, 1 seed):
     when all is there.
 """
 
-import hashlib
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -142,7 +141,7 @@ def generate(cfg: Config, refs: Tensor, device: torch.device) -> Tensor:
     made_by = {
         "model": folder,
         "weights_sha256": digest(Path(folder) / "model.safetensors"),
-        "references_sha256": hashlib.sha256(refs.numpy().tobytes()).hexdigest(),
+        "references_sha256": digest(refs),
         "num_steps": cfg.num_steps,
         "seed": cfg.seed,
     }

@@ -2,7 +2,7 @@
 # Table 1 at the toy preset, on held-out objects. Resumable: the same command goes on where it stopped, and two shells may
 # share the work: SEEDS=0 in one, SEEDS="1 2" in the other (the scorers first), then once more without.
 #   bash runs/table1.sh            results/table1/ (4 hours of one core)
-#   bash runs/table1.sh --small    the same path in five minutes, on numbers too small to mean anything
+#   bash runs/table1.sh --small    the same path in ten minutes, on numbers too small to mean anything
 # LPIPS=hub in front (or a folder with the two published files of weights) adds that column; where there are measurements
 # without it, delete out/table1/eval first.
 set -euo pipefail
