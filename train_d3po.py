@@ -8,8 +8,8 @@ For each reference Y the pre-trained model draws five candidates, which share al
 reference through more and more noise of their own (App. B). A feedback ranks the finished images; of every two the
 better is the winner (w), the other the loser (l), each with the x_t of its own chain. At the last denoising step that
 has a density (--first_call: at more of them) the policy is moved towards the winner's action and away from the
-loser's. What keeps it near pi_pre is beta. L_simple-MV, on the ground truth of the same objects, could not: its
-gradient is thousands of times shorter. Why these defaults: results/ablations.md.
+loser's. What keeps it near pi_pre is the number and size of the steps; L_simple-MV, on the ground truth of the same
+objects, is no leash at weight 1: its gradient is thousands of times shorter. Why these defaults: results/ablations.md.
 
 The stages, each reused when it is there already (out/ is the default of --out):
 
@@ -27,7 +27,7 @@ Run:
 Expect (defaults, 1 seed):
     margin 0 -> 4.5 in 60 steps, accuracy .5 -> .7; log_ratio_w and log_ratio_l both fall, to -490 and -534;
     on 32 validation objects contrastive score +.52 [.45, .59], silhouette consistency +.0012 [.0002, .0028], GMSD of
-    unseen views +.0017 [.0007, .0031] (worse); the intervals of the others contain 0
+    unseen views +.0017 [.0007, .0031] (worse); the intervals of PSNR and SSIM contain 0
 
 Letters: P pairs, G candidates of a reference, K network calls of which J are trained, V views, c h w latent sizes.
 """

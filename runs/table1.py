@@ -21,33 +21,49 @@ from evaluate import bootstrap_interval, grid
 
 ROWS = {  # file name -> label in the table
     "pre": "pre-trained",
-    "sft": "SFT",
-    "sft_low": "SFT, learning rate 2e-5",
-    "m": "MV-D3PO-M",
-    "c_pre": "MV-D3PO-C (pre)",
-    "c": "MV-D3PO-C",
-    "hull": "MV-D3PO, hull feedback (ours)",
-    "sft_all": "SFT, all layers",
-    "m_all": "MV-D3PO-M, all layers",
-    "c_all": "MV-D3PO-C, all layers",
+    "sft_all": "SFT",
+    "m_all": "MV-D3PO-M",
+    "c_pre_all": "MV-D3PO-C (pre)",
+    "c_all": "MV-D3PO-C",
+    "c_nine_all": "MV-D3PO-C, nine candidates",
+    "hull_all": "MV-D3PO, hull feedback (ours)",
+    "ns_all": "control: the less noised reference wins",
+    "sft": "attention layers: SFT",
+    "sft_low": "attention layers: SFT, learning rate 2e-5",
+    "m": "attention layers: MV-D3PO-M",
+    "c_pre": "attention layers: MV-D3PO-C (pre)",
+    "c": "attention layers: MV-D3PO-C",
+    "hull": "attention layers: hull feedback",
     "independent": "independent views (Zero123-style), from a folder",
 }
-METRICS = {  # column -> heading, digits
-    "psnr": ("PSNR", 2),
-    "ssim": ("SSIM", 4),
-    "lpips": ("LPIPS, lower is better", 4),
-    "gmsd": ("GMSD, lower is better", 4),
-    "contrastive": ("contrastive score", 3),
-    "contrastive_scorer_pre": ("score of C (pre)", 3),
-    "hull": ("silhouette consistency", 4),
+BASES = {  # differences are shown to these rows, for these rows
+    "sft_all": ("pre", "m_all", "c_pre_all", "c_all", "c_nine_all", "hull_all", "ns_all", "independent"),
+    "pre": tuple(row for row in ROWS if row != "pre"),
+    "m_all": ("c_pre_all", "c_all", "c_nine_all", "hull_all", "ns_all"),
+    "ns_all": ("c_pre_all", "c_all", "c_nine_all"),
+    "sft": ("pre", "sft_low", "m", "c_pre", "c", "hull"),
+    "sft_low": ("m", "c_pre", "c", "hull"),
+    "m": ("c_pre", "c", "hull"),
+}
+METRICS = {  # column -> heading, digits (of differences one more)
+    "psnr": ("PSNR, dB", 2),
+    "ssim": ("SSIM", 3),
+    "lpips": ("LPIPS (lower is better)", 3),
+    "gmsd": ("GMSD (lower is better)", 3),
+    "contrastive": ("contrastive score", 2),
+    "contrastive_scorer_pre": ("score of C (pre)", 2),
+    "hull": ("silhouette consistency", 3),
 }
 FEEDBACK = {  # the column a row was trained on
-    "c": "contrastive",
+    "c_pre_all": "contrastive_scorer_pre",
     "c_all": "contrastive",
+    "c_nine_all": "contrastive",
+    "hull_all": "hull",
     "c_pre": "contrastive_scorer_pre",
+    "c": "contrastive",
     "hull": "hull",
 }
-SHOWN = ("sft_all", "m_all", "c_all")  # in the picture
+SHOWN = ("sft_all", "m_all", "c_all", "ns_all")  # in the picture
 
 
 @dataclass(frozen=True)
@@ -82,17 +98,16 @@ def table(scores: dict[str, dict[str, Tensor]], names: list[str], known: dict[st
 
 
 def differences(scores: dict[str, dict[str, Tensor]], names: list[str], base: str) -> tuple[list[str], dict]:
-    """Markdown lines and numbers of each row minus `base`, object by object. Bold: the interval leaves out 0."""
-    heads = [METRICS[n.removesuffix("_unseen")][0] for n in names]
-    lines = [f"| minus {ROWS[base]} | " + " | ".join(heads) + " |", "|---" * (len(names) + 1) + "|"]
-    numbers: dict = {}
-    for row, values in scores.items():
-        if row == base:
+    """Markdown lines and numbers: `base`, then others minus it, object by object. Bold: the interval leaves out 0."""
+    lines, numbers = table({base: scores[base]}, names, {}), {}
+    lines[0] = lines[0].replace("| |", "| the others minus the first row |", 1)
+    for row in BASES[base]:
+        if row not in scores:
             continue
         cells, numbers[row] = [], {}
         for n in names:
             digits = METRICS[n.removesuffix("_unseen")][1] + 1
-            difference = values[n].mean(0) - scores[base][n].mean(0)
+            difference = scores[row][n].mean(0) - scores[base][n].mean(0)
             low, high = bootstrap_interval(difference)
             mean = difference.mean().item()
             numbers[row][n] = {"mean": mean, "low": low, "high": high}
@@ -131,13 +146,18 @@ def curves(cfg: Config) -> None:
         "val_hull": "silhouette consistency, the same",
         "val_psnr_unseen": "PSNR of unseen views, the same",
     }
-    figure, axes = plt.subplots(2, 4, figsize=(16, 7), layout="constrained")
+    figure, axes = plt.subplots(2, 4, figsize=(16, 7.5), layout="constrained")
+    methods = list(dict.fromkeys(row.removesuffix("_all") for row in ROWS))  # a colour each; attention layers: dashed
+    style = {
+        row: {"color": f"C{methods.index(row.removesuffix('_all'))}", "ls": "-" if row.endswith("_all") else "--"}
+        for row in ROWS
+    }
     logs = {}
     for row in ROWS:
         folder = Path(cfg.out) / "seed0" / row
         if (folder / "results.json").is_file():
             before = {f"val_{k}": v["before"] for k, v in load_json(folder / "results.json")["table"].items()}
-            if row == "c_pre":  # its reward is another scorer's: not on one axis with the others
+            if row in ("c_pre", "c_pre_all"):  # its reward is another scorer's: not on one axis with the others
                 before.pop("val_contrastive", None)
             lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
             logs[row] = [{"step": 0, **before}] + [
@@ -147,16 +167,16 @@ def curves(cfg: Config) -> None:
         for row, lines in logs.items():
             points = [(line["step"], line[key]) for line in lines if key in line]
             if any(value for _, value in points):  # SFT's gradient of Eq. (2) is 0 throughout
-                axis.plot(*zip(*points, strict=True), label=ROWS[row], color=f"C{list(ROWS).index(row)}")
+                axis.plot(*zip(*points, strict=True), label=ROWS[row], **style[row])
         axis.set(title=title, xlabel="step")
     axis = axes.flat[-1]
     for row, lines in logs.items():  # is the reward a measure of quality? one path through the plane by method
         points = [(z["val_contrastive"], z["val_psnr_unseen"]) for z in lines if "val_contrastive" in z]
         if points:
-            axis.plot(*zip(*points, strict=True), ".-", color=f"C{list(ROWS).index(row)}")
-            axis.plot(*points[-1], "o", color=f"C{list(ROWS).index(row)}")
+            axis.plot(*zip(*points, strict=True), marker=".", **style[row])
+            axis.plot(*points[-1], "o", color=style[row]["color"])
     axis.set(title="reward against quality, dot: the end", xlabel="contrastive score", ylabel="PSNR of unseen views")
-    axes.flat[2].legend(fontsize=7)  # the panel that has every row
+    figure.legend(*axes.flat[2].get_legend_handles_labels(), loc="outside lower center", ncols=4)  # has every row
     write_atomic(Path(cfg.results) / "curves.png", lambda p: figure.savefig(p, dpi=80, format="png"))
     plt.close(figure)
 
@@ -177,22 +197,18 @@ def main(cfg: Config) -> dict:
     text = [
         f"{len(first['ids'])} held-out objects, {len(seeds)} seeds "
         "(of candidates, batches, samples; scorers are shared).",
-        "± is the standard deviation between seeds, [a, b] the 95 % bootstrap interval over objects; bold: without 0.",
+        "± is the standard deviation between seeds, [a, b] a 95 % bootstrap interval over objects; bold: without 0.",
         "\\* the row's own feedback. Silhouette consistency is of all five views in every table.",
         f"`bash runs/table1.sh`; {first['hardware']}, {first['config']['num_steps']} network calls a sample.",
         "",
         "**The four unseen views**",
-        "",
-        *table(scores, unseen, known),
-        "",
-        "**All five views**, the copy of the reference included",
-        "",
-        *table(scores, columns, known),
     ]
-    numbers = {}
-    for base in ("sft", "sft_low", "m", "sft_all", "m_all", "pre"):
+    numbers: dict[str, dict] = {}
+    for base in BASES:
         lines, numbers[base] = differences(scores, unseen, base)
         text += ["", *lines]
+    text += ["", *table(scores, unseen, known)]
+    text += ["", "**All five views**, the copy of the reference included", "", *table(scores, columns, known)]
     names = ", ".join(first["ids"][i] for i in chosen)
     text += ["", f"`grid.png`: the objects at the 95, 80, 65, 50, 35, 20 and 5 % quantiles of SFT's PSNR ({names})."]
     write_atomic(results / "table.md", lambda p: p.write_text("\n".join(text) + "\n"))

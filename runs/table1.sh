@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Table 1 at the toy preset, on held-out objects. Resumable: the same command goes on where it stopped, and two shells may
 # share the work: SEEDS=0 in one, SEEDS="1 2" in the other (the scorers first), then once more without.
-#   bash runs/table1.sh            results/table1/ (4 hours of one core)
-#   bash runs/table1.sh --small    the same path in ten minutes, on numbers too small to mean anything
+#   bash runs/table1.sh            results/table1/ (7 hours of one core)
+#   bash runs/table1.sh --small    the same path in a quarter of an hour, on numbers too small to mean anything
 # LPIPS=hub in front (or a folder with the two published files of weights) adds that column; where there are measurements
 # without it, delete out/table1/eval first.
 set -euo pipefail
@@ -41,17 +41,24 @@ for seed in $seeds; do
     d3po=$d3po_all # and all layers
     run sft_all --beta_dpo 0 --scorer $out/scorer
     run m_all --feedback matching --scorer $out/scorer
+    run c_pre_all --feedback contrastive --scorer $out/scorer_pre
     run c_all --feedback contrastive --scorer $out/scorer
+    run hull_all --feedback hull --scorer $out/scorer
+    run ns_all --feedback noise_scale --scorer $out/scorer # control: no feedback at all
     watch="" # curves of the first seed only
+    # More candidates over the same noise scales: another set of candidates, in a folder of its own
+    once $out/nine$seed/c_nine_all/results.json python train_d3po.py --out $out/nine$seed --name c_nine_all --seed $seed $d3po \
+        --feedback contrastive --scorer $out/scorer --noise_scales 0 .05 .1 .2 .3 .4 .5 .65 .8
 
     # Table 1: the same 200 held-out objects and the same noise for every row
     measure() { once $out/eval/$1_$seed.json python evaluate.py --split heldout $table $judges --seed $seed --known_rows False --out $out/eval/$1_$seed.json "${@:2}"; }
     known="" # images of known quality, once
     if [ $seed = 0 ]; then known="--known_rows True"; fi
     measure pre --model checkpoints/toy $known
-    for row in sft sft_low m c_pre c hull sft_all m_all c_all; do
+    for row in sft sft_low m c_pre c hull sft_all m_all c_pre_all c_all hull_all ns_all; do
         measure $row --model $out/seed$seed/$row --images_out $out/images/${row}_$seed
     done
+    measure c_nine_all --model $out/nine$seed/c_nine_all
     # any other model takes part with a folder of its views: here the Zero123-style one
     drawn=$out/eval/independent_model_$seed.json
     once $drawn python evaluate.py --model checkpoints/toy_independent --split heldout $table --seed $seed \
