@@ -41,6 +41,7 @@ BASES = {  # differences are shown to these rows, for these rows
     "pre": tuple(row for row in ROWS if row != "pre"),
     "m_all": ("c_pre_all", "c_all", "c_nine_all", "hull_all", "ns_all"),
     "ns_all": ("c_pre_all", "c_all", "c_nine_all"),
+    "c_all": ("c_pre_all", "c_nine_all"),
     "sft": ("pre", "sft_low", "m", "c_pre", "c", "hull"),
     "sft_low": ("m", "c_pre", "c", "hull"),
     "m": ("c_pre", "c", "hull"),
