@@ -158,7 +158,7 @@ def curves(cfg: Config) -> None:
         folder = Path(cfg.out) / "seed0" / row
         if (folder / "results.json").is_file():
             before = {f"val_{k}": v["before"] for k, v in load_json(folder / "results.json")["table"].items()}
-            if row in ("c_pre", "c_pre_all"):  # its reward is another scorer's: not on one axis with the others
+            if FEEDBACK.get(row) == "contrastive_scorer_pre":  # another scorer: not on one axis with the others
                 before.pop("val_contrastive", None)
             lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
             logs[row] = [{"step": 0, **before}] + [

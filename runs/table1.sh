@@ -31,7 +31,8 @@ for seed in $seeds; do
     # Stage 3: every row from the same candidates, with the same objects, batches and number of steps. First as in the
     # paper, attention layers only
     d3po_all=$d3po d3po="$d3po --attention_only True --lr 1e-4"
-    run() { once $out/seed$seed/$1/results.json python train_d3po.py --out $out/seed$seed --name $1 --seed $seed $d3po $watch "${@:2}"; }
+    run() { once $out/$folder/$1/results.json python train_d3po.py --out $out/$folder --name $1 --seed $seed $d3po $watch "${@:2}"; }
+    folder=seed$seed # of the candidates, and of what is trained on them
     run sft --beta_dpo 0 --scorer $out/scorer
     run sft_low --beta_dpo 0 --lr 2e-5 --scorer $out/scorer # is SFT's rate to blame?
     run m --feedback matching --scorer $out/scorer
@@ -46,9 +47,8 @@ for seed in $seeds; do
     run hull_all --feedback hull --scorer $out/scorer
     run ns_all --feedback noise_scale --scorer $out/scorer # control: no feedback at all
     watch="" # curves of the first seed only
-    # More candidates over the same noise scales: another set of candidates, in a folder of its own
-    once $out/nine$seed/c_nine_all/results.json python train_d3po.py --out $out/nine$seed --name c_nine_all --seed $seed $d3po \
-        --feedback contrastive --scorer $out/scorer --noise_scales 0 .05 .1 .2 .3 .4 .5 .65 .8
+    folder=nine$seed # more candidates over the same noise scales
+    run c_nine_all --feedback contrastive --scorer $out/scorer --noise_scales 0 .05 .1 .2 .3 .4 .5 .65 .8
 
     # Table 1: the same 200 held-out objects and the same noise for every row
     measure() { once $out/eval/$1_$seed.json python evaluate.py --split heldout $table $judges --seed $seed --known_rows False --out $out/eval/$1_$seed.json "${@:2}"; }

@@ -49,7 +49,9 @@ def test_table1_runs_to_the_end_and_resumes(tmp_path) -> None:
     for name in ("table.md", "grid.png", "curves.png", "feedback.md"):
         assert (results / name).stat().st_size > 0
     result = load_json(results / "table.json")
-    assert set(result["rows"]) == set(table1.ROWS)
+    layers = {"sft", "m", "c_pre", "c", "hull"}  # each with the attention layers and with all
+    other = {"pre", "sft_low", "c_nine_all", "ns_all", "independent"}
+    assert set(result["rows"]) == layers | {f"{row}_all" for row in layers} | other
     assert all(len(seeds) == 2 for row in result["rows"].values() for seeds in row.values())
     assert result["known"]["truth"]["ssim"] == pytest.approx(1)
     assert "[train:" in outputs[0] and "[train:" not in outputs[1]  # nothing was done again
