@@ -1,25 +1,36 @@
-"""Plumbing that every script shares: device, keyed randomness, files that are written whole, the command line.
+"""Plumbing that every script shares: the command line, randomness by key, files, results found by their content, loops.
 
 Nothing in here knows of diffusion, views or preferences: an equation that needs this file is in the wrong file.
 """
 
+import fcntl
 import hashlib
+import io
 import json
 import os
-import pickle
+import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
+
+ROOT = Path(
+    __file__
+).parent  # of the repository: shipped models and data are found from any working directory
+
+
+# --- the command line: what goes wrong is one line ---
 
 
 class InputError(ValueError):
@@ -27,33 +38,77 @@ class InputError(ValueError):
 
 
 def cli(main: Callable[[Any], Any], config: type, doc: str | None) -> None:
-    """Parse the command line into `config`, run `main`; an InputError becomes one line on stderr and exit status 1."""
-    cfg = tyro.cli(config, description=doc, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
+    """Parse the command line into `config` and run `main`.
+
+    An error of the user's or of the system's is one line on stderr and exit status 1; --debug shows where it came from.
+    Ctrl-C and SIGTERM stop a training loop at its next step, with everything saved (`training_steps`).
+    """
+    debug = "--debug" in sys.argv
+    args = [a for a in sys.argv[1:] if a != "--debug"]
+    flags = [a.split("=")[0].replace("-", "_") for a in args if a.startswith("--")]
+    if twice := {f for f in flags if flags.count(f) > 1}:
+        print(f"error: {min(twice).replace('__', '--')} is given twice, expected once.", file=sys.stderr)
+        raise SystemExit(1)
+    cfg = tyro.cli(
+        config, description=doc, use_underscores=True, config=(tyro.conf.FlagConversionOff,), args=args
+    )
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         main(cfg)
-    except InputError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        where = f": {stop}" if str(stop) else ""
+        print(f"stopped{where}. The same command goes on from what is saved.", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (InputError, OSError, MemoryError, RuntimeError) as error:
+        # RuntimeError is torch's word for "out of memory" and for shapes that do not fit
+        if debug:
+            raise
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        print("error: " + " ".join(f"{kind}{error}".split())[:600], file=sys.stderr)
         raise SystemExit(1) from None
+
+
+@contextmanager
+def explained(message: str) -> Iterator[None]:
+    """Turn whatever a foreign reader raises into an InputError: `message`, then its own first line in brackets."""
+    try:
+        yield
+    except (InputError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise InputError(f"{message} ({type(error).__name__}: {reason})") from error
+
+
+def check_at_least(cfg: Any, low: float, *names: str) -> None:
+    """The named options are finite and not below `low`; a tuple is not empty and none of its entries is."""
+    for name in names:
+        value = getattr(cfg, name)
+        values = value if isinstance(value, tuple) else (value,)
+        if not values or not all(low <= v < float("inf") for v in values):
+            raise InputError(
+                f"--{name} {value}: expected {'one or more numbers, ' * (value == ())}{low:g} or more."
+            )
 
 
 # --- device, precision and randomness ---
 
 
 def get_device(name: str = "auto") -> torch.device:
-    """ "auto" takes the CUDA GPU if there is one, otherwise the CPU."""
+    """ "auto" takes the CUDA GPU if there is one, otherwise the CPU. On CUDA float32 means float32, not TF32."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name != "cpu" and not name.startswith("cuda"):
         raise InputError(f"--device {name}: expected auto, cpu or cuda.")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: no CUDA GPU found, expected one. Use --device cpu.")
+    if name.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise InputError(f"--device {name}: no CUDA GPU found, expected one. Use --device cpu.")
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     return torch.device(name)
 
 
 def use_bf16(mode: str, device: torch.device) -> bool:
     """ "on", "off", or "auto": autocast to bfloat16 where the hardware multiplies it faster than float32."""
-    if mode not in ("auto", "on", "off"):
-        raise InputError(f"--bf16 {mode}: expected auto, on or off.")
     if mode == "auto" and device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpuinfo = Path("/proc/cpuinfo")  # avx512_bf16, amx_bf16; elsewhere than on Linux: off
@@ -83,9 +138,15 @@ def write_atomic(path: str | Path, write: Callable[[Path], object]) -> None:
     """Call `write` on a temporary path in the same folder, then rename it to `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # keeps the suffix: Pillow chooses a format by it
+    temporary = path.with_name(
+        f".{os.getpid()}.{path.name}"
+    )  # keeps the suffix: Pillow chooses a format by it
+    temporary.unlink(missing_ok=True)
     try:
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # ours: no link is followed
+        mode = temporary.stat().st_mode & 0o777
         write(temporary)
+        temporary.chmod(mode)  # safetensors would leave 0600
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -98,13 +159,13 @@ def save_json(path: str | Path, value: Any) -> None:
 
 def load_json(path: str | Path) -> Any:
     """Read a JSON file; a missing or broken one raises InputError."""
-    try:
+    with explained(f"{path}: not readable as JSON, expected a file this project wrote."):
         return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error}); expected a file this project wrote.") from None
 
 
-def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def save_tensors(
+    path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Write a flat dict of tensors as safetensors."""
     whole = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     write_atomic(path, lambda p: save_file(whole, str(p), metadata=metadata))
@@ -112,44 +173,14 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[st
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
     """Read a safetensors file to the CPU; a missing or broken one raises InputError."""
-    try:
+    with explained(
+        f"{path}: not readable as safetensors, expected a whole file. Delete it and make it again."
+    ):
         return load_file(str(path))
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"{path}: not readable as safetensors ({error}); expected a whole file. Delete it and make it again."
-        ) from None
-
-
-def open_tensors(path: str | Path) -> Any:
-    """Open a safetensors file as a memory map, for reading parts of it; a missing or broken one raises InputError."""
-    try:
-        return safe_open(str(path), "pt")
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: not readable as safetensors ({error}). Delete it and start again.") from None
-
-
-def load_state(path: str | Path) -> dict[str, Any]:
-    """Read to the CPU the training state that a killed run goes on from; a broken one raises InputError."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise InputError(
-            f"{path}: not readable ({str(error).splitlines()[0]}); expected a training state. Delete it to start again."
-        ) from None
-
-
-def digest(what: str | Path | Tensor) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of a file or a tensor; a missing file raises InputError."""
-    if isinstance(what, Tensor):
-        return hashlib.sha256(what.contiguous().numpy().tobytes()).hexdigest()[:16]
-    if not Path(what).is_file():
-        raise InputError(f"{what}: not found, expected a file of weights. Check the folder's name.")
-    with open(what, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def load_weights(module: torch.nn.Module, path: str | Path, assign: bool = False) -> None:
-    """Load safetensors weights strictly; names or shapes that do not fit raise InputError with the first of them.
+    """Load safetensors weights strictly; names, shapes or numbers that cannot be right raise InputError.
 
     assign: the file's tensors become the parameters, for a module on the meta device.
     """
@@ -161,54 +192,25 @@ def load_weights(module: torch.nn.Module, path: str | Path, assign: bool = False
             f"{path}: {len(wrong)} tensors are missing, unexpected or of another shape (first: {wrong[0]}); "
             f"expected the weights of {type(module).__name__} with the config beside the file."
         )
+    if broken := [k for k, v in tensors.items() if not torch.isfinite(v).all()]:
+        raise InputError(
+            f"{path}: {broken[0]} is not finite, expected numbers. The run that made it diverged."
+        )
     module.load_state_dict(tensors, assign=assign)
-
-
-def claim(folder: str | Path, made_by: dict[str, Any]) -> None:
-    """Note what a folder is made by, so that results of one setting are never taken for another's.
-
-    If it is already claimed by other settings, raise InputError naming them.
-    """
-    note = Path(folder) / "made_by.json"
-    made_by = json.loads(json.dumps(made_by))  # tuples become lists, as in the file
-    before = load_json(note) if note.is_file() else made_by
-    changed = [k for k in made_by.keys() | before.keys() if made_by.get(k) != before.get(k)]
-    if changed:
-        got = ", ".join(f"{k} {before.get(k)}" for k in sorted(changed))
-        want = ", ".join(f"{k} {made_by.get(k)}" for k in sorted(changed))
-        raise InputError(f"{folder}: made with {got}; expected {want}. Delete the folder, or take another.")
-    if not note.is_file():
-        save_json(note, made_by)
-
-
-def log_line(path: str | Path, **values: Any) -> None:
-    """Append one JSON object to a .jsonl log."""
-    with open(path, "a") as file:
-        file.write(json.dumps(values) + "\n")
-
-
-def trim_log(path: str | Path, step: int) -> None:
-    """Drop the lines after `step`: a killed run may have logged steps that are now done again."""
-    lines = Path(path).read_text().splitlines(keepends=True) if Path(path).is_file() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    write_atomic(path, lambda p: p.write_text("".join(kept)))
 
 
 def provenance(cfg: Any) -> dict[str, Any]:
     """Command, config, commit, hardware and versions: what makes a number a result."""
+    git = ["git", "describe", "--always", "--dirty"]
     try:
-        git = ["git", "describe", "--always", "--dirty"]
-        commit = subprocess.run(
-            git, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git, or not a clone
         commit = "unknown"
     script = Path(sys.argv[0]).resolve()
+    name = f"-m runs.{script.stem}" if script.parent.name == "runs" else script.name
     on_gpu = torch.cuda.is_available() and getattr(cfg, "device", "cpu") != "cpu"
     return {
-        "command": " ".join(
-            ["python", f"-m runs.{script.stem}" if script.parent.name == "runs" else script.name, *sys.argv[1:]]
-        ),
+        "command": " ".join(["python", name, *sys.argv[1:]]),
         "config": asdict(cfg),
         "commit": commit,
         "torch": torch.__version__,
@@ -216,3 +218,161 @@ def provenance(cfg: Any) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+# --- one rule for all that is kept: a result is found by the content of what made it ---
+
+
+def digest(what: Any) -> str:
+    """16 hexadecimal digits of the SHA-256 of a tensor, of a file, of a folder of weights (config.json and
+    model.safetensors), or of anything JSON can say. A missing file raises InputError."""
+    if isinstance(what, Tensor):
+        # .view: numpy has no bfloat16
+        return hashlib.sha256(what.detach().cpu().contiguous().view(torch.uint8).numpy()).hexdigest()[:16]
+    if not isinstance(what, str | Path):
+        return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    if Path(what).is_dir():
+        return digest([digest(Path(what) / name) for name in ("config.json", "model.safetensors")])
+    if not Path(what).is_file():
+        raise InputError(
+            f"{what}: not found, expected a file, or a folder with config.json and model.safetensors."
+        )
+    with open(what, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def cached(root: str | Path, name: str, made_by: dict[str, Any], make: Callable[[Path], object]) -> Path:
+    """root/name-<8 digits of made_by>/, filled by make(folder) unless it is complete. Returns the folder.
+
+    `made_by` is all that the result depends on, inputs by their content (`digest`), never by their path. Other inputs
+    are another folder: nothing is refused, mixed or stale. made_by.json is written last, with the digest of every file:
+    without it the folder is unfinished and `make` goes on with it; if a file differs from it, the folder is made again.
+    The link root/name points to the folder that was asked for last.
+    """
+    made_by = json.loads(json.dumps(made_by, default=str))  # tuples become lists, as in the file
+    folder = Path(root) / f"{name}-{digest(made_by)[:8]}"
+    note = folder / "made_by.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when a run is killed
+        except BlockingIOError:
+            raise InputError(
+                f"{folder}: another run is making it. Wait for that, or take another --out."
+            ) from None
+        if note.is_file():
+            try:
+                damaged = [f for f, d in load_json(note)["files"].items() if digest(folder / f) != d]
+            except (InputError, KeyError, TypeError, AttributeError):
+                damaged = [note.name]
+            if not damaged:
+                print(f"{folder}: made before, reused")
+            else:
+                print(f"{folder}: {damaged[0]} is missing or damaged, made again")
+                for path in (p for p in folder.iterdir() if p.name != ".lock"):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if not note.is_file():
+            make(folder)
+            files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+            save_json(note, {**made_by, "files": {str(p.relative_to(folder)): digest(p) for p in files}})
+    link = Path(root) / name
+    if link.is_symlink() or not link.exists():
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder.name)
+    return folder
+
+
+# --- what the three training loops share. The loop itself stays in its script ---
+
+
+def save_state(path: Path, parts: dict[str, Any], **rest: Any) -> None:
+    """What a killed run goes on from: the state of each part (model, optimizer...), and plain values."""
+    buffer = io.BytesIO()
+    torch.save(
+        {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in parts.items()} | rest, buffer
+    )
+    content = buffer.getvalue()
+    write_atomic(path, lambda p: p.write_bytes(hashlib.sha256(content).digest() + content))
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """What `save_state` wrote, on the CPU; {} if there is nothing, or if it is damaged, which is said."""
+    if not path.is_file():
+        return {}
+    content = path.read_bytes()
+    if hashlib.sha256(content[32:]).digest() != content[:32]:
+        print(f"{path}: damaged, starting again")
+        return {}
+    return torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
+
+
+def training_steps(
+    start: int, total: int, label: str, save: Callable[[int], None], save_every: int
+) -> Iterator[int]:
+    """The numbers start .. total - 1, with a progress bar. `save(done)` is called every `save_every` steps, at the end,
+    and when Ctrl-C or SIGTERM asks to stop: then after the step under way, so that what is saved is whole."""
+    asked: list[int] = []
+
+    def handler(number: int, frame: Any) -> None:
+        if asked:  # a second time: at once
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        for step in tqdm(range(start, total), initial=start, total=total, desc=label, disable=None):
+            yield step
+            if (step + 1) % save_every == 0 or step + 1 == total or asked:
+                save(step + 1)
+            if asked:
+                raise KeyboardInterrupt(f"{label} at step {step + 1}")
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Log:
+    """log.jsonl: every `every` steps a line with the number of steps done and the means of what was added since."""
+
+    def __init__(self, path: Path, start: int, every: int) -> None:
+        """Lines after step `start` are dropped: a killed run may have logged steps that are now done again."""
+        self.path, self.every = path, every
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+        write_atomic(path, lambda p: p.write_text("".join(kept)))
+        self.sums: dict[str, list[float]] = {}
+
+    def add(self, step: int, **values: float) -> None:
+        """Add one step's numbers; `step` counts from 0."""
+        for name, value in values.items():
+            self.sums.setdefault(name, []).append(value)
+        if (step + 1) % self.every == 0:
+            self.line(step + 1, **{k: sum(v) / len(v) for k, v in self.sums.items()})
+            self.sums = {}
+
+    def line(self, step: int, **values: Any) -> None:
+        """Write one line now."""
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """The numbers of an unfinished line, for `save_state`."""
+        return self.sums
+
+
+def optimizer_step(
+    optimizers: list[torch.optim.Optimizer],
+    parameters: list[Tensor],
+    rate: float,
+    step: int,
+    clip: float = 1.0,
+) -> float:
+    """Clip the gradient, take each optimizer's step at `rate` times its own rate, clear. Returns the gradient norm."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+    if not torch.isfinite(norm):
+        raise InputError(f"step {step}: the gradient is {norm.item()}, expected a finite one. Lower --lr.")
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group.setdefault("peak_lr", group["lr"])
+        optimizer.step()
+        optimizer.zero_grad()
+    return norm.item()
