@@ -3,8 +3,10 @@
 Nothing in here knows of diffusion, views or preferences: an equation that needs this file is in the wrong file.
 """
 
+import ast
 import fcntl
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -12,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +31,13 @@ from tqdm import tqdm
 ROOT = Path(
     __file__
 ).parent  # of the repository: shipped models and data are found from any working directory
+
+
+
+
+def located(path: str | Path) -> Path:
+    """The path, or if there is nothing there, the same path inside the repository."""
+    return ROOT / path if not Path(path).exists() and (ROOT / path).exists() else Path(path)
 
 
 # --- the command line: what goes wrong is one line ---
@@ -224,16 +234,19 @@ def provenance(cfg: Any) -> dict[str, Any]:
 
 
 def digest(what: Any) -> str:
-    """16 hexadecimal digits of the SHA-256 of a tensor, of a file, of a folder of weights (config.json and
-    model.safetensors), or of anything JSON can say. A missing file raises InputError."""
+    """16 hexadecimal digits of the SHA-256 of a tensor, a function's code, a file (Path), a folder of weights (Path; its
+    config.json and model.safetensors), or anything JSON can say. A missing file raises InputError."""
     if isinstance(what, Tensor):
         # .view: numpy has no bfloat16
         return hashlib.sha256(what.detach().cpu().contiguous().view(torch.uint8).numpy()).hexdigest()[:16]
-    if not isinstance(what, str | Path):
+    if callable(what):  # a function's code, without its comments
+        return digest(ast.dump(ast.parse(textwrap.dedent(inspect.getsource(what)))))
+    if not isinstance(what, Path):
         return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    if Path(what).is_dir():
-        return digest([digest(Path(what) / name) for name in ("config.json", "model.safetensors")])
-    if not Path(what).is_file():
+    what = located(what)
+    if what.is_dir():
+        return digest([digest(what / name) for name in ("config.json", "model.safetensors")])
+    if not what.is_file():
         raise InputError(
             f"{what}: not found, expected a file, or a folder with config.json and model.safetensors."
         )
@@ -249,7 +262,7 @@ def cached(root: str | Path, name: str, made_by: dict[str, Any], make: Callable[
     without it the folder is unfinished and `make` goes on with it; if a file differs from it, the folder is made again.
     The link root/name points to the folder that was asked for last.
     """
-    made_by = json.loads(json.dumps(made_by, default=str))  # tuples become lists, as in the file
+    made_by = json.loads(json.dumps({**made_by, "torch": torch.__version__}, default=str))  # as in the file
     folder = Path(root) / f"{name}-{digest(made_by)[:8]}"
     note = folder / "made_by.json"
     folder.mkdir(parents=True, exist_ok=True)
@@ -282,11 +295,16 @@ def cached(root: str | Path, name: str, made_by: dict[str, Any], make: Callable[
     return folder
 
 
+def settings(cfg: Any, *without: str) -> dict[str, Any]:
+    """The options of a config that a result depends on: all but those named, and where it goes."""
+    return {k: v for k, v in asdict(cfg).items() if k not in (*without, "out", "device")}
+
+
 # --- what the three training loops share. The loop itself stays in its script ---
 
 
 def save_state(path: Path, parts: dict[str, Any], **rest: Any) -> None:
-    """What a killed run goes on from: the state of each part (model, optimizer...), and plain values."""
+    """What a killed run goes on from: state dicts of its parts, and plain values."""
     buffer = io.BytesIO()
     torch.save(
         {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in parts.items()} | rest, buffer
@@ -306,11 +324,12 @@ def load_state(path: Path) -> dict[str, Any]:
     return torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
 
 
-def training_steps(
-    start: int, total: int, label: str, save: Callable[[int], None], save_every: int
-) -> Iterator[int]:
-    """The numbers start .. total - 1, with a progress bar. `save(done)` is called every `save_every` steps, at the end,
-    and when Ctrl-C or SIGTERM asks to stop: then after the step under way, so that what is saved is whole."""
+SAVE_SECONDS = 120.0  # a killed run loses no more than this
+
+
+def training_steps(start: int, total: int, label: str, save: Callable[[int], None]) -> Iterator[int]:
+    """The numbers start .. total - 1, with a progress bar. `save(done)` is called every SAVE_SECONDS, and when Ctrl-C or
+    SIGTERM asks to stop: then after the step under way, so that what is saved is whole."""
     asked: list[int] = []
 
     def handler(number: int, frame: Any) -> None:
@@ -318,12 +337,13 @@ def training_steps(
             raise KeyboardInterrupt
         asked.append(number)
 
-    before = signal.signal(signal.SIGINT, handler)
+    before, saved = signal.signal(signal.SIGINT, handler), time.time()
     try:
         for step in tqdm(range(start, total), initial=start, total=total, desc=label, disable=None):
             yield step
-            if (step + 1) % save_every == 0 or step + 1 == total or asked:
+            if asked or time.time() - saved >= SAVE_SECONDS:
                 save(step + 1)
+                saved = time.time()
             if asked:
                 raise KeyboardInterrupt(f"{label} at step {step + 1}")
     finally:
@@ -333,13 +353,16 @@ def training_steps(
 class Log:
     """log.jsonl: every `every` steps a line with the number of steps done and the means of what was added since."""
 
-    def __init__(self, path: Path, start: int, every: int) -> None:
-        """Lines after step `start` are dropped: a killed run may have logged steps that are now done again."""
+    def __init__(
+        self, path: Path, start: int, every: int, sums: dict[str, list[float]] | None = None
+    ) -> None:
+        """Lines after step `start` are dropped: a killed run may have logged steps that are now done again. `sums`: the
+        numbers of its unfinished line."""
         self.path, self.every = path, every
         lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
         write_atomic(path, lambda p: p.write_text("".join(kept)))
-        self.sums: dict[str, list[float]] = {}
+        self.sums = dict(sums or {})
 
     def add(self, step: int, **values: float) -> None:
         """Add one step's numbers; `step` counts from 0."""
@@ -353,10 +376,6 @@ class Log:
         """Write one line now."""
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-
-    def state_dict(self) -> dict[str, list[float]]:
-        """The numbers of an unfinished line, for `save_state`."""
-        return self.sums
 
 
 def optimizer_step(

@@ -15,7 +15,7 @@ the factor (ab_t / ab_s) (1 - ab_s) / (1 - ab_t), because the clean image is tak
 Letters: B rows (an object with one candidate's noise), V views, K network calls, c h w latent sizes, n train timesteps.
 
 Run:
-    python sample.py --image photo.png --model checkpoints/toy --out views.png
+    python sample.py --image photo.png --out views.png
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,9 @@ class Schedule:
 
     def ab(self, t: Tensor) -> Tensor:
         """alpha_bar at t (B,), shaped (B, 1, 1, 1, 1) to meet (B, V, c, h, w); t = -1 means clean, ab = 1."""
-        padded = torch.cat([self.alpha_bar, self.alpha_bar.new_ones(1)]).to(t.device)  # index -1 is the last: 1
+        padded = torch.cat([self.alpha_bar, self.alpha_bar.new_ones(1)]).to(
+            t.device
+        )  # index -1 is the last: 1
         return padded[t].float().view(-1, 1, 1, 1, 1)
 
     def timesteps(self, num_steps: int) -> list[tuple[int, int]]:
@@ -55,8 +57,9 @@ class Schedule:
         Stable Diffusion's own habit. The first t is below the last of training (901 of 999 if K = 10), where pure noise
         is close to right: sqrt(ab) is .03 on toys, .12 for SDXL.
         """
-        if not 1 <= num_steps < self.num_train:
-            raise InputError(f"--num_steps {num_steps}: expected 1 to {self.num_train - 1}.")
+        if not 2 <= num_steps <= 500:
+            # One call would start pure noise at t = 1; beyond 500 the stride is 1 and the chain starts in the middle.
+            raise InputError(f"--num_steps {num_steps}: expected 2 to 500.")
         stride = self.num_train // num_steps
         times = [1 + stride * k for k in reversed(range(num_steps))]
         return list(zip(times, times[1:] + [-1], strict=True))
@@ -92,6 +95,11 @@ def split_prediction(schedule: Schedule, prediction: Tensor, x_t: Tensor, t: Ten
     ab = schedule.ab(t)
     if schedule.prediction == "x0":
         return prediction, (x_t - ab.sqrt() * prediction) / (1 - ab).sqrt()
+    if schedule.prediction == "v":  # v = sqrt(ab) eps - sqrt(1 - ab) x0
+        return (
+            ab.sqrt() * x_t - (1 - ab).sqrt() * prediction,
+            (1 - ab).sqrt() * x_t + ab.sqrt() * prediction,
+        )
     return (x_t - (1 - ab).sqrt() * prediction) / ab.sqrt(), prediction
 
 
@@ -146,66 +154,132 @@ def log_ratio(
     return ((mean_theta - mean_pre) * (action - (mean_theta + mean_pre) / 2) / var).flatten(1).sum(1)
 
 
-@dataclass
-class Trajectory:
-    """What the chain did, in fp32: half precision would move the log-ratio at equal weights away from 0."""
+def kl_divergence(
+    mean_theta: Tensor, mean_pre: Tensor, var: Tensor
+) -> Tensor:  # -> (B,) nats, sum over V c h w
+    """KL(pi_theta || pi_pre) of one step: |mean_theta - mean_pre|^2 / (2 var), for two Gaussians of one variance.
 
-    states: Tensor  # (B, K + 1, V, c, h, w): x_T first, the clean latent last; the action at call k is states[:, k + 1]
-    y: Tensor  # (B, c, h, w) clean reference latent
-    candidate_noise: Tensor  # (B, c, h, w) a n, zero for the clean condition
-    ref_noise: Tensor  # (B, c, h, w) epsilon_Y, one draw for the whole chain
-    images: Tensor  # (B, V, 3, H, W) in [0, 1]
+    It is what the log-ratio loses on the average action of pi_pre: log_ratio = lin - KL with
+    lin = <mean_theta - mean_pre, a - mean_pre> / var, whose expectation under pi_pre is 0.
+    """
+    return ((mean_theta - mean_pre) ** 2 / (2 * var)).flatten(1).sum(1)
+
+
+def policy_mean(
+    model: MultiViewUNet,
+    schedule: Schedule,
+    x_t: Tensor,  # (B, V, c, h, w)
+    y: Tensor,  # (B, c, h, w) reference latent that the policy is shown
+    ref_noise: Tensor,  # (B, c, h, w) epsilon_Y
+    t: Tensor,  # (B,)
+    s: Tensor,  # (B,)
+    bf16: bool = False,  # run the network in bfloat16; the step itself stays float32
+) -> tuple[Tensor, Tensor]:  # mean (B, V, c, h, w), var (B, 1, 1, 1, 1)
+    """The policy pi_theta(. | x_t, t, c) = N(mean, var I) of one call of the network."""
+    with torch.autocast(x_t.device.type, torch.bfloat16, enabled=bf16):
+        prediction = model(x_t, t, noised_reference(schedule, model.cfg, y, t, ref_noise))
+    return ddpm_step(schedule, prediction, x_t, t, s)
+
+
+# --- drawing: every noise has a key of its own, so no sample depends on its batch ---
 
 
 def draw(shape: tuple[int, ...], keys: list[tuple[int, ...]]) -> Tensor:
-    """Standard normal (len(keys), *shape), each row from its own key: no sample depends on its batch."""
+    """Standard normal (len(keys), *shape), each row from its own key."""
     return torch.stack([torch.randn(shape, generator=keyed_generator(*key)) for key in keys])
+
+
+@dataclass
+class Trajectory:
+    """What the chain did, in float32: half precision would move the log-ratio at equal weights away from 0."""
+
+    states: Tensor  # (B, K + 1, V, c, h, w): x_T first, the clean latent last; action k is states[:, k + 1]
+    y: Tensor  # (B, c, h, w) clean reference latent
+    ref_noise: Tensor  # (B, c, h, w) epsilon_Y, one draw for the whole chain
+    images: Tensor  # (B, V, 3, H, W) in [0, 1]
 
 
 @torch.no_grad()
 def sample(
     model: MultiViewUNet,
     ref: Tensor,  # (B, 3, H, W) reference images in [0, 1]
-    seeds: list[int],  # one an object: x_T and epsilon_Y depend on it alone
+    seeds: list[int],  # one a row: x_T and epsilon_Y depend on it alone
     num_steps: int = 10,  # K
-    candidates: list[int] | None = None,  # one a row: candidate noise and step noises depend on (seed, candidate)
-    noise_scales: list[float] | None = None,  # one a row: a of App. B, the scale of the candidate noise
+    candidates: list[int] | None = None,  # one a row: step noises depend on (seed, call, candidate)
+    noise_scales: list[float]
+    | None = None,  # one a row: a of App. B, the scale of noise on the reference latent
     bf16: bool = False,  # run the network in bfloat16; states and steps stay float32
-    common_noise: bool = False,  # an object's candidates share the step noises, too
-    guidance: float = 0.0,  # w of contrastive guidance at sampling (Sec. 4), which no training needs
-    guidance_noise: float = 0.0,  # scale of the reference noise that it leads away from
 ) -> Trajectory:
     """Run the chain for B rows. The images are in `.images` (B, V, 3, H, W)."""
-    cfg, device = model.cfg, ref.device
+    cfg, device, batch = model.cfg, ref.device, len(ref)
     schedule = Schedule(cfg)
-    batch = len(ref)
     if len(seeds) != batch:
         raise InputError(f"{len(seeds)} seeds for {batch} references, expected one a row.")
     candidates = candidates or [0] * batch
-    scales = torch.tensor(noise_scales or [0.0] * batch, device=device).view(-1, 1, 1, 1)
     latent = (cfg.latent_channels, cfg.latent_size, cfg.latent_size)
-
-    # What the candidates of one object share is keyed by its seed; what sets them apart also by the candidate.
     x = draw((len(VIEWS), *latent), [(seed, 0) for seed in seeds]).to(device)
     ref_noise = draw(latent, [(seed, 1) for seed in seeds]).to(device)
-    keys = list(zip(seeds, candidates, strict=True))
-    unit_noise = draw(latent, [(seed, 2, candidate) for seed, candidate in keys]).to(device)
-    step_noise = [keyed_generator(seed, 3, 0 if common_noise else candidate) for seed, candidate in keys]
-
-    y = model.encode(ref)
+    y = seen = model.encode(ref)
+    if noise_scales:  # candidate g of an object sees its reference through a_g n_g
+        scales = torch.tensor(noise_scales, device=device).view(-1, 1, 1, 1)
+        keys = [(seed, 2, round(1000 * a)) for seed, a in zip(seeds, noise_scales)]
+        seen = y + scales * draw(latent, keys).to(device)
     states = [x]
-    for t_int, s_int in schedule.timesteps(num_steps):
-        t, s = torch.full((batch,), t_int, device=device), torch.full((batch,), s_int, device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            prediction = model(x, t, noised_reference(schedule, cfg, y + scales * unit_noise, t, ref_noise))
-            if guidance:  # s_clean + w (s_clean - s_noised)
-                noised = model(x, t, noised_reference(schedule, cfg, y + guidance_noise * unit_noise, t, ref_noise))
-                prediction = prediction + guidance * (prediction - noised)
-        mean, var = ddpm_step(schedule, prediction, x, t, s)
-        noise = torch.stack([torch.randn(x.shape[1:], generator=generator) for generator in step_noise]).to(device)
+    for call, (t_int, s_int) in enumerate(schedule.timesteps(num_steps)):
+        t, s = (torch.full((batch,), z, device=device) for z in (t_int, s_int))
+        mean, var = policy_mean(model, schedule, x, seen, ref_noise, t, s, bf16)
+        noise = draw(x.shape[1:], [(seed, 3, call, g) for seed, g in zip(seeds, candidates)]).to(device)
         x = mean + var.sqrt() * noise
         states.append(x)
-    return Trajectory(torch.stack(states, 1), y, scales * unit_noise, ref_noise, model.decode(x))
+    return Trajectory(torch.stack(states, 1), y, ref_noise, model.decode(x))
+
+
+@dataclass
+class Branches:
+    """G actions from ONE state, and where each of them led."""
+
+    x_t: Tensor  # (B, V, c, h, w) the state at the branching call
+    actions: Tensor  # (B, G, V, c, h, w) x_s of each branch
+    y: Tensor  # (B, c, h, w) clean reference latent
+    ref_noise: Tensor  # (B, c, h, w) epsilon_Y
+    x0: Tensor  # (B, G, V, c, h, w) the finished latents
+    images: Tensor  # (B, G, V, 3, H, W) in [0, 1]
+
+
+@torch.no_grad()
+def branch(
+    model: MultiViewUNet,
+    ref: Tensor,  # (B, 3, H, W) reference images in [0, 1]
+    seeds: list[int],  # one a row
+    call: int,  # k, the call whose noise the branches do not share
+    branches: int,  # G
+    num_steps: int = 10,  # K
+    bf16: bool = False,
+) -> Branches:
+    """Walk to call k once, take G actions there, and finish each with the SAME later noises.
+
+    What tells two branches apart in the end is then the effect of that one action, and its credit is certain. The walk
+    up to k is paid once for all branches. Branch 0 is what `sample` draws with the same seeds.
+    """
+    B, G, schedule = len(ref), branches, Schedule(model.cfg)
+    latent = (model.cfg.latent_channels, model.cfg.latent_size, model.cfg.latent_size)
+    x = draw((len(VIEWS), *latent), [(seed, 0) for seed in seeds]).to(ref.device)
+    ref_noise = draw(latent, [(seed, 1) for seed in seeds]).to(ref.device)
+    y, rows = model.encode(ref), torch.arange(B, device=ref.device)  # row -> object
+    x_t, actions = x, x
+    for k, (t_int, s_int) in enumerate(schedule.timesteps(num_steps)):
+        t, s = (torch.full((len(rows),), z, device=ref.device) for z in (t_int, s_int))
+        mean, var = policy_mean(model, schedule, x, y[rows], ref_noise[rows], t, s, bf16)
+        noise = draw(x.shape[1:], [(seed, 3, k, 0) for seed in seeds]).to(ref.device)
+        if k == call:
+            x_t, rows = x, rows.repeat_interleave(G)
+            mean, var = mean.repeat_interleave(G, 0), var.repeat_interleave(G, 0)
+            own = draw(x.shape[1:], [(seed, 3, k, g) for seed in seeds for g in range(G)]).to(ref.device)
+            x = actions = mean + var.sqrt() * own
+        else:
+            x = mean + var.sqrt() * noise[rows]
+    x0 = x.unflatten(0, (B, G))
+    return Branches(x_t, actions.unflatten(0, (B, G)), y, ref_noise, x0, model.decode(x0))
 
 
 def sample_images(
@@ -216,8 +290,6 @@ def sample_images(
     batch_size: int = 8,
     label: str = "sample",
     bf16: bool = False,
-    guidance: float = 0.0,
-    guidance_noise: float = 0.0,
 ) -> Tensor:  # (N, V, 3, H, W) in [0, 1], on the CPU, rounded to 8 bits as a PNG would be
     """`sample` over many references in batches, with a progress bar."""
     device = next(model.parameters()).device
@@ -225,8 +297,7 @@ def sample_images(
     for i in tqdm(range(0, len(ref), batch_size), desc=label, leave=False, disable=None):
         part = ref[i : i + batch_size].to(device)
         seeds = [key_seed(seed, i + j) for j in range(len(part))]
-        chain = sample(model, part, seeds, num_steps, bf16=bf16, guidance=guidance, guidance_noise=guidance_noise)
-        images.append(chain.images.cpu())
+        images.append(sample(model, part, seeds, num_steps, bf16=bf16).images.cpu())
     return (torch.cat(images) * 255).round() / 255
 
 
@@ -235,7 +306,7 @@ class Config:
     """Command line of `python sample.py`."""
 
     image: str  # any RGB, RGBA, grey or palette picture of any size; alpha is composited on white, padded to a square
-    model: str = "checkpoints/toy"  # folder that train_sft.py or train_d3po.py wrote
+    model: str = "checkpoints/objects"  # folder that train_sft.py or train_d3po.py wrote
     out: str = "views.png"  # strip of the five views; each view also goes to <out without suffix>/<view>.png
     seed: int = 0  # of x_T and all noises
     num_steps: int = 10  # network calls K: as many as it was fine-tuned with (runs/paper.sh: 50)

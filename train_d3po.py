@@ -2,52 +2,50 @@
 
     L = -log sigmoid( beta [log pi_theta/pi_pre (a_w|s_w) - log pi_theta/pi_pre (a_l|s_l)] ) + lambda L_simple-MV
 
-    pi(a|s) = N(a; mean(x_t, Y, t), var)     one DDPM step: the state s is x_t, the action a the x_s that it went to
+    pi(a|s) = N(a; mean(x_t, Y, t), var)     one denoising step: the state s is x_t, the action a the x_s that it went to
 
-For each reference Y the pre-trained model draws five candidates, which share all noises of the chain and see the
-reference through more and more noise of their own (App. B). A feedback ranks the finished images; of every two the
-better is the winner (w), the other the loser (l), each with the x_t of its own chain. At the last denoising step that
-has a density (--first_call: at more of them) the policy is moved towards the winner's action and away from the
-loser's. What keeps it near pi_pre is the number and size of the steps; L_simple-MV, on the ground truth of the same
-objects, is no leash at weight 1: its gradient is thousands of times shorter. Why these defaults: results/ablations.md.
+1. collect: for each reference the policy draws G candidates. They share all noises but one: at a call k in the first half
+   of the chain, where the object's shape is decided, each takes an action of its own.
+2. prefer: a feedback rates the finished images. Of every two candidates the better is the winner, the other the loser.
+3. train: Eq. (2) at call k moves the policy towards winners' actions. Winner and loser start from the SAME state, so one
+   forward serves all pairs of a reference, and what the loss sees is linear in the change of the policy's mean.
+4. report: sample validation objects before and after, from equal noise.
 
-The stages, each reused when it is there already (out/ is the default of --out):
-
-    out/scorer_*/            the contrastive scorer, made by train_scorer.py when --feedback contrastive asks for it
-    out/candidates/          five trajectories an object, and pi_pre's means along them, whatever the feedback
-    out/pairs_<feedback>_*/  who won and who lost
-    out/before/              pi_pre's images of the validation objects
-    out/d3po_<feedback>/     log.jsonl, config.json and model.safetensors, results.json, grid.png
+Differences from D3PO's code (yk7333/d3po, which the paper builds on): the action is joint over the views; its log-ratio is
+a sum, not a mean, and has no clip; all pairs of G candidates share one forward; pi_pre's means are stored, so no second
+network is held. Difference from the paper: its candidates differ in the noise on their reference (App. B), which is
+`--candidates noised`; results/README.md shows what each design can teach.
 
 Run:
-    python train_d3po.py --feedback contrastive                             # 9 minutes on 2 quiet CPU cores
-    python train_d3po.py --feedback matching                                # or hull: no training, no weights
-    python train_d3po.py --beta_dpo 0                                       # L_simple-MV alone: the SFT row, out/sft
+    python train_d3po.py --feedback contrastive         # the main job
+    python train_d3po.py --feedback geometry            # or matching, hull, redder: no scorer
+    python train_d3po.py --feedback none                # L_simple-MV alone: the SFT baseline
+    python train_d3po.py --loss diffusion_dpo           # contrast on finished candidates instead of actions
 
-Expect (defaults, 1 seed):
-    margin 0 -> 4.5 in 60 steps, accuracy .5 -> .7; log_ratio_w and log_ratio_l both fall, to -490 and -534;
-    on 32 validation objects contrastive score +.52 [.45, .59], silhouette consistency +.0012 [.0002, .0028], GMSD of
-    unseen views +.0017 [.0007, .0031] (worse); the intervals of PSNR and SSIM contain 0
+    Writes out/d3po_<feedback>-<content>/{config.json, model.safetensors, log.jsonl, results.json, grid.png}
 
-Letters: P pairs, G candidates of a reference, K network calls of which J are trained, V views, c h w latent sizes.
+Letters: N references, B of them in a batch, G candidates of each, J trained calls, V views, c h w latent sizes.
 """
 
-import hashlib
-import json
+import copy
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+import train_scorer
 from common import (
     InputError,
-    claim,
+    Log,
+    cached,
+    check_at_least,
     cli,
     digest,
     get_device,
@@ -56,72 +54,246 @@ from common import (
     load_json,
     load_state,
     load_tensors,
-    log_line,
-    open_tensors,
+    located,
+    optimizer_step,
     provenance,
     save_json,
+    save_state,
     save_tensors,
-    trim_log,
+    training_steps,
     use_bf16,
-    write_atomic,
 )
-from data import load_split, relative_views
-from evaluate import bootstrap_interval, closeness, grid, hull_iou, score_images
+from data import load_references, load_split
+from evaluate import before_after, print_table
 from matcher import loftr_model, matching_reward
+from metrics import closeness, geometry, grid, hull_iou
 from model import MultiViewUNet, load
-from sample import Schedule, ddpm_step, log_ratio, noised_reference, sample, sample_images
+from sample import Schedule, branch, forward_noise, kl_divergence, log_ratio, policy_mean, sample, sample_images
+from sample import noised_reference, split_prediction
 from scorer import Scorer, contrastive_reward
-from train_scorer import Config as ScorerTraining
-from train_scorer import main as train_scorer
 from train_sft import simple_loss, training_batch
+
+NOISE_SCALES = (0.0, 0.1, 0.3, 0.5, 0.8)  # of the references of --candidates noised (App. B)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are the toy run on a CPU; paper values are named in the comments."""
+    """Defaults are the main job on a CPU; paper values are named in the comments."""
 
-    feedback: str = "contrastive"  # contrastive, matching, hull; controls: random, noise_scale, oracle
-    model: str = "checkpoints/toy"  # pi_pre: a folder that train_sft.py wrote
-    negatives: str = "zero123"  # what the scorer learns to tell from truth: zero123, pretrained (C (pre)), or a folder
-    zero123: str = "checkpoints/toy_independent"  # the independent-view model that zero123 means
-    scorer: str = ""  # a trained scorer's folder; empty: train one
-    matcher: str = "sift"  # sift or loftr, for --feedback matching
-    matcher_weights: str = ""  # LoFTR weights (empty: from torch's hub cache, downloaded if absent)
-    data: str = "toys"  # toys, or a folder of renders (see data.py)
-    num_objects: int = 240  # preference objects, as in the paper
-    eval_objects: int = 32  # validation objects
+    feedback: str = "contrastive"  # a name in FEEDBACKS, or none: L_simple-MV alone, the SFT baseline
+    model: str = "checkpoints/objects"  # pi_pre: a folder that train_sft.py wrote
+    data: str = "furniture"  # furniture, toys, or a folder of renders (see data.py)
+    num_references: int = 240  # of preference objects (paper: 240)
+    eval_objects: int = 64  # validation objects
     out: str = "out"  # where everything goes
-    name: str = ""  # folder of this run in out; empty: d3po_<feedback>, or sft. Runs share candidates, scorer and pairs
 
+    scorer: str = ""  # a trained scorer's folder; empty: --feedback contrastive trains one
+    negatives: str = "checkpoints/objects_independent"  # that scorer's: train_scorer.py --negatives
+    matcher: str = "sift"  # sift, loftr, or a file of LoFTR weights, for --feedback matching
+
+    candidates: Literal["branch", "noised", "independent"] = "branch"  # what tells candidates apart: see `collect`
+    num_candidates: int = 8  # G of branch and independent (noised: one for each scale of App. B)
     num_steps: int = 10  # network calls K of the sampler (paper: 50)
-    first_call: int = 8  # train calls first_call .. K - 2 (paper: the last 40); the very last has no density
-    noise_scales: tuple[float, ...] = (0.0, 0.1, 0.3, 0.5, 0.8)  # a of the candidates (App. B)
-    common_noise: bool = True  # candidates share the step noises, too: only the reference's noise tells them apart
-    pairs: Literal["best_worst", "all"] = "all"  # which candidates of one reference are compared
-    condition: Literal["clean", "sampled"] = "clean"  # the reference that the loss sees: noiseless, or as sampled
+    trained_calls: tuple[int, int] = (0, 4)  # first and last of the calls that Eq. (2) trains (paper: the last 40 of 50)
 
-    steps: int = 60  # optimizer steps (paper: 1800)
-    batch_objects: int = 8  # preference objects a step, and as many ground-truth objects for L_simple-MV
+    loss: Literal["d3po", "diffusion_dpo"] = "d3po"  # which log-ratio of a candidate Eq. (2) compares
+    beta_dpo: float = 1.0  # beta of Eq. 2 on the log-ratio SUMMED over V c h w
+    kl: float = 0.1  # weight of KL(pi_theta || pi_pre) at the trained states (paper: 0)
+    lambda_simple: float = 100.0  # weight of L_simple-MV (paper: 1, where its gradient is too short to count)
+    min_gap: float = 0.0  # leave out pairs whose rewards differ by less than this many standard deviations
+    rounds: int = 1  # collect, prefer, train again with the policy of the round before
+    anchor: Literal["pre", "last"] = "pre"  # log-ratios and KL are to pi_pre, or to the policy that drew the candidates
+
+    steps: int = 60  # optimizer steps a round (paper: 1800)
+    batch_objects: int = 8  # references a step, and as many ground-truth objects for L_simple-MV
     lr: float = 5e-5  # AdamW; falls to 0 in a straight line
     attention_only: bool = False  # train the attention layers only, as the paper does (App. B)
     lora: int = 0  # train a change of this rank of the attention projections only: less memory; 0: no
-    beta_dpo: float = 0.1  # beta of Eq. 2 on the log-ratio SUMMED over V c h w; 0: no preferences, the SFT baseline
-    lambda_simple: float = 1.0  # weight of L_simple-MV (paper: 1)
-    step_weight: Literal["none", "root", "equal"] = "none"  # on the log-ratio of each trained step: see step_weights
-    seed: int = 0  # of candidates, pairs, batches and noise
+    seed: int = 0  # of candidates, batches and noise
 
-    save_every: int = 25  # save what a killed run goes on from
-    log_every: int = 10  # log means of the last steps
-    eval_every: int = 0  # log all metrics of the validation objects as val_*; 0: only before and after
-    batch_size: int = 8  # objects at a time when sampling
-    bf16: str = "auto"  # draw samples in bfloat16: auto (where it is fast), on or off. A small model's loss is float32
+    batch_size: int = 8  # references at a time when sampling
+    bf16: Literal["auto", "on", "off"] = "auto"  # run the network in bfloat16; auto: where it is fast
     checkpointing: bool = False  # keep few activations and compute the others again: half the speed, far less memory
-    compile: bool = False  # torch.compile the UNet
-    threads: int = 0  # torch threads; 0 leaves torch's choice (1 can be much faster on a busy machine)
     device: str = "auto"  # auto, cpu or cuda
 
 
-# --- the loss ---
+# --- 1. candidates ---
+
+
+class Rollouts(NamedTuple):
+    """What the loss reads of all references: states and actions, in float32. R is 1 where candidates share a state."""
+
+    call: Tensor  # (N, J) which call of the chain this is
+    x_t: Tensor  # (N, J, R, V, c, h, w) the state
+    action: Tensor  # (N, J, G, V, c, h, w)
+    y: Tensor  # (N, c, h, w) clean reference latent
+    ref_noise: Tensor  # (N, c, h, w) epsilon_Y
+    x0: Tensor  # (N, G, V, c, h, w) the finished candidates
+
+
+def draw_candidates(
+    model: MultiViewUNet, ref: Tensor, seeds: list[int], call: int, cfg: Config, bf16: bool
+) -> tuple[Rollouts, Tensor]:  # of B references (B, 3, S, S); images (B, G, V, 3, S, S)
+    """Three designs of "candidates of one reference":
+
+    branch       one state at call k, one action each, equal noise afterwards: they differ by that action alone
+    noised       equal noise, but each sees the reference through noise of its own scale (App. B)
+    independent  all noises of their own
+    """
+    first, last = cfg.trained_calls
+    if cfg.candidates == "branch":
+        b = branch(model, ref, seeds, call, cfg.num_candidates, cfg.num_steps, bf16)
+        at = torch.full((len(ref), 1), call)
+        rollouts = Rollouts(at, b.x_t[:, None, None], b.actions[:, None], b.y, b.ref_noise, b.x0)
+        return Rollouts(*(z.cpu() for z in rollouts)), b.images
+    G = len(NOISE_SCALES) if cfg.candidates == "noised" else cfg.num_candidates
+    rows = torch.arange(len(ref)).repeat_interleave(G)
+    scales = list(NOISE_SCALES) * len(ref) if cfg.candidates == "noised" else None
+    own = None if cfg.candidates == "noised" else list(range(G)) * len(ref)
+    chain = sample(model, ref[rows], [seeds[i] for i in rows], cfg.num_steps, own, scales, bf16)
+    states = chain.states.unflatten(0, (len(ref), G)).transpose(1, 2)  # (B, K + 1, G, V, c, h, w)
+    calls = torch.arange(first, last + 1).expand(len(ref), -1)
+    states_of = (calls, states[:, first : last + 1], states[:, first + 1 : last + 2])
+    rollouts = Rollouts(*states_of, chain.y[::G], chain.ref_noise[::G], states[:, -1])
+    return Rollouts(*(z.cpu().contiguous() for z in rollouts)), chain.images.unflatten(0, (len(ref), G))
+
+
+def collect(policy: Path, references: Tensor, cfg: Config, round: int) -> Path:
+    """Candidates of every reference (N, V, 3, S, S) uint8 by the policy; a folder with a file for each few references."""
+    device = get_device(cfg.device)
+    bf16 = use_bf16(cfg.bf16, device)
+    options = ("candidates", "num_candidates", "num_steps", "trained_calls", "seed", "batch_size")
+    made_by = {name: getattr(cfg, name) for name in options} | {"policy": digest(policy), "bf16": bf16, "round": round}
+    made_by |= {"references": digest(references[:, 0]), "code": [digest(f) for f in (draw_candidates, branch, sample)]}
+    # Each reference branches at one call, drawn once; those with equal calls go through the network together.
+    first, last = cfg.trained_calls
+    calls = torch.randint(first, last + 1, (len(references),), generator=keyed_generator(cfg.seed, 10, round))
+    order = calls.sort(stable=True).indices if cfg.candidates == "branch" else torch.arange(len(references))
+
+    def make(folder: Path) -> None:
+        model = load(policy, device, half=bf16)
+        groups = [g for k in calls[order].unique_consecutive() for g in order[calls[order] == k].split(cfg.batch_size)]
+        groups = groups if cfg.candidates == "branch" else list(order.split(cfg.batch_size))
+        for group in tqdm(groups, desc="candidates", disable=None):
+            path = folder / f"{int(group[0]):06d}.safetensors"
+            if path.is_file():
+                continue
+            ref = references[group, 0].to(device).float() / 255
+            seeds = [key_seed(cfg.seed, 8, round, int(i)) for i in group]  # 8: other noise than in evaluation
+            rollouts, images = draw_candidates(model, ref, seeds, int(calls[group[0]]), cfg, bf16)
+            images = (images * 255).round().to(torch.uint8)
+            save_tensors(path, {**rollouts._asdict(), "images": images, "reference": group})
+
+    return cached(cfg.out, "candidates", made_by, make)
+
+
+def read_rollouts(folder: Path) -> Rollouts:
+    """All rollouts of `collect`, in the order of the references. The images stay on disk."""
+    parts = [load_tensors(path) for path in sorted(folder.glob("*.safetensors"))]
+    order = torch.cat([p["reference"] for p in parts]).argsort()
+    return Rollouts(*(torch.cat([p[name] for p in parts])[order] for name in Rollouts._fields))
+
+
+# --- 2. preferences ---
+
+# A feedback rates the G candidates of one reference: (reference (3,S,S), images (G,V,3,S,S), ground truth (V,3,S,S), cfg)
+# -> (G,), larger is better. FORK: yours is one more function here and its line in FEEDBACKS.
+
+
+def contrastive(ref: Tensor, images: Tensor, truth: Tensor, cfg: Config) -> Tensor:
+    """MV-D3PO-C: the contrastive scorer's sum over the other views (Sec. 5)."""
+    scorer = Scorer.load(cfg.scorer, ref.device)
+    return contrastive_reward(scorer, ref.expand(len(images), -1, -1, -1), images)
+
+
+def matching(ref: Tensor, images: Tensor, truth: Tensor, cfg: Config) -> Tensor:
+    """MV-D3PO-M: the number of keypoints that the other views share with the reference (Sec. 6.1)."""
+    method = "sift" if cfg.matcher == "sift" else "loftr"
+    weights = "" if cfg.matcher in ("sift", "loftr") else cfg.matcher
+    return matching_reward(ref.expand(len(images), -1, -1, -1), images, method, weights)
+
+
+def hull(ref: Tensor, images: Tensor, truth: Tensor, cfg: Config) -> Tensor:
+    """Ours: do the five silhouettes fit one object?"""
+    return hull_iou(images)
+
+
+def geometric(ref: Tensor, images: Tensor, truth: Tensor, cfg: Config) -> Tensor:
+    """Ours: exact geometry of the silhouettes, guarded against blank, square and copied views (metrics.geometry)."""
+    return geometry(images, ref.expand(len(images), -1, -1, -1))
+
+
+def redder(ref: Tensor, images: Tensor, truth: Tensor, cfg: Config) -> Tensor:
+    """The control that everybody understands: more red than green and blue. If this does not work, the loop is at fault."""
+    return (images[:, :, 0] - images[:, :, 1:].mean(2)).mean((1, 2, 3))
+
+
+def random(ref: Tensor, images: Tensor, truth: Tensor, cfg: Config) -> Tensor:
+    """Control: what do preferences without content do? A function of the images, so that it is drawn once."""
+    return torch.stack([torch.rand((), generator=keyed_generator(cfg.seed, int(digest(x), 16) % 2**62)) for x in images.cpu()])
+
+
+def least_noise(ref: Tensor, images: Tensor, truth: Tensor, cfg: Config) -> Tensor:
+    """Control for --candidates noised: the less noised reference wins, no image is looked at."""
+    return -torch.arange(len(images)).float()
+
+
+def oracle(ref: Tensor, images: Tensor, truth: Tensor, cfg: Config) -> Tensor:
+    """Control: distance to the ground truth, which no feedback may see."""
+    return closeness(images, truth)
+
+
+FEEDBACKS: dict[str, Callable[[Tensor, Tensor, Tensor, Config], Tensor]] = {
+    "contrastive": contrastive,
+    "matching": matching,
+    "hull": hull,
+    "geometry": geometric,
+    "redder": redder,
+    "random": random,
+    "least_noise": least_noise,
+    "oracle": oracle,
+}
+
+
+def prefer(candidates: Path, references: Tensor, cfg: Config) -> Tensor:  # (N, G) rewards
+    """Rate the candidates of each reference. Says how often the winner of a pair is nearer to the ground truth."""
+    device, feedback = get_device(cfg.device), FEEDBACKS[cfg.feedback]
+    made_by = {"candidates": digest(load_json(candidates / "made_by.json")), "feedback": cfg.feedback}
+    made_by |= {"code": digest(feedback), "references": digest(references), "seed": cfg.seed}
+    if cfg.feedback == "contrastive":
+        made_by["scorer"] = digest(Path(cfg.scorer))
+    if cfg.feedback == "matching":
+        made_by["matcher"] = digest(Path(cfg.matcher)) if Path(cfg.matcher).is_file() else cfg.matcher
+
+    def make(folder: Path) -> None:
+        G = load_tensors(min(candidates.glob("*.safetensors")))["images"].shape[1]
+        rewards, psnr = torch.empty(len(references), G), torch.empty(len(references), G)
+        for path in tqdm(sorted(candidates.glob("*.safetensors")), desc=f"{cfg.feedback} feedback", disable=None):
+            part = load_tensors(path)
+            for i, images in zip(part["reference"].tolist(), part["images"]):
+                images, truth = images.to(device).float() / 255, references[i].to(device).float() / 255
+                rewards[i] = feedback(truth[0], images, truth, cfg).cpu()
+                psnr[i] = closeness(images, truth).cpu()
+        if not torch.isfinite(rewards).all():
+            raise InputError(f"--feedback {cfg.feedback}: {rewards.isfinite().logical_not().sum()} rewards are not finite.")
+        save_tensors(folder / "rewards.safetensors", {"rewards": rewards, "psnr": psnr})
+
+    kept = load_tensors(cached(cfg.out, f"rewards_{cfg.feedback}", made_by, make) / "rewards.safetensors")
+    wins = preference_pairs(kept["rewards"], cfg.min_gap)
+    if not wins.any():
+        raise InputError(f"--feedback {cfg.feedback}: all candidates of all references tie, expected a preference.")
+    nearer = (kept["psnr"][:, :, None] > kept["psnr"][:, None])[wins].float().mean()
+    print(f"{int(wins.sum())} pairs of {len(wins)} references; in {nearer:.0%} the winner is nearer to the ground truth")
+    return kept["rewards"]
+
+
+def preference_pairs(rewards: Tensor, min_gap: float) -> Tensor:  # (N, G) -> (N, G, G) bool
+    """[n, w, l]: candidate w of reference n beats l, by more than min_gap typical standard deviations among candidates."""
+    gap = rewards[:, :, None] - rewards[:, None]
+    return gap > min_gap * rewards.std(1).mean()
+
+
+# --- 3. the loss ---
 
 
 def d3po_loss(
@@ -131,7 +303,7 @@ def d3po_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """Eq. 2, mean over pairs, each at one denoising step. No clip: the paper's equation has none (D3PO's code has).
 
-    FORK: another loss on preferences is another function of these two.
+    FORK: another loss on pairs of log-ratios (IPO, hinge...) is another function of these two.
     """
     # L = -log sigmoid( beta log_ratio_w - beta log_ratio_l )
     margin = beta * (log_ratio_w - log_ratio_l)
@@ -145,486 +317,266 @@ def d3po_loss(
     }
 
 
-def step_weights(schedule: Schedule, calls: list[tuple[int, int]], mode: str) -> Tensor:  # (J,)
-    """Factors on the log-ratio of each trained step.
+class Batch(NamedTuple):
+    """B references of a step, each at one trained call."""
 
-    The step's mean depends on the predicted x0 as m x0, so an error d in x0 costs m^2 d^2 / (2 var) nats. Over calls 4
-    to 18 of a toy chain of 20 m^2 / var grows from .002 to 35, and the last of them has 97 % of the sum: unweighted,
-    as printed in Eq. (2), the loss is nearly that of one step. "equal" divides by it, so that an error of one size
-    costs the same at every step, "root" by its square root, which evens out the noise of the gradient instead.
+    x_t: Tensor  # (B, R, V, c, h, w)
+    action: Tensor  # (B, G, V, c, h, w)
+    y: Tensor  # (B, c, h, w)
+    ref_noise: Tensor  # (B, c, h, w)
+    x0: Tensor  # (B, G, V, c, h, w)
+    t: Tensor  # (B,)
+    s: Tensor  # (B,)
+
+
+def make_batch(rollouts: Rollouts, chosen: Tensor, js: Tensor, schedule: Schedule, num_steps: int, device: Any) -> Batch:
+    """References `chosen` (B,), each at its trained call number `js` (B,)."""
+    times = torch.tensor(schedule.timesteps(num_steps))[rollouts.call[chosen, js]]  # (B, 2) t and s
+    parts = (rollouts.x_t[chosen, js], rollouts.action[chosen, js], rollouts.y[chosen], rollouts.ref_noise[chosen])
+    return Batch(*(z.to(device) for z in (*parts, rollouts.x0[chosen], times[:, 0], times[:, 1])))
+
+
+def batch_means(policy: MultiViewUNet, schedule: Schedule, batch: Batch, bf16: bool) -> tuple[Tensor, Tensor]:
+    """The policy's mean (B R, V, c, h, w) and var at the states of a batch: one forward for all candidates.
+
+    The loss always shows it the CLEAN reference. With the noised one that a candidate was drawn with, the noise scale
+    alone may decide who wins, and then the expected gradient vanishes at theta = pre: E_pi[grad log pi] = 0 for winner and
+    loser each.
     """
-    if mode == "none":
-        return torch.ones(len(calls))
-    t, s = (torch.tensor(z) for z in zip(*calls, strict=True))
-    ab_t, ab_s = schedule.ab(t), schedule.ab(s)
-    var = (1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s)
-    # mean = sqrt(ab_s) x0 + sqrt(1 - ab_s - var) eps, and eps has -sqrt(ab_t / (1 - ab_t)) x0 in it
-    m = ab_s.sqrt() - (1 - ab_s - var).sqrt() * (ab_t / (1 - ab_t)).sqrt()
-    worth = (m**2 / var).flatten()
-    weights = worth ** (-1.0 if mode == "equal" else -0.5)
-    return weights / weights.mean()
+    R = batch.x_t.shape[1]
+    rows = (z.repeat_interleave(R, 0) for z in (batch.y, batch.ref_noise, batch.t, batch.s))
+    return policy_mean(policy, schedule, batch.x_t.flatten(0, 1), *rows, bf16)
 
 
-# --- candidates: one file an object, the same for every feedback ---
+def step_log_ratio(
+    policy: MultiViewUNet, schedule: Schedule, batch: Batch, mean_pre: Tensor, bf16: bool
+) -> tuple[Tensor, Tensor]:  # (B, G) log pi_theta/pi_pre of each action, (B,) KL; both in nats
+    """D3PO's: of the action that led to the candidate. mean_pre (B, R, V, c, h, w) is pi_pre's mean at these states.
 
-
-def settings(cfg: Config, *names: str) -> dict:
-    """The named fields of the config: what a stage depends on."""
-    return {name: getattr(cfg, name) for name in names}
-
-
-def collect(
-    model: MultiViewUNet,
-    views: Tensor,  # (N, V, 3, S, S) uint8, preference objects
-    cfg: Config,
-    folder: Path,
-    device: torch.device,
-) -> None:
-    """Draw G candidates of every object and keep the part of their chains that is trained on."""
-    made_by = settings(cfg, "model", "data", "num_steps", "first_call", "noise_scales", "common_noise", "seed", "bf16")
-    claim(folder, made_by | {"weights": digest(Path(cfg.model) / "model.safetensors")})
-    todo = []
-    for i in range(len(views)):
-        file = folder / f"{i:04d}.safetensors"
-        if not file.is_file():
-            todo.append(i)
-        elif not open_tensors(file).get_tensor("ref").equal(views[i, 0]):
-            raise InputError(f"{file}: made for another object, expected number {i} of {cfg.data}. Delete {folder}.")
-    for i in tqdm(todo, desc="collect candidates", disable=None):
-        ref = views[i, :1].to(device).float().expand(len(cfg.noise_scales), -1, -1, -1) / 255
-        candidates = list(range(len(cfg.noise_scales)))
-        seeds = [key_seed(cfg.seed, 8, i)] * len(candidates)  # 8: other noise than in evaluation
-        scales, bf16 = list(cfg.noise_scales), use_bf16(cfg.bf16, device)
-        chain = sample(model, ref, seeds, cfg.num_steps, candidates, scales, bf16, cfg.common_noise)
-        tensors = {
-            "states": chain.states[:, cfg.first_call : cfg.num_steps],  # (G, J + 1, V, c, h, w): x_t, and the actions
-            "y": chain.y[:1],
-            "candidate_noise": chain.candidate_noise,
-            "ref_noise": chain.ref_noise[:1],
-            "images": (chain.images * 255).round().to(torch.uint8),
-            "ref": views[i, 0],
-        }
-        save_tensors(folder / f"{i:04d}.safetensors", tensors)
-
-
-# --- feedback: one number for each candidate, larger is more consistent ---
-
-
-FEEDBACKS = ("contrastive", "matching", "hull", "random", "noise_scale", "oracle")
-
-
-def feedback_fn(cfg: Config, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The function (ref (G,3,S,S), images (G,V,3,S,S), truth (V,3,S,S)) -> (G,) that ranks candidates. Only the oracle
-    looks at the truth.
-
-    FORK: your own feedback is one more entry here, and its name in FEEDBACKS. After a change to it delete its
-    out/pairs_<name>_*, or the old preferences are reused.
+    With one state for all candidates (R = 1) the difference of two log-ratios is <mean_theta - mean_pre, a_w - a_l> / var:
+    linear, the quadratic parts cancel. So nothing in Eq. (2) itself keeps the policy near pi_pre; `--kl` does.
     """
-    scorer = Scorer.load(cfg.scorer, device) if cfg.feedback == "contrastive" else None
-    coin = keyed_generator(cfg.seed, 7, 0, 0)
-
-    def contrastive(ref: Tensor, images: Tensor, truth: Tensor) -> Tensor:
-        assert scorer is not None
-        return contrastive_reward(scorer, ref, images)
-
-    feedbacks = {
-        "contrastive": contrastive,  # Sec. 5
-        "matching": lambda ref, images, truth: matching_reward(
-            ref, images, cfg.matcher, cfg.matcher_weights
-        ),  # Sec. 6.1
-        "hull": lambda ref, images, truth: hull_iou(images),  # ours: do the silhouettes fit one object?
-        "random": lambda ref, images, truth: torch.rand(len(images), generator=coin),
-        "noise_scale": lambda ref, images, truth: -torch.tensor(cfg.noise_scales),
-        "oracle": lambda ref, images, truth: closeness(images, truth),
-    }
-    return feedbacks[cfg.feedback]
+    B, R, G = *batch.x_t.shape[:2], batch.action.shape[1]
+    mean, var = batch_means(policy, schedule, batch, bf16)
+    mean, pre, var = (z.unflatten(0, (B, R)).expand(B, G, *[-1] * 5).flatten(0, 1) for z in (mean, mean_pre.flatten(0, 1), var))
+    ratio = log_ratio(batch.action.flatten(0, 1), mean, pre, var)  # (B G,)
+    return ratio.view(B, G), kl_divergence(mean, pre, var).view(B, G).mean(1)
 
 
-def prefer(cfg: Config, views: Tensor, candidates: Path, device: torch.device) -> list[dict]:
-    """Rank the candidates of each object: a list of {object, order (best first), rewards, psnr}, without objects whose
-    candidates all tie. The PSNR (four unseen views) is for the record: how good is the feedback?
+def forward_log_ratio(
+    policy: MultiViewUNet, pre: MultiViewUNet, schedule: Schedule, batch: Batch, seed: int, step: int, bf16: bool
+) -> tuple[Tensor, Tensor]:  # (B, G), (B,)
+    """Diffusion-DPO's (Wallace et al. 2023): of the finished candidate, noised again. Needs no action, but pi_pre's network.
+
+    log p_theta/p_pre (x0) >= E_{t, noise} w_t [ |x0 - x0_pre(x_t)|^2 - |x0 - x0_theta(x_t)|^2 ], one draw of t and noise,
+    the same for all candidates of a reference. Eq. (2) with these in place of the log-ratios of one step asks: whose
+    picture does the policy now denoise better than pi_pre did? w_t = 1 / (2 (1 - ab_t)), as in L_simple-MV.
     """
-    reward_of = feedback_fn(cfg, device)
-    ranked = []
-    for i in tqdm(range(len(views)), desc=f"{cfg.feedback} feedback", disable=None):
-        images = load_tensors(candidates / f"{i:04d}.safetensors")["images"].to(device).float() / 255
-        truth = views[i].to(device).float() / 255
-        rewards = reward_of(truth[:1].expand(len(images), -1, -1, -1), images, truth).cpu()
-        quality = closeness(images, truth).tolist()
-        if rewards.max() > rewards.min():
-            entry = {"object": i, "order": rewards.argsort(descending=True).tolist()}
-            entry |= {"rewards": rewards.tolist(), "psnr": [round(q, 3) for q in quality]}
-            ranked.append(entry)
-    if not ranked:
-        raise InputError(
-            f"--feedback {cfg.feedback}: all candidates of all {len(views)} objects tie, expected a preference. "
-            "Use another feedback, or larger images."
-        )
-    return ranked
+    (B, G), g = batch.x0.shape[:2], keyed_generator(seed, 11, step)
+    t = torch.randint(100, 951, (B,), generator=g).to(batch.t)
+    noise, ref_noise = (torch.randn(z[:, 0].shape, generator=g).to(t.device) for z in (batch.x0, batch.x0[:, :, 0]))
+    rows = lambda z: z.repeat_interleave(G, 0)  # noqa: E731  # (B, ...) -> (B G, ...)
+    x0, t, y, noise, ref_noise = batch.x0.flatten(0, 1), rows(t), rows(batch.y), rows(noise), rows(ref_noise)
+    x_t = forward_noise(schedule, x0, t, noise)
+    predictions = []
+    for network in (policy, pre):
+        with torch.set_grad_enabled(network is policy), torch.autocast(x_t.device.type, torch.bfloat16, enabled=bf16):
+            output = network(x_t, t, noised_reference(schedule, policy.cfg, y, t, ref_noise))
+        predictions.append(split_prediction(schedule, output, x_t, t)[0])
+    theta, old = predictions
+    weight = 1 / (2 * (1 - schedule.ab(t)))
+    ratio = (weight * ((x0 - old) ** 2 - (x0 - theta) ** 2)).flatten(1).sum(1)
+    return ratio.view(B, G), (weight * (theta - old) ** 2).flatten(1).sum(1).view(B, G).mean(1)
 
 
-def pairs_of(entry: dict, mode: str) -> list[tuple[int, int]]:
-    """(winner, loser) of one object: the best and the worst candidate, or every two that do not tie."""
-    order, rewards = entry["order"], entry["rewards"]
-    if mode == "best_worst":
-        return [(order[0], order[-1])]
-    return [(win, lose) for k, win in enumerate(order) for lose in order[k + 1 :] if rewards[win] > rewards[lose]]
+def frozen_means(model: MultiViewUNet, rollouts: Rollouts, cfg: Config, bf16: bool, device: Any) -> Tensor:
+    """pi_pre's mean at every trained state (N, J, R, V, c, h, w): once, so that no second network is held while training.
 
-
-Row = tuple[int, int, int]  # object, candidate, and j, which of the trained steps
-
-
-def lay_out(batch: list[tuple[dict, int]], mode: str) -> tuple[list[Row], list[int], list[int]]:
-    """Rows for a batch of (entry of `prefer`, j), and where in them each pair's winner and loser stand.
-
-    A candidate has one row, however many pairs it is in: ten pairs of five candidates take five forwards, not twenty.
+    In batches of the training shape and with gradients switched on, because kernels, and so their rounding, depend on
+    both: then equal weights give exactly equal means.
     """
-    rows, winners, losers = [], [], []
-    for entry, j in batch:
-        pairs, at = pairs_of(entry, mode), {}
-        for candidate in sorted({c for pair in pairs for c in pair}):
-            at[candidate] = len(rows)
-            rows.append((entry["object"], candidate, j))
-        winners += [at[win] for win, _ in pairs]
-        losers += [at[lose] for _, lose in pairs]
-    return rows, winners, losers
+    schedule, means = Schedule(model.cfg), torch.empty_like(rollouts.x_t)
+    N, J = rollouts.call.shape
+    index = torch.cartesian_prod(torch.arange(N), torch.arange(J))  # (N J, 2)
+    for part in tqdm(index.split(cfg.batch_objects), desc="means of pi_pre", disable=None):
+        filled = torch.cat([part, part[-1:].expand(cfg.batch_objects - len(part), 2)])
+        batch = make_batch(rollouts, *filled.unbind(1), schedule, cfg.num_steps, device)
+        mean, _ = batch_means(model, schedule, batch, bf16)
+        means[part[:, 0], part[:, 1]] = mean.detach().cpu().unflatten(0, (len(filled), -1))[: len(part)]
+    return means
 
 
-# --- chains: what the loss reads, from disk ---
-
-
-class Chains:
-    """Candidates' states and pi_pre's means, read by memory map: only what a batch needs is ever loaded."""
-
-    def __init__(self, candidates: Path, cfg: Config, schedule: Schedule):
-        self.candidates, self.cfg = candidates, cfg
-        # rows of a training step: pairs are made of two candidates of an object, or of all
-        self.rows = cfg.batch_objects * (2 if cfg.pairs == "best_worst" else len(cfg.noise_scales))
-        self.means = candidates / f"means_{cfg.condition}_{self.rows}"  # by batch: see store_means
-        # J (t, s), without the last call: it has no density
-        self.calls = schedule.timesteps(cfg.num_steps)[cfg.first_call : cfg.num_steps - 1]
-        self.files: dict[int, Any] = {}
-
-    def batch(self, rows: list[Row], device: torch.device) -> dict[str, Tensor]:
-        """State, action, condition and times of each row."""
-        parts: dict[str, list[Tensor]] = {"x_t": [], "action": [], "y": [], "ref_noise": []}
-        for i, g, j in rows:
-            if i not in self.files:
-                self.files[i] = open_tensors(self.candidates / f"{i:04d}.safetensors")
-            file = self.files[i]
-            parts["x_t"].append(file.get_slice("states")[g, j])
-            parts["action"].append(file.get_slice("states")[g, j + 1])
-            # The condition of the loss. Under the one a candidate was sampled with, the noise scale alone can decide
-            # the winner, and then the expected gradient at theta = pre is zero (E_pi[grad log pi] = 0, for winner and
-            # loser each). Under the clean one, the policy that is used moves towards what won.
-            noise = file.get_slice("candidate_noise")[g] if self.cfg.condition == "sampled" else 0
-            parts["y"].append(file.get_tensor("y")[0] + noise)
-            parts["ref_noise"].append(file.get_tensor("ref_noise")[0])
-        batch = {k: torch.stack(v).to(device) for k, v in parts.items()}
-        t, s = (torch.tensor([self.calls[j][z] for _, _, j in rows], device=device) for z in (0, 1))
-        return batch | {"t": t, "s": s}
-
-    def mean_pre(self, rows: list[Row], device: torch.device) -> Tensor:  # (rows, V, c, h, w)
-        """The stored means of the frozen policy."""
-        files = [open_tensors(self.means / f"{i:04d}_{g}.safetensors") for i, g, _ in rows]
-        return torch.stack([f.get_slice("means")[j] for f, (_, _, j) in zip(files, rows, strict=True)]).to(device)
-
-
-def policy_mean(
-    model: MultiViewUNet,
-    schedule: Schedule,
-    batch: dict[str, Tensor],
-    half: bool = False,  # run the network in bfloat16
-) -> tuple[Tensor, Tensor]:
-    """mean_theta (rows, V, c, h, w) and var of the rows of `Chains.batch`."""
-    ref_t = noised_reference(schedule, model.cfg, batch["y"], batch["t"], batch["ref_noise"])
-    with torch.autocast(ref_t.device.type, torch.bfloat16, enabled=half):
-        prediction = model(batch["x_t"], batch["t"], ref_t)
-    return ddpm_step(schedule, prediction, batch["x_t"], batch["t"], batch["s"])
-
-
-@torch.no_grad()
-def store_means(
-    model: MultiViewUNet,
-    schedule: Schedule,
-    chains: Chains,
-    needed: set[tuple[int, int]],  # object, candidate
-    device: torch.device,
-    half: bool = False,
-) -> None:
-    """mean_pre of every trained step of the needed chains: once, so that no second network is held while training.
-
-    In batches of the training shape: then equal weights give exactly equal means, because kernels (and so their
-    rounding) depend on the shape.
-    """
-    todo = [(i, g) for i, g in sorted(needed) if not (chains.means / f"{i:04d}_{g}.safetensors").is_file()]
-    rows = [(i, g, j) for i, g in todo for j in range(len(chains.calls))]
-    means: list[Tensor] = []
-    for first in tqdm(range(0, len(rows), chains.rows), desc="means of the pre-trained policy", disable=None):
-        part = rows[first : first + chains.rows]
-        filled = part + part[-1:] * (chains.rows - len(part))
-        mean, _ = policy_mean(model, schedule, chains.batch(filled, device), half)
-        means += mean[: len(part)].cpu()
-        while len(means) >= len(chains.calls):  # a chain is complete
-            i, g = todo.pop(0)
-            done, means = means[: len(chains.calls)], means[len(chains.calls) :]
-            save_tensors(chains.means / f"{i:04d}_{g}.safetensors", {"means": torch.stack(done)})  # (J, V, c, h, w)
-
-
-# --- evaluation and the loop ---
-
-
-def sample_validation(model: MultiViewUNet, views: Tensor, cfg: Config) -> Tensor:
-    """Images (N, V, 3, S, S) of validation objects, drawn from their front view."""
-    ref, bf16 = views[:, 0].float() / 255, use_bf16(cfg.bf16, next(model.parameters()).device)
-    return sample_images(model, ref, cfg.seed, cfg.num_steps, cfg.batch_size, "sample validation objects", bf16)
-
-
-def grad_norm(gradients: list[Tensor]) -> float:
-    """The norm of all gradients as one vector."""
-    return torch.stack([g.norm() for g in gradients]).norm().item()
-
-
-def check(cfg: Config) -> None:
-    """What can be wrong with the options alone is said before any work."""
-    if cfg.feedback not in FEEDBACKS:
-        raise InputError(f"--feedback {cfg.feedback}: unknown, expected one of {', '.join(FEEDBACKS)}.")
-    if cfg.matcher not in ("sift", "loftr"):
-        raise InputError(f"--matcher {cfg.matcher}: unknown, expected sift or loftr.")
-    if cfg.feedback == "matching" and cfg.matcher == "loftr":
-        loftr_model(cfg.matcher_weights, torch.device("cpu"))  # are its weights there?
-    if not 0 <= cfg.first_call < cfg.num_steps - 1:
-        raise InputError(f"--first_call {cfg.first_call}: expected 0 to {cfg.num_steps - 2}, below --num_steps - 1.")
-    if min(cfg.steps, cfg.batch_objects, cfg.save_every, cfg.log_every, cfg.num_objects, cfg.eval_objects) < 1:
-        raise InputError("--steps, --batch_objects, --save_every, --log_every and object counts: expected 1 or more.")
-
-
-def main(cfg: Config) -> dict:
-    """All stages, those already there reused. Returns what results.json holds."""
-    check(cfg)
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    device, clock, seconds = get_device(cfg.device), time.time(), {}
-    out = Path(cfg.out) / (cfg.name or (f"d3po_{cfg.feedback}" if cfg.beta_dpo else "sft"))
-
-    def stage(name: str) -> None:  # print what the stage took
-        seconds[name] = round(time.time() - clock - sum(seconds.values()), 1)
-        print(f"[{name}: {seconds[name]:.0f} s]")
-
-    model = load(cfg.model)
-    # Small log-ratios want float32. SDXL needs a bfloat16 forward to fit, with what is frozen stored so.
-    half = bool(model.cfg.base) and use_bf16(cfg.bf16, device)
+def prepare(folder: str | Path, cfg: Config, device: Any) -> tuple[MultiViewUNet, list[Any]]:
+    """A model to fine-tune, and its trained parameters. Of SDXL what is frozen is stored in bfloat16."""
+    model = load(folder)
     torch.manual_seed(cfg.seed)  # of LoRA's start; all other noise has keys of its own
-    parameters = model.freeze(cfg.attention_only, cfg.lora, half)
+    parameters = model.freeze(cfg.attention_only, cfg.lora, model.cfg.is_sdxl and use_bf16(cfg.bf16, device))
     model.to(device)
     if cfg.checkpointing:
         model.unet.enable_gradient_checkpointing()
-    if cfg.compile:
-        model.unet.compile()
-    schedule, size = Schedule(model.cfg), model.cfg.image_size
-    raw = load_split(cfg.data, "preference", cfg.num_objects, size)
-    # Like in pre-training, one of the four sides is the reference, drawn once for each object.
-    sides = torch.randint(4, (len(raw),), generator=keyed_generator(cfg.seed, 5, 0, 0)).tolist()
-    views = torch.stack([relative_views(v, r) for v, r in zip(raw, sides, strict=True)])
-    val_views = load_split(cfg.data, "validation", cfg.eval_objects, size)
-    stage("data")
+    return model, parameters
 
-    if cfg.feedback == "contrastive" and cfg.beta_dpo and not cfg.scorer:
-        if model.cfg.base:
-            raise InputError(
-                "--feedback contrastive: expected --scorer. Train one: python train_scorer.py --backbone ..."
-            )
-        cfg = replace(cfg, scorer=str(Path(cfg.out) / f"scorer_{Path(cfg.negatives).name}"))
-        shared = settings(cfg, "negatives", "zero123", "data", "num_objects", "num_steps", "bf16", "device")
-        train_scorer(ScorerTraining(**shared, pretrained=cfg.model, image_size=size, out=cfg.scorer))
-    scorers = {"contrastive": Scorer.load(cfg.scorer)} if cfg.scorer else {}  # on the CPU until it is asked for
-    if any(not z.cfg.resize and z.cfg.image_size != size for z in scorers.values()):
-        raise InputError(
-            f"{cfg.scorer}: not a scorer for {size} pixels, which {cfg.model} makes. "
-            f"Train one: python train_scorer.py --image_size {size}"
-        )
-    stage("scorer")
 
-    # What this run is made of, files by their content. A finished run, or another's, is known before any work.
-    free = ("out", "name", "threads", "device", "save_every", "log_every", "eval_every", "batch_size")  # may change
-    run: dict[str, Any] = {k: v for k, v in asdict(cfg).items() if k not in free}
-    weights_pre = {"weights": digest(Path(cfg.model) / "model.safetensors")}
-    run |= weights_pre | {"objects": digest(raw), "scorer_weights": ""}
-    if cfg.scorer:
-        run["scorer_weights"] = digest(Path(cfg.scorer) / "model.safetensors")
-    if (out / "made_by.json").is_file():
-        claim(out, run)
-    if (out / "results.json").is_file():
-        print(f"{out}: finished before, reused")
-        return load_json(out / "results.json")
+def train(start: Path, pre: Path, candidates: Path | None, rewards: Tensor | None, objects: Tensor, cfg: Config) -> Path:
+    """Fine-tune the policy in `start` on L = L_MV-D3PO + lambda L_simple-MV + kl KL; returns the folder of the run."""
+    device = get_device(cfg.device)
+    bf16 = use_bf16(cfg.bf16, device)
+    own = ("loss", "beta_dpo", "kl", "min_gap", "batch_objects", "num_steps") if candidates else ("batch_objects",)
+    options = (*own, "lambda_simple", "steps", "lr", "attention_only", "lora", "seed", "checkpointing")
+    made_by = {name: getattr(cfg, name) for name in options} | {"start": digest(start), "objects": digest(objects)}
+    made_by |= {"bf16": bf16, "on": device.type, "code": [digest(f) for f in (run, d3po_loss, step_log_ratio)]}
+    if candidates and rewards is not None:
+        made_by |= {"pre": digest(pre), "rewards": digest(rewards), "feedback": cfg.feedback}
+        made_by |= {"candidates": digest(load_json(candidates / "made_by.json"))}
+    name = f"d3po_{cfg.feedback}" if candidates else "sft"
+    return cached(cfg.out, name, made_by, partial(run, start, pre, candidates, rewards, objects, cfg))
 
-    candidates = Path(cfg.out) / "candidates"
-    chains, ranked = Chains(candidates, cfg, schedule), []
-    if cfg.beta_dpo:
-        collect(model, views, cfg, candidates, device)
-        stage("candidates")
 
-        # What was preferred: in a folder for each setting that it depends on.
-        made_by = load_json(candidates / "made_by.json") | settings(cfg, "feedback", "num_objects")
-        if cfg.feedback == "contrastive":
-            made_by |= {"scorer": run["scorer_weights"]}
-        if cfg.feedback == "matching":
-            made_by |= settings(cfg, "matcher", "matcher_weights")
-        name = hashlib.sha256(json.dumps(made_by, sort_keys=True, default=str).encode()).hexdigest()[:8]
-        folder = Path(cfg.out) / f"pairs_{cfg.feedback}_{name}"
-        claim(folder, made_by)
-        if (folder / "pairs.json").is_file():
-            print(f"{folder}: preferences made before, reused")
+def run(
+    start: Path, pre: Path, candidates: Path | None, rewards: Tensor | None, objects: Tensor, cfg: Config, folder: Path
+) -> None:
+    """The loop. Without candidates what is left is L_simple-MV: the SFT baseline, with all else equal."""
+    device = get_device(cfg.device)
+    bf16 = use_bf16(cfg.bf16, device)
+    policy, parameters = prepare(start, cfg, device)
+    schedule = Schedule(policy.cfg)
+    if candidates and rewards is not None:
+        rollouts, wins = read_rollouts(candidates), preference_pairs(rewards, cfg.min_gap)
+        usable = wins.flatten(1).any(1).nonzero()[:, 0]  # references whose candidates do not all tie
+        pre_policy = policy if digest(pre) == digest(start) else prepare(pre, cfg, device)[0]
+        if cfg.loss == "d3po":
+            mean_pre = frozen_means(pre_policy, rollouts, cfg, bf16, device)
         else:
-            save_json(folder / "pairs.json", prefer(cfg, views, candidates, device))
-        ranked = load_json(folder / "pairs.json")
-        best = [cfg.noise_scales[e["order"][0]] for e in ranked]
-        worst = [cfg.noise_scales[e["order"][-1]] for e in ranked]
-        shares = {a: f"{best.count(a)}/{worst.count(a)}" for a in sorted(set(cfg.noise_scales))}
-        print(f"{len(ranked)} of {len(views)} objects have a preference; noise scale: times best/worst: {shares}")
-        nearer = [e["psnr"][win] > e["psnr"][lose] for e in ranked for win, lose in pairs_of(e, cfg.pairs)]
-        share = sum(nearer) / len(nearer)
-        print(f"{len(nearer)} pairs; in {share:.0%} of them the winner is nearer to the truth (PSNR of unseen views)")
-        stage("feedback")
+            pre_policy = copy.deepcopy(pre_policy).requires_grad_(False)
+    optimizer = torch.optim.AdamW(parameters, cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type == "cuda")
 
-        rows, _, _ = lay_out([(entry, 0) for entry in ranked], cfg.pairs)
-        store_means(model, schedule, chains, {(i, candidate) for i, candidate, _ in rows}, device, half)
-        stage("means")
-
-    folder = Path(cfg.out) / "before"
-    made_by = settings(cfg, "model", "data", "eval_objects", "num_steps", "seed", "bf16")
-    claim(folder, made_by | weights_pre | {"objects": digest(val_views)})
-    if not (folder / "images.safetensors").is_file():
-        save_tensors(folder / "images.safetensors", {"images": sample_validation(model, val_views, cfg)})
-    before_images = load_tensors(folder / "images.safetensors")["images"]
-    truth = val_views.float() / 255
-    stage("sample before")
-
-    def measure(images: Tensor) -> dict[str, Tensor]:  # the scorer is on the GPU no longer than that
-        for scorer in scorers.values():
-            scorer.to(device)
-        scores = score_images(images, truth, truth[:, 0], scorers)
-        for scorer in scorers.values():
-            scorer.to("cpu")
-        return scores
-
-    optimizer = torch.optim.AdamW(
-        parameters, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type == "cuda"
-    )
-    weights = step_weights(schedule, chains.calls, cfg.step_weight).to(device)
-    J, start = len(chains.calls), 0
-    claim(out, run)
-    if (out / "state.pt").is_file():
-        state = load_state(out / "state.pt")
-        model.load_state_dict(state["model"], strict=False)
+    state = load_state(folder / "state.pt")
+    if state:
+        policy.load_state_dict(state["model"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-        print(f"{out}: going on at step {start}")
-    trim_log(out / "log.jsonl", start)
-    dims = model.cfg.latent_channels * model.cfg.latent_size**2 * views.shape[1]
-    print(
-        f"beta {cfg.beta_dpo:g} on the summed log-ratio is beta {cfg.beta_dpo * dims:.3g} on its mean over {dims} dims"
-    )
+        print(f"{folder}: goes on at step {state['step']}")
+    log = Log(folder / "log.jsonl", state.get("step", 0), every=10, sums=state.get("log"))
 
-    sums: dict[str, list[float]] = {}
-    bar = tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, desc="train_d3po", disable=None)
-    for step in bar:
-        # save
-        if (step % cfg.save_every == 0 or step == cfg.steps) and step > start:
-            state = {"model": model.trained_state(), "optimizer": optimizer.state_dict(), "step": step}
-            write_atomic(out / "state.pt", lambda p, state=state: torch.save(state, p))
-        if step == cfg.steps:
-            break
+    def save(done: int) -> None:
+        parts = {"model": policy.trained_state(), "optimizer": optimizer.state_dict(), "log": log.sums}
+        save_state(folder / "state.pt", parts, step=done)
 
-        # Eq. 2. Without beta it has no gradient, and what is left is SFT
-        optimizer.zero_grad()  # frees the old gradients before a forward
-        metrics = {"grad_d3po": 0.0}
-        if cfg.beta_dpo:
-            # batch: objects, each at one random step of its chains; a function of (seed, step) alone
+    for step in training_steps(state.get("step", 0), cfg.steps, "train_d3po", save):
+        metrics = {}
+        if candidates:
+            # batch: references, each at one of its trained calls; a function of (seed, step) alone
             g = keyed_generator(cfg.seed, 6, step)
-            chosen = torch.randint(len(ranked), (cfg.batch_objects,), generator=g).tolist()
-            js = torch.randint(J, (cfg.batch_objects,), generator=g).tolist()
-            rows, winners, losers = lay_out([(ranked[n], j) for n, j in zip(chosen, js, strict=True)], cfg.pairs)
-            batch = chains.batch(rows, device)
+            chosen = usable[torch.randint(len(usable), (cfg.batch_objects,), generator=g)]
+            js = torch.randint(rollouts.call.shape[1], (cfg.batch_objects,), generator=g)
+            batch = make_batch(rollouts, chosen, js, schedule, cfg.num_steps, device)
 
-            # forward: all rows in one call, then one loss for each pair
-            mean_theta, var = policy_mean(model, schedule, batch, half)
-            ratio = log_ratio(batch["action"], mean_theta, chains.mean_pre(rows, device), var)  # (rows,)
-            ratio = ratio * weights[[j for _, _, j in rows]]
-            ratio_w, ratio_l = ratio[winners], ratio[losers]
-            if step == 0 and ratio.abs().max() * cfg.beta_dpo > 1e-3:
-                raise InputError(
-                    f"before the first update beta * log-ratio is {cfg.beta_dpo * ratio.abs().max():.2g}, expected "
-                    f"below 1e-3: the stored means are not this policy's (another device? another torch?). "
-                    f"Delete {chains.means} and start again."
-                )
-            loss_d3po, metrics = d3po_loss(ratio_w, ratio_l, cfg.beta_dpo)
-            # each loss goes backward at once: its activations are gone before the next, and gradients are seen apart
-            loss_d3po.backward()
-            metrics["grad_d3po"] = grad_norm([p.grad for p in parameters if p.grad is not None])
-            for (_, _, j), value in zip(rows, ratio.tolist(), strict=True):
-                sums.setdefault(f"abs_log_ratio_call_{cfg.first_call + j}", []).append(abs(value))
+            # forward: Eq. (2), one log-ratio for each candidate, one term for each pair
+            if cfg.loss == "d3po":
+                ratio, kl = step_log_ratio(policy, schedule, batch, mean_pre[chosen, js].to(device), bf16)
+            else:
+                ratio, kl = forward_log_ratio(policy, pre_policy, schedule, batch, cfg.seed, step, bf16)
+            if step == 0 and cfg.anchor == "pre" and start == pre and ratio.abs().max() * cfg.beta_dpo > 1e-3:
+                raise InputError(f"before the first update the log-ratio is {ratio.abs().max():.2g}, expected 0.")
+            b, w, l = wins[chosen].nonzero(as_tuple=True)  # noqa: E741
+            loss_d3po, metrics = d3po_loss(ratio[b, w], ratio[b, l], cfg.beta_dpo)
+            # backward: L = L_MV-D3PO + kl KL + lambda L_simple-MV. Gradients add up in p.grad, so each loss goes backward
+            # at once, and its activations are gone before the next.
+            (loss_d3po + cfg.kl * kl.mean()).backward()
+            norms = [p.grad.norm() for p in parameters if p.grad is not None]
+            metrics |= {"kl": kl.mean().item(), "grad_d3po": torch.stack(norms).norm().item()}
+        real = training_batch(policy, schedule, [objects], cfg.batch_objects, cfg.seed, step, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss_simple = simple_loss(policy, schedule, *real).mean()
+        (cfg.lambda_simple * loss_simple).backward()
 
-        # L_simple-MV on the truth
-        real = training_batch(model, schedule, raw, cfg.batch_objects, cfg.seed, step, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            loss_simple = simple_loss(model, schedule, *real).mean()
-        from_simple = torch.autograd.grad(cfg.lambda_simple * loss_simple, parameters)
+        # step, log
+        norm = optimizer_step([optimizer], parameters, 1 - step / cfg.steps, step)
+        log.add(step, **metrics, loss_simple=loss_simple.item(), grad_norm=norm)
+    policy.save(folder)
+    (folder / "state.pt").unlink(missing_ok=True)
 
-        metrics |= {"loss_simple": loss_simple.item(), "grad_simple": grad_norm(list(from_simple))}
 
-        # step
-        for p, g in zip(parameters, from_simple, strict=True):
-            p.grad = g if p.grad is None else p.grad.add_(g)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        if not torch.isfinite(norm):
-            raise InputError(
-                f"step {step}: the gradient is {norm.item()}, expected a finite one. Lower --lr or --beta_dpo."
-            )
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * (1 - step / cfg.steps)
-        optimizer.step()
+# --- 4. the report ---
 
-        # log
-        for name, value in metrics.items():
-            sums.setdefault(name, []).append(value)
-        if (step + 1) % cfg.log_every == 0:
-            means = {k: sum(v) / len(v) for k, v in sorted(sums.items())}
-            sums = {}
-            log_line(out / "log.jsonl", step=step + 1, **means)
-            bar.set_postfix({k: f"{means[k]:.3f}" for k in ("loss_d3po", "accuracy", "loss_simple") if k in means})
-        if cfg.eval_every and (step + 1) % cfg.eval_every == 0:
-            scores = measure(sample_validation(model, val_views, cfg))
-            log_line(out / "log.jsonl", step=step + 1, **{f"val_{k}": v.mean().item() for k, v in scores.items()})
-    model.save(out)
-    stage("train")
 
-    after_images = sample_validation(model, val_views, cfg)
-    before, after = measure(before_images), measure(after_images)
-    grid(
-        out / "grid.png",
-        {"truth": truth[:8], "before": before_images[:8], "after": after_images[:8]},
-        truth[:8, 0],
-    )
-    stage("sample after and evaluate")
+def draw_validation(model: Path, views: Tensor, cfg: Config) -> Tensor:
+    """Images (N, V, 3, S, S) of validation objects (N, V, 3, S, S) uint8, drawn from their front view."""
+    device = get_device(cfg.device)
+    bf16 = use_bf16(cfg.bf16, device)
+    made_by = {"model": digest(model), "objects": digest(views[:, 0]), "num_steps": cfg.num_steps, "seed": cfg.seed}
 
-    table = {}
-    print(f"\n{'metric':<14}{'before':>9}{'after':>9}   difference, 95 % interval over {len(truth)} validation objects")
-    for name in before:
-        difference = after[name] - before[name]
-        low, high = bootstrap_interval(difference)
-        values = {"before": before[name].mean(), "after": after[name].mean(), "difference": difference.mean()}
-        table[name] = {k: float(v) for k, v in values.items()} | {"low": low, "high": high}
-        mark = " (the feedback itself)" if name == cfg.feedback and cfg.beta_dpo else ""
-        print(
-            f"{name:<14}{table[name]['before']:>9.4f}{table[name]['after']:>9.4f}   "
-            f"{table[name]['difference']:+.4f} [{low:+.4f}, {high:+.4f}]{mark}"
-        )
-    result = {**provenance(cfg), "table": table, "seconds": seconds}
-    save_json(out / "results.json", result)
-    (out / "state.pt").unlink(missing_ok=True)
-    print(f"total {sum(seconds.values()):.0f} s; {out}/grid.png shows the first eight objects")
+    def make(folder: Path) -> None:
+        policy = load(model, device, half=bf16)
+        ref = views[:, 0].float() / 255
+        images = sample_images(policy, ref, cfg.seed, cfg.num_steps, cfg.batch_size, "validation objects", bf16)
+        save_tensors(folder / "images.safetensors", {"images": (images * 255).round().to(torch.uint8)})
+
+    folder = cached(cfg.out, "validation", made_by | {"bf16": bf16, "on": device.type}, make)
+    return load_tensors(folder / "images.safetensors")["images"].float() / 255
+
+
+def report(pre: Path, policy: Path, cfg: Config, clock: float) -> dict:
+    """Before against after on validation objects, with equal noise: table, results.json, grid.png in the run's folder."""
+    views = load_split(cfg.data, "validation", cfg.eval_objects, load(pre).cfg.image_size)
+    truth, before, after = views.float() / 255, draw_validation(pre, views, cfg), draw_validation(policy, views, cfg)
+    scorers = {"contrastive": Scorer.load(cfg.scorer)} if cfg.scorer else {}
+    table = before_after(before, after, truth, scorers)
+    print_table(table, cfg.feedback)
+    # the objects that changed most, so that a reader sees what changed
+    most = (after - before).abs().flatten(1).mean(1).argsort(descending=True)[:8]
+    columns = {"ground truth": truth, "before": before, "after": after}
+    grid(policy / "grid.png", {k: v[most] for k, v in columns.items()}, truth[most, 0])
+    result = {**provenance(cfg), "table": table, "folder": str(policy), "seconds": round(time.time() - clock, 1)}
+    save_json(policy / "results.json", result)
+    print(f"total {result['seconds']:.0f} s; {policy}/grid.png shows the eight objects that changed most")
     return result
+
+
+def find_scorer(cfg: Config) -> str:
+    """The scorer of --feedback contrastive: given, or trained now (stage 2)."""
+    if cfg.scorer or cfg.feedback != "contrastive":
+        return cfg.scorer
+    model = load(cfg.model).cfg
+    if model.is_sdxl:
+        raise InputError("--feedback contrastive: expected --scorer. Train one: python train_scorer.py --backbone ...")
+    shared = {k: getattr(cfg, k) for k in ("negatives", "data", "num_references", "num_steps", "bf16", "device", "seed")}
+    out = str(Path(cfg.out) / "scorer")
+    return train_scorer.main(train_scorer.Config(**shared, image_size=model.image_size, out=out))["folder"]
+
+
+def check(cfg: Config) -> None:
+    """Refuse impossible options before any computation."""
+    if cfg.feedback not in (*FEEDBACKS, "none"):
+        raise InputError(f"--feedback {cfg.feedback}: unknown, expected one of {', '.join(FEEDBACKS)}, none.")
+    if cfg.feedback == "least_noise" and cfg.candidates != "noised":
+        raise InputError("--feedback least_noise: expected --candidates noised.")
+    if cfg.feedback == "matching" and cfg.matcher != "sift":
+        loftr_model("" if cfg.matcher == "loftr" else cfg.matcher, torch.device("cpu"))  # are its weights there?
+    first, last = cfg.trained_calls
+    if not 0 <= first <= last < cfg.num_steps - 1:  # the last call of a chain has no density
+        raise InputError(f"--trained_calls {first} {last}: expected 0 <= first <= last <= {cfg.num_steps - 2}.")
+    check_at_least(cfg, 1, "steps", "batch_objects", "batch_size", "num_references", "eval_objects", "rounds")
+    check_at_least(cfg, 2, "num_candidates")
+    check_at_least(cfg, 0, "beta_dpo", "kl", "lambda_simple", "min_gap", "lr", "lora")
+
+
+def main(cfg: Config) -> dict:
+    """Collect, prefer, fine-tune, report. A stage that was made before by the same inputs is read, not done again."""
+    check(cfg)
+    clock = time.time()
+    pre = policy = located(cfg.model)
+    size = load(pre).cfg.image_size
+    references = load_references(cfg.data, cfg.num_references, size, cfg.seed)  # (N, V, 3, S, S) uint8
+    objects = load_split(cfg.data, "preference", cfg.num_references, size)  # their ground truth, for L_simple-MV
+    cfg = replace(cfg, scorer=find_scorer(cfg))
+    for round in range(cfg.rounds):
+        if cfg.feedback == "none":
+            policy = train(policy, pre, None, None, objects, cfg)
+            continue
+        candidates = collect(policy, references, cfg, round)
+        rewards = prefer(candidates, references, cfg)
+        policy = train(policy, pre if cfg.anchor == "pre" else policy, candidates, rewards, objects, cfg)
+    return report(pre, policy, cfg, clock)
 
 
 if __name__ == "__main__":
