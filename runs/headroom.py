@@ -1,0 +1,98 @@
+"""Before any training: what is there to gain? The best of G candidates by each feedback, in every metric.
+
+No loss can teach what the candidates do not show. For each design of candidates (train_d3po.draw_candidates) and each
+feedback this prints, on validation objects, the mean over objects of [metric of the candidate that the feedback rates
+best] - [mean of the metric over the G candidates], and how far the reward spreads among the candidates, by design.
+
+Run:
+    python -m runs.headroom --scorer out/scorer --out results/headroom
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import train_d3po as D
+from common import cli, get_device, key_seed, located, provenance, save_json, use_bf16, write_atomic
+from data import load_split
+from evaluate import measure
+from metrics import bootstrap_interval
+from model import load
+from scorer import Scorer
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which candidates, on what."""
+
+    model: str = "checkpoints/objects"  # whose candidates
+    data: str = "furniture"  # furniture, toys, or a folder of renders
+    scorer: str = "out/scorer"  # a folder that train_scorer.py wrote
+    feedbacks: tuple[str, ...] = ("contrastive", "geometry", "hull", "oracle", "random")  # names in train_d3po.FEEDBACKS
+    n: int = 32  # validation objects
+    num_candidates: int = 8  # G
+    num_steps: int = 10  # network calls K
+    branch_calls: tuple[int, ...] = (0, 1, 2, 3, 4, 6, 8)  # k of the design "branch"
+    seed: int = 1
+    bf16: str = "auto"  # auto, on or off
+    out: str = "out/headroom"  # writes .md and .json
+    device: str = "auto"  # auto, cpu or cuda
+
+
+METRICS = ("psnr_unseen", "ssim_unseen", "hull", "geometry", "contradiction", "contrastive")
+
+
+def main(cfg: Config) -> dict:
+    """Draw, rate, print and write the table."""
+    device = get_device(cfg.device)
+    bf16 = use_bf16(cfg.bf16, device)
+    model = load(located(cfg.model), device)
+    truth = load_split(cfg.data, "validation", cfg.n, model.cfg.image_size).float() / 255
+    scorers = {"contrastive": Scorer.load(cfg.scorer, device)}
+    base = D.Config(scorer=cfg.scorer, num_candidates=cfg.num_candidates, num_steps=cfg.num_steps, seed=cfg.seed)
+    designs = {"noised references (App. B)": ("noised", 0), "independent samples": ("independent", 0)}
+    designs |= {f"branch at call {k}": ("branch", k) for k in cfg.branch_calls}
+
+    rows, spreads = [], []
+    for label, (candidates, call) in designs.items():
+        options = replace(base, candidates=candidates, trained_calls=(call, call))
+        images = []
+        for part in tqdm(torch.arange(cfg.n).split(2), desc=label, disable=None):
+            seeds = [key_seed(cfg.seed, 8, int(i)) for i in part]
+            images.append(D.draw_candidates(model, truth[part, 0].to(device), seeds, call, options, bf16)[1].cpu())
+        images = torch.cat(images)  # (N, G, V, 3, S, S)
+        N, G = images.shape[:2]
+        flat = truth.repeat_interleave(G, 0)
+        values = {
+            k: v.view(N, G) for k, v in measure(images.flatten(0, 1), flat, flat[:, 0], scorers).items() if k in METRICS
+        }
+        spread = {}
+        for name in cfg.feedbacks:
+            rewards = torch.stack([D.FEEDBACKS[name](y[0], x, y, options).cpu().double() for x, y in zip(images, truth)])
+            spread[name] = rewards.std(1).mean().item()
+            best = rewards.argmax(1, keepdim=True)
+            gains = {k: v.gather(1, best)[:, 0] - v.mean(1) for k, v in values.items()}
+            summary = {k: {"mean": g.mean().item(), "interval": bootstrap_interval(g)} for k, g in gains.items()}
+            rows.append({"candidates": label, "feedback": name, **summary})
+        spreads.append({"candidates": label, **spread})
+
+    text = [f"Best of {cfg.num_candidates} by a feedback minus the mean of {cfg.num_candidates}; {cfg.n} validation objects."]
+    text += ["", "| candidates | best by | " + " | ".join(METRICS) + " |", "|---" * (2 + len(METRICS)) + "|"]
+    for row in rows:
+        cells = [f"{row[k]['mean']:+.3f} [{row[k]['interval'][0]:+.3f}, {row[k]['interval'][1]:+.3f}]" for k in METRICS]
+        text.append(f"| {row['candidates']} | {row['feedback']} | " + " | ".join(cells) + " |")
+    text += ["", "Standard deviation of the reward among the candidates of a reference, mean over references:", ""]
+    text += ["| candidates | " + " | ".join(cfg.feedbacks) + " |", "|---" * (1 + len(cfg.feedbacks)) + "|"]
+    text += [f"| {s['candidates']} | " + " | ".join(f"{s[k]:.3f}" for k in cfg.feedbacks) + " |" for s in spreads]
+    print("\n".join(text))
+    out = Path(cfg.out)
+    write_atomic(out.with_suffix(".md"), lambda p: p.write_text("\n".join(text) + "\n"))
+    result = {**provenance(cfg), "rows": rows, "spread": spreads}
+    save_json(out.with_suffix(".json"), result)
+    return result
+
+
+if __name__ == "__main__":
+    cli(main, Config, __doc__)
