@@ -186,7 +186,8 @@ def train(a, b, u) -> list[dict]:
     ]
     for x in (-1, 1):
         parts += [
-            tube((0.44 * x, -0.5, z), (wheel, 0.08, wheel), PALETTE["grey"], turn=("z", 90)) for z in (-0.48, 0, 0.48)
+            tube((0.44 * x, -0.5, z), (wheel, 0.08, wheel), PALETTE["grey"], turn=("z", 90))
+            for z in (-0.48, 0, 0.48)
         ]
     return parts
 
@@ -220,7 +221,9 @@ def chair(a, b, u) -> list[dict]:
         box((0, back + 0.1, -d), (w, back, 0.07), a),
         box((0, back + 0.18, -d + 0.06), (w * 0.7, back * 0.6, 0.06), b),
     ]
-    return parts + [box((x * (w - 0.08), -leg, z * (d - 0.08)), (0.08, leg, 0.08), a) for x in (-1, 1) for z in (-1, 1)]
+    return parts + [
+        box((x * (w - 0.08), -leg, z * (d - 0.08)), (0.08, leg, 0.08), a) for x in (-1, 1) for z in (-1, 1)
+    ]
 
 
 def lamp(a, b, u) -> list[dict]:
@@ -305,7 +308,20 @@ def boat(a, b, u) -> list[dict]:
 
 # FORK: a new kind is one function like those above, listed here. The kind of a toy is its seed modulo their number, so
 # the list decides all toys: after a change remove cached views (out/data) and train the model anew.
-KINDS: tuple[Callable[..., list[dict]], ...] = (bear, duck, dog, car, train, house, chair, lamp, tree, robot, mug, boat)
+KINDS: tuple[Callable[..., list[dict]], ...] = (
+    bear,
+    duck,
+    dog,
+    car,
+    train,
+    house,
+    chair,
+    lamp,
+    tree,
+    robot,
+    mug,
+    boat,
+)
 
 
 def toy_kind(seed: int) -> str:
@@ -325,7 +341,10 @@ def make_toy(seed: int) -> list[dict]:
     packed = pack(parts)
     low = (packed["center"] - reach(packed)).amin(0)
     high = (packed["center"] + reach(packed)).amax(0)
-    middle, scale = ((low + high) / 2).tolist(), 1.76 / float((high - low).max())  # of 2: a white margin remains
+    middle, scale = (
+        ((low + high) / 2).tolist(),
+        1.76 / float((high - low).max()),
+    )  # of 2: a white margin remains
     for part in parts:
         part["center"] = tuple((c - m) * scale for c, m in zip(part["center"], middle, strict=True))
         part["half"] = tuple(h * scale for h in part["half"])
