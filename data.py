@@ -80,15 +80,15 @@ def relative_views(views: Tensor, r: int) -> Tensor:  # (..., V, C, H, W), 0..3 
     relative = views.clone()
     relative[..., :NUM_SIDES, :, :, :] = views[..., :NUM_SIDES, :, :, :].roll(-r, dims=-4)
     for v in range(NUM_SIDES, len(VIEWS)):
-        # A quarter turn to the right around the object turns its picture from above clockwise. The one from below
-        # turns the other way: its camera looks up, +Y points away from it.
+        # Walking a quarter turn to the right around the object turns its picture from above clockwise, and
+        # the one from below the other way: +Y points away from that camera.
         sense = int(CAMERAS[v, 2, 1])
         relative[..., v, :, :, :] = torch.rot90(views[..., v, :, :, :], -r * sense, dims=(-2, -1))
     return relative
 
 
-# A world mirrored at x = 0, seen in a view that is mirrored back, is the true world seen by another camera. (A set
-# of cameras without that other one fails here: then no world can be mirrored.)
+# A world mirrored at x = 0, seen in a view that is mirrored back, is the true world seen by another camera.
+# (Cameras without that other one fail here: they cannot tell what a mirrored object looks like.)
 MIRROR = torch.diag(torch.tensor([-1.0, 1, 1]))
 MIRRORED_ORDER = [int((CAMERAS == MIRROR @ c @ MIRROR).all(-1).all(-1).nonzero()) for c in CAMERAS]
 
@@ -107,7 +107,7 @@ def augment(views: Tensor, generator: torch.Generator) -> Tensor:  # (V, 3, S, S
     if coin < 0.5:
         image = image[MIRRORED_ORDER].flip(-1)
     image = image[:, order] ** gamma.view(3, 1, 1)
-    # A view's columns run along one world axis, its rows along another. Each pixel looks up where it came from.
+    # A view's columns run along one world axis, its rows along another; a pixel looks up where it came from.
     scale = CAMERAS[:, :2].abs() @ shrink  # (V, 2) of image right, image up
     theta = torch.zeros(len(views), 2, 3)
     theta[:, 0, 0], theta[:, 1, 1] = 1 / scale[:, 0], 1 / scale[:, 1]
@@ -130,7 +130,8 @@ def write_strip(path: Path, folder: str | Path) -> list[str]:
     every, views = load_views(folder, FURNITURE_SIZE)
     last = [name.split("__")[-1] for name in every]
     names, rows, dropped = last if len(set(last)) == len(last) else every, {}, []
-    for name, object_views in zip(names, views, strict=True):
+    for i, name in enumerate(names):
+        object_views = views[i]
         covered = (object_views.amin(1) < 0.9 * 255).flatten(1).sum(1).tolist()
         if min(covered) < LEAST_PIXELS:
             dropped.append(f"{name}: covers {min(covered)} pixels of {VIEWS[covered.index(min(covered))]}")
@@ -291,10 +292,11 @@ def render_toys(cfg: Config) -> None:
 
 def check_strangers(out: Path, names: list[str]) -> None:
     """A folder holds what its command makes and nothing else: else old objects would pass for new ones."""
-    strange = sorted(
-        p for p in out.iterdir() if p.is_dir() and not p.name.startswith(".") and p.name not in names
-    )
-    strange += [out / n for n in names if (out / n).exists() and not (out / n / "made_by.json").is_file()]
+    expected, strange = set(names), []
+    for p in sorted(p for p in out.iterdir() if not p.name.startswith(".")):
+        ours = p.name in expected and not p.is_symlink() and (p / "made_by.json").is_file()
+        if not ours and (p.name in expected or p.is_dir()):
+            strange.append(p)
     if strange:
         raise InputError(
             f"{out}: {len(strange)} folders in it are not this command's (first: {strange[0].name}), "

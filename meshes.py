@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +69,13 @@ def read_surface(mesh: Any, gltf: bool) -> tuple[Tensor, Image.Image | None, Ten
 
 
 def find_beside(path: Path, name: str) -> Path | None:
-    """The texture or material that a mesh names, beside it or below. Of a foreign path the last part counts."""
+    """The texture or material that a mesh names, beside it or below; of a foreign path, its last part."""
     folder = path.parent.resolve()
     for candidate in (name.strip(), name.strip().lstrip("/"), Path(name).name):
-        found = (folder / candidate).resolve()
-        if found.is_relative_to(folder) and found.is_file():
-            return found
+        with suppress(OSError, ValueError):  # too long, or not a path at all
+            found = (folder / candidate).resolve()
+            if found.is_relative_to(folder) and found.is_file():
+                return found
     return None
 
 
@@ -267,10 +269,8 @@ def find_meshes(root: Path) -> dict[str, Path]:
     A name that two files share (also where A and a are one), or that is too long for a file, gets a digest of
     the path. A leading dot would hide the object or lead out of the folder.
     """
-    paths = sorted(
-        p for p in root.rglob("*") if p.suffix.lower() in (".glb", ".gltf", ".obj") and not p.is_dir()
-    )
-    paths = [p.relative_to(root) for p in paths]
+    found = (p for p in root.rglob("*") if p.suffix.lower() in (".glb", ".gltf", ".obj") and not p.is_dir())
+    paths = sorted(p.relative_to(root) for p in found)
     names = ["__".join([*p.parts[:-1], p.name[: -len(p.suffix)]]) for p in paths]
     names = [re.sub(r"^\.+|\s", "_", name) for name in names]
     count = Counter(name.lower() for name in names)
@@ -295,7 +295,7 @@ def update_mesh(folder: Path, path: Path, size: int, up: str, antialias: int) ->
         asked = list(load_json(folder / "made_by.json")["beside"])
         if kept(folder, mesh_made_by(path, asked, settings)):
             return
-    except (InputError, TypeError, KeyError):  # not there, or not readable: made again
+    except (InputError, OSError, TypeError, KeyError):  # not there, or not readable: made again
         pass
     try:
         mesh, asked = load_mesh(path, up, size * antialias)

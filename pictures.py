@@ -1,7 +1,6 @@
 """Folders of pictures, DIR/<object>/{front,right,back,left,top}.png: the format that all files here share.
 
-A folder is checked at once and read later. It is written whole or not at all, with a note of what it was made
-by.
+A folder is checked at once and read later. It is written whole, with a note of what it was made by.
 """
 
 import fcntl
@@ -66,7 +65,7 @@ def write_png(path: str | Path, image: Tensor) -> None:
 def write_views(folder: str | Path, views: Tensor, made_by: dict | None = None) -> None:
     """(V, 3, S, S) to folder/{front,right,back,left,top}.png. A new folder appears whole or not at all.
 
-    made_by: what the pictures depend on, written last, with the digest of each, for `kept`.
+    made_by: what the pictures depend on. It is written last, with the digest of each picture, for `kept`.
     """
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
@@ -76,14 +75,13 @@ def write_views(folder: str | Path, views: Tensor, made_by: dict | None = None) 
     try:
         for name, view in zip(VIEWS, views, strict=True):
             write_png(partial / f"{name}.png", view)
-        (folder / "made_by.json").unlink(missing_ok=True)  # it does not vouch for what comes now
+        if made_by is not None:
+            save_json(partial / "made_by.json", {**made_by, "files": picture_digests(partial)})
         if folder.exists():
-            for name in VIEWS:
-                (partial / f"{name}.png").replace(folder / f"{name}.png")
+            for path in sorted(partial.iterdir(), key=lambda p: p.suffix, reverse=True):
+                path.replace(folder / path.name)
         else:
             partial.rename(folder)
-        if made_by is not None:
-            save_json(folder / "made_by.json", {**made_by, "files": picture_digests(folder)})
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -19,9 +19,7 @@ from toys import make_toy, pack, reach
 # --- cameras ---
 
 VIEWS = ("front", "right", "back", "left", "top")
-NUM_SIDES = (
-    4  # the first ones: a walk around the object, what is on the right of one is in the middle of the next
-)
+NUM_SIDES = 4  # the first ones, a walk around the object: the right of one is the middle of the next
 
 # Row 0: image right, row 1: image up, row 2: towards the camera; each as (x, y, z) of the world.
 CAMERAS = torch.tensor(
@@ -103,8 +101,8 @@ def render_primitives(
     owner = torch.repeat_interleave(torch.arange(B), torch.tensor([len(o["half"]) for o in objects]))
     n = len(owner)
 
-    # Each primitive is the unit shape in its own frame, p = turn^T (o - center) / half. The ray's direction is
-    # mapped too but not made unit length: t stays a distance in the world and can be compared.
+    # Each primitive is the unit shape in its own frame, p = turn^T (o - center) / half. The ray's direction
+    # is mapped too but not made unit length: t stays a distance in the world and can be compared.
     to_unit = prim["turn"].mT / prim["half"][:, :, None]  # (n, 3, 3)
     right, up, toward = (torch.einsum("nij,Vj->nVi", to_unit, CAMERAS[:, i]) for i in range(3))
     start = 2 * toward - torch.einsum("nij,nj->ni", to_unit, prim["center"])[:, None]  # rays start at depth 2

@@ -1,7 +1,7 @@
 """What the toys are: twelve kinds of objects a child would recognise, made of balls, boxes and tubes.
 
-In: a seed. Out: a list of primitives, dicts with center, half, quadric, color and perhaps turn, color2 and bands, which
-`pack` makes into tensors. What they look like from five sides is drawn by data.py, whose axes hold: Y up, front +Z.
+In: a seed. Out: a list of primitives, dicts with center, half, quadric, color and perhaps turn, color2 and
+bands, which `pack` makes into tensors. render.py draws them; its axes hold: Y up, front +Z.
 
 To add a kind write one function and list it in KINDS; python data.py --sheet toys.png shows it.
 """
@@ -18,8 +18,8 @@ from common import keyed_generator
 
 # A primitive is a body inside the unit cube, stretched by `half`, turned, and moved to `center`. All shapes are
 #   { |x|, |y|, |z| <= 1 }  and  { x^2 + z^2 + e y^2 <= (m + k y)^2 }        quadric = (e, m, k)
-# so that one formula draws them all. Of `more`: turn = (axis, degrees), color2 and bands = odd numbers of stripes
-# along x, y, z (stripes are centred: an odd number is symmetric).
+# so that one formula draws them all. Of `more`: turn = (axis, degrees), color2 and bands = odd numbers of
+# stripes along x, y, z (stripes are centred: an odd number is symmetric).
 
 
 def ball(center, half, color, **more) -> dict:
@@ -67,8 +67,8 @@ def reach(packed: dict[str, Tensor]) -> Tensor:  # (n, 3)
 
 # --- kinds ---
 
-# Far from white (a mask is "smallest channel < 0.9") and from each other. Unseen sides must be predictable from one
-# view, so an object has two of these colours, the same all around.
+# Far from white (a mask is "smallest channel < 0.9") and from each other. Unseen sides must be predictable
+# from one view, so an object has two of these colours, the same all around.
 PALETTE = {
     "red": (0.85, 0.15, 0.15),
     "orange": (0.95, 0.50, 0.10),
@@ -83,9 +83,9 @@ PALETTE = {
 }
 DARK, GLASS, GOLD, FLAME = (0.12, 0.12, 0.16), (0.45, 0.75, 0.90), PALETTE["yellow"], PALETTE["orange"]
 
-# Each kind is a fixed layout at any scale (make_toy fits it to the frame); a and b are its colours, u(low, high) draws
-# a proportion, at most 8 of them. `for x in (-1, 1)` is the mirror symmetry of real things; eyes, doors and handles are
-# on one side only, so that front and back differ.
+# Each kind is a fixed layout at any scale (make_toy fits it to the frame); a and b are its colours, u(low,
+# high) draws a proportion, at most 8 of them. `for x in (-1, 1)` is the mirror symmetry of real things; eyes,
+# doors and handles are on one side only, so that front and back differ.
 
 
 def bear(a, b, u) -> list[dict]:
@@ -306,8 +306,8 @@ def boat(a, b, u) -> list[dict]:
     ]
 
 
-# FORK: a new kind is one function like those above, listed here. The kind of a toy is its seed modulo their number, so
-# the list decides all toys: after a change remove cached views (out/data) and train the model anew.
+# FORK: a new kind is one function like those above, listed here. The kind of a toy is its seed modulo their
+# number, so the list decides all toys: after a change train the model anew.
 KINDS: tuple[Callable[..., list[dict]], ...] = (
     bear,
     duck,
