@@ -16,7 +16,7 @@ from common import keyed_generator
 
 # --- primitives ---
 
-# A primitive is a body inside the unit cube, stretched by `half`, turned, and moved to `center`. All shapes are
+# A primitive is a body inside the unit cube, stretched by `half`, turned, moved to `center`. All shapes are
 #   { |x|, |y|, |z| <= 1 }  and  { x^2 + z^2 + e y^2 <= (m + k y)^2 }        quadric = (e, m, k)
 # so that one formula draws them all. Of `more`: turn = (axis, degrees), color2 and bands = odd numbers of
 # stripes along x, y, z (stripes are centred: an odd number is symmetric).
