@@ -38,7 +38,7 @@ from common import (
     save_tensors,
     write_atomic,
 )
-from meshes import find_meshes, render_mesh, update_mesh  # noqa: F401
+from meshes import find_meshes, render_mesh, update_mesh  # noqa: F401  (others import it from here)
 from pictures import (  # noqa: F401
     Views,
     fingerprint,
@@ -67,9 +67,7 @@ class Config:
     up: Literal["y", "z"] = "y"  # up axis of the meshes; the front is +Z for y, -Y for z
     antialias: int = 2  # average this many sub-pixels squared
     sheet: str = ""  # write a contact sheet to this PNG: of --out, or without --out two toys of each kind
-    strip: str = (
-        ""  # pack --out into this PNG, an object a row of 64 pixels, with its names in a .txt beside it
-    )
+    strip: str = ""  # pack --out into this PNG, an object a row, their names in a .txt beside it (furniture/)
 
 
 # --- many views of one object ---
@@ -164,6 +162,7 @@ def load_furniture(split: str, size: int) -> tuple[list[str], Tensor]:  # names,
             f"{len(names) * S}: {len(VIEWS)} views of each name in {library}.txt. See furniture/README.md."
         )
     views = rearrange(picture, "c (N h) (V w) -> N V c h w", h=S, w=S)
+    # FORK: a library of your own is a strip (--strip) and a row in the table above.
     order = torch.randperm(len(names), generator=keyed_generator(0))[cut].tolist()
     views = torch.stack([torch.stack([resize(view, size) for view in views[i]]) for i in order])
     return [names[i] for i in order], views
@@ -216,39 +215,43 @@ def renderer() -> str:
     return digest([digest(ROOT / "toys.py"), digest(ROOT / "render.py")])
 
 
-def load_split(
+def load_toys(split: str, n: int, size: int, cache: str | Path) -> Tensor:  # (n, V, 3, size, size) uint8
+    """Rendered once. A cache is used only for what it was made for, by the same code."""
+    seed = SPLITS[known(split)]
+
+    def make(folder: Path) -> None:
+        bar = tqdm(range(0, n, 64), desc=f"{n} {split} toys", leave=False, disable=None)
+        parts = [make_toys(min(64, n - i), size, seed, first=i) for i in bar]
+        save_tensors(folder / "toys.safetensors", {"views": torch.cat(parts)})
+
+    made_by = {"n": n, "size": size, "seed": seed, "renderer": renderer()}
+    return load_tensors(cached(cache, f"toys_{split}", made_by, make) / "toys.safetensors")["views"]
+
+
+def lazy_split(
     source: str,  # "toys", "furniture" or a folder of renders
     split: str,  # a key of SPLITS
     n: int,
     size: int,
     cache: str | Path = "out/data",
-) -> Tensor:  # (n or fewer, V, 3, size, size) uint8
-    """The first n objects of a split, in memory. The four splits of toys, and of furniture, share no object;
-    of a folder, train and preference are one (split_of). Toys are rendered once and cached."""
+) -> Tensor | Views:  # (n or fewer, V, 3, size, size) uint8
+    """The first n objects of a split. The four splits of toys, and of furniture, share no object; of a
+    folder, train and preference are one (split_of). A folder is left on disk until indexed: 100,000 objects
+    of 512 pixels would be 390 GB."""
     if source == "toys":
-        seed = SPLITS[known(split)]
-
-        def make(folder: Path) -> None:
-            bar = tqdm(range(0, n, 64), desc=f"{n} {split} toys", leave=False, disable=None)
-            parts = [make_toys(min(64, n - i), size, seed, first=i) for i in bar]
-            save_tensors(folder / "toys.safetensors", {"views": torch.cat(parts)})
-
-        made_by = {"n": n, "size": size, "seed": seed, "renderer": renderer()}
-        return load_tensors(cached(cache, f"toys_{split}", made_by, make) / "toys.safetensors")["views"]
-    views = lazy_split(source, split, n, size)
-    bar = tqdm(range(len(views)), desc=f"read {split} renders", leave=False, disable=None)
-    return views if isinstance(views, Tensor) else torch.stack([views[i] for i in bar])
-
-
-def lazy_split(source: str, split: str, n: int, size: int) -> Tensor | Views:
-    """The same, but a folder is left on disk until indexed: 100,000 objects at 512 px would be 390 GB."""
-    if source == "toys":
-        return load_split(source, split, n, size)
+        return load_toys(split, n, size, cache)
     if source == "furniture":
         return load_furniture(split, size)[1][:n]
     ids, views = load_views(source, size)
     folders = dict(zip(ids, views.folders, strict=True))
     return Views([folders[name] for name in split_of(ids, split)[:n]], size)
+
+
+def load_split(source: str, split: str, n: int, size: int, cache: str | Path = "out/data") -> Tensor:
+    """The same, all in memory."""
+    views = lazy_split(source, split, n, size, cache)
+    bar = tqdm(range(len(views)), desc=f"read {split} renders", leave=False, disable=None)
+    return views if isinstance(views, Tensor) else torch.stack([views[i] for i in bar])
 
 
 # --- command line ---
@@ -319,7 +322,9 @@ def write_sheet(path: Path, cfg: Config) -> None:
     sheet = Image.new("RGB", (columns * width, -(-len(names) // columns) * height), (255, 255, 255))
     for i, (name, row) in enumerate(zip(names, views, strict=True)):
         x, y = i % columns * width, i // columns * height
-        ImageDraw.Draw(sheet).text((x + 4, y + 1), name[: S // 2], fill=(90, 90, 90))
+        ImageDraw.Draw(sheet).text(
+            (x + 4, y + 1), name.encode("ascii", "replace").decode()[: S // 2], fill=(90, 90, 90)
+        )
         sheet.paste(Image.fromarray(rearrange(row, "V c h w -> h (V w) c").contiguous().numpy()), (x, y + 14))
     write_atomic(path, lambda p: sheet.save(p, optimize=True))
 
@@ -349,9 +354,9 @@ def main(cfg: Config) -> dict:
             else:
                 render_toys(cfg)
     if cfg.strip:
-        result["skipped"] = write_strip(Path(cfg.strip), cfg.out)
-        for line in result["skipped"]:
+        for line in write_strip(Path(cfg.strip), cfg.out):
             print(f"left out {line}")
+            result["skipped"].append(line)
     if cfg.sheet:
         write_sheet(Path(cfg.sheet), cfg)
     return result
