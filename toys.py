@@ -1,7 +1,7 @@
 """What the toys are: twelve kinds of objects a child would recognise, made of balls, boxes and tubes.
 
-In: a seed. Out: a list of primitives, dicts with center, half, quadric, color and perhaps turn, color2 and bands, which
-`pack` makes into tensors. What they look like from five sides is drawn by data.py, whose axes hold: Y up, front +Z.
+In: a seed. Out: a list of primitives, dicts with center, half, quadric, color and perhaps turn, color2 and
+bands, which `pack` makes into tensors. render.py draws them; its axes hold: Y up, front +Z.
 
 To add a kind write one function and list it in KINDS; python data.py --sheet toys.png shows it.
 """
@@ -16,10 +16,10 @@ from common import keyed_generator
 
 # --- primitives ---
 
-# A primitive is a body inside the unit cube, stretched by `half`, turned, and moved to `center`. All shapes are
+# A primitive is a body inside the unit cube, stretched by `half`, turned, moved to `center`. All shapes are
 #   { |x|, |y|, |z| <= 1 }  and  { x^2 + z^2 + e y^2 <= (m + k y)^2 }        quadric = (e, m, k)
-# so that one formula draws them all. Of `more`: turn = (axis, degrees), color2 and bands = odd numbers of stripes
-# along x, y, z (stripes are centred: an odd number is symmetric).
+# so that one formula draws them all. Of `more`: turn = (axis, degrees), color2 and bands = odd numbers of
+# stripes along x, y, z (stripes are centred: an odd number is symmetric).
 
 
 def ball(center, half, color, **more) -> dict:
@@ -67,8 +67,8 @@ def reach(packed: dict[str, Tensor]) -> Tensor:  # (n, 3)
 
 # --- kinds ---
 
-# Far from white (a mask is "smallest channel < 0.9") and from each other. Unseen sides must be predictable from one
-# view, so an object has two of these colours, the same all around.
+# Far from white (a mask is "smallest channel < 0.9") and from each other. Unseen sides must be predictable
+# from one view, so an object has two of these colours, the same all around.
 PALETTE = {
     "red": (0.85, 0.15, 0.15),
     "orange": (0.95, 0.50, 0.10),
@@ -83,9 +83,9 @@ PALETTE = {
 }
 DARK, GLASS, GOLD, FLAME = (0.12, 0.12, 0.16), (0.45, 0.75, 0.90), PALETTE["yellow"], PALETTE["orange"]
 
-# Each kind is a fixed layout at any scale (make_toy fits it to the frame); a and b are its colours, u(low, high) draws
-# a proportion, at most 8 of them. `for x in (-1, 1)` is the mirror symmetry of real things; eyes, doors and handles are
-# on one side only, so that front and back differ.
+# Each kind is a fixed layout at any scale (make_toy fits it to the frame); a and b are its colours, u(low,
+# high) draws a proportion, at most 8 of them. `for x in (-1, 1)` is the mirror symmetry of real things; eyes,
+# doors and handles are on one side only, so that front and back differ.
 
 
 def bear(a, b, u) -> list[dict]:
@@ -186,7 +186,8 @@ def train(a, b, u) -> list[dict]:
     ]
     for x in (-1, 1):
         parts += [
-            tube((0.44 * x, -0.5, z), (wheel, 0.08, wheel), PALETTE["grey"], turn=("z", 90)) for z in (-0.48, 0, 0.48)
+            tube((0.44 * x, -0.5, z), (wheel, 0.08, wheel), PALETTE["grey"], turn=("z", 90))
+            for z in (-0.48, 0, 0.48)
         ]
     return parts
 
@@ -220,7 +221,9 @@ def chair(a, b, u) -> list[dict]:
         box((0, back + 0.1, -d), (w, back, 0.07), a),
         box((0, back + 0.18, -d + 0.06), (w * 0.7, back * 0.6, 0.06), b),
     ]
-    return parts + [box((x * (w - 0.08), -leg, z * (d - 0.08)), (0.08, leg, 0.08), a) for x in (-1, 1) for z in (-1, 1)]
+    return parts + [
+        box((x * (w - 0.08), -leg, z * (d - 0.08)), (0.08, leg, 0.08), a) for x in (-1, 1) for z in (-1, 1)
+    ]
 
 
 def lamp(a, b, u) -> list[dict]:
@@ -303,9 +306,22 @@ def boat(a, b, u) -> list[dict]:
     ]
 
 
-# FORK: a new kind is one function like those above, listed here. The kind of a toy is its seed modulo their number, so
-# the list decides all toys: after a change remove cached views (out/data) and train the model anew.
-KINDS: tuple[Callable[..., list[dict]], ...] = (bear, duck, dog, car, train, house, chair, lamp, tree, robot, mug, boat)
+# FORK: a new kind is one function like those above, listed here. The kind of a toy is its seed modulo their
+# number, so the list decides all toys: after a change train the model anew.
+KINDS: tuple[Callable[..., list[dict]], ...] = (
+    bear,
+    duck,
+    dog,
+    car,
+    train,
+    house,
+    chair,
+    lamp,
+    tree,
+    robot,
+    mug,
+    boat,
+)
 
 
 def toy_kind(seed: int) -> str:
@@ -325,7 +341,10 @@ def make_toy(seed: int) -> list[dict]:
     packed = pack(parts)
     low = (packed["center"] - reach(packed)).amin(0)
     high = (packed["center"] + reach(packed)).amax(0)
-    middle, scale = ((low + high) / 2).tolist(), 1.76 / float((high - low).max())  # of 2: a white margin remains
+    middle, scale = (
+        ((low + high) / 2).tolist(),
+        1.76 / float((high - low).max()),
+    )  # of 2: a white margin remains
     for part in parts:
         part["center"] = tuple((c - m) * scale for c, m in zip(part["center"], middle, strict=True))
         part["half"] = tuple(h * scale for h in part["half"])

@@ -1,5 +1,7 @@
-"""Cameras, relative frame, toys, meshes, folders: known points, colours, mistakes."""
+"""Cameras, relative frame, toys, meshes, folders, furniture: known points, colours, mistakes."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +14,14 @@ from PIL import Image
 from trimesh.visual.material import PBRMaterial
 
 import data
-from common import InputError, key_seed
+import pictures
+from common import ROOT, InputError, key_seed, keyed_generator
+from render import LIGHT, project
 from toys import KINDS, ball, box, make_toy, pack, rotation, toy_kind, tube
 
 torch.set_num_threads(1)
 SIZE = 32
-SHADE = 0.7 + 0.3 * data.CAMERAS[:, 2] @ data.LIGHT  # of a face that looks into the camera
+SHADE = 0.7 + 0.3 * data.CAMERAS[:, 2] @ LIGHT  # of a face that looks into the camera
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +37,7 @@ def test_known_point_lands_where_projection_says():
     point = (0.3, -0.5, 0.7)  # all different and signed: a swapped or mirrored axis moves it
     small = pack([ball(point, (0.06, 0.06, 0.06), (0.0, 0.0, 0.0))])
     views = data.render_primitives([small], 64, antialias=4)[0]
-    pixel, depth = data.project(torch.tensor(point), 64)
+    pixel, depth = project(torch.tensor(point), 64)
     for v in range(5):
         rows, columns = mask(views[v]).nonzero().float().add(0.5).unbind(1)
         assert torch.allclose(torch.stack([columns.mean(), rows.mean()]), pixel[v], atol=0.3), data.VIEWS[v]
@@ -57,7 +61,7 @@ def test_relative_views_equal_the_turned_object(r):
     plain = data.render_primitives([parts], SIZE)[0]
     turn = rotation("y", -90.0 * r)  # side r comes to the front, the light comes along
     turned = {**parts, "center": parts["center"] @ turn.T, "turn": turn @ parts["turn"]}
-    expected = data.render_primitives([turned], SIZE, light=turn @ data.LIGHT)[0]
+    expected = data.render_primitives([turned], SIZE, light=turn @ LIGHT)[0]
     difference = (data.relative_views(plain, r).float() - expected.float()).abs()
     assert (difference > 3).float().mean() < 5e-3  # rounding moves a few pixels on edges
     if r:
@@ -95,16 +99,68 @@ def test_two_objects_leave_none_to_train_on():
         data.split_of(["a", "b"], "train")
 
 
-def test_toy_split_is_cached(tmp_path):
-    first = data.load_split("toys", "validation", 3, 16, cache=tmp_path)
-    assert torch.equal(first, data.make_toys(3, 16, data.SPLITS["validation"]))
-    assert torch.equal(data.load_split("toys", "validation", 3, 16, cache=tmp_path), first)
+def test_a_cache_is_used_only_for_what_made_it(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        data, "make_toys", lambda *a, make=data.make_toys, **k: made.append(1) or make(*a, **k)
+    )
+    truth = data.make_toys(5, 16, data.SPLITS["validation"])
+    load = lambda n: data.load_split("toys", "validation", n, 16, cache=tmp_path)  # noqa: E731
+    made.clear()
+    for n in (3, 2, 5, 3):  # fewer or more objects are other files; the last was made before
+        assert torch.equal(load(n), truth[:n])
+    assert len(made) == 3
+    for file in tmp_path.glob("*/toys.safetensors"):
+        file.write_bytes(file.read_bytes()[:-8] + bytes(8))  # damaged
+    assert torch.equal(load(3), truth[:3]) and len(made) == 4
+    monkeypatch.setattr(data, "renderer", lambda: "other code")
+    assert torch.equal(load(3), truth[:3]) and len(made) == 5
+    assert not torch.equal(data.load_split("toys", "train", 3, 16, cache=tmp_path), truth[:3])
+
+
+def test_the_renderer_is_known_by_its_code(monkeypatch, tmp_path):
+    for name in ("toys.py", "render.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    before = data.renderer()
+    monkeypatch.setattr(data, "ROOT", tmp_path)
+    assert data.renderer() == before
+    for name in ("toys.py", "render.py"):
+        (tmp_path / name).write_text((tmp_path / name).read_text() + "#")
+        assert data.renderer() != before
+        before = data.renderer()
+
+
+@pytest.mark.parametrize("source", ["toys", "furniture", "folder"])
+def test_names_and_lazy_reading_agree_with_the_split(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the furniture is found from anywhere
+    if source == "folder":
+        source = str(tmp_path / "folder")
+        for i in range(6):
+            data.write_views(Path(source) / f"{i}", torch.full((5, 3, 8, 8), i, dtype=torch.uint8))
+    for split in data.SPLITS:
+        names, views = data.object_names(source, split, 2), data.load_split(source, split, 2, 8)
+        lazy = data.lazy_split(source, split, 2, 8)
+        assert len(names) == len(views) == 2 and torch.equal(torch.stack(list(lazy)), views)
+        if source == "toys":
+            assert names == [data.toy_name(data.SPLITS[split], i) for i in range(2)]
+        if source not in ("toys", "furniture"):
+            assert [int(v.amax()) for v in views] == [int(name) for name in names]
+    with pytest.raises(InputError, match="split test: unknown, expected one of train"):
+        data.load_split(source, "test", 2, 8)
 
 
 def test_splits_share_no_object():
     assert len(set(data.SPLITS.values())) == 4
     objects = [data.make_toys(8, 16, s).flatten(1) for s in data.SPLITS.values()]
     assert len(torch.cat(objects).unique(dim=0)) == 32
+
+
+def test_antialiasing_averages_sub_pixels():
+    fine = data.make_toys(2, 48, seed=7, antialias=1).float()
+    for factor in (2, 3):
+        mean = torch.nn.functional.avg_pool2d(fine.flatten(0, 2), factor).view(2, 5, 3, 48 // factor, -1)
+        coarse = data.make_toys(2, 48 // factor, seed=7, antialias=factor).float()
+        assert (coarse - mean).abs().max() <= 1  # rounding
 
 
 def test_background_is_exactly_white_and_objects_are_large(toys):
@@ -124,11 +180,13 @@ def test_silhouette_is_the_shadow_of_the_body(shape):
     p = torch.rand(100_000, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
     e, m, k = body["quadric"][0]
     p = p[p[:, 0] ** 2 + p[:, 2] ** 2 + e * p[:, 1] ** 2 <= (m + k * p[:, 1]) ** 2]
-    pixel, _ = data.project((p * body["half"]) @ body["turn"][0].T + body["center"], SIZE)
+    pixel, _ = project((p * body["half"]) @ body["turn"][0].T + body["center"], SIZE)
     for v in range(5):
         shadow = torch.zeros(SIZE, SIZE, dtype=torch.bool)
         shadow[pixel[v, :, 1].long(), pixel[v, :, 0].long()] = True
-        assert (drawn[v] & ~shadow).sum() <= 2  # the shadow holds every pixel touched, the mask those well covered
+        assert (
+            drawn[v] & ~shadow
+        ).sum() <= 2  # the shadow holds every pixel touched, the mask those well covered
         assert (shadow & ~drawn[v]).sum() <= 0.25 * shadow.sum()
 
 
@@ -141,7 +199,9 @@ def test_shade_stripes_and_what_hides_what():
     for shape in (ball, box, tube):
         assert torch.allclose(middle(shape((0, 0, 0), half, red)), torch.tensor(red).expand(5, 3), atol=0.02)
     seen = middle(box((0, 0, 0), half, red, color2=blue, bands=(0, 3, 0)))
-    assert torch.allclose(seen, torch.tensor([blue] * 4 + [red]), atol=0.02)  # the middle stripe; the end from above
+    assert torch.allclose(
+        seen, torch.tensor([blue] * 4 + [red]), atol=0.02
+    )  # the middle stripe; the end from above
     seen = middle(box((0, 0, 0), half, red), ball((0, 0, 0.5), (0.2, 0.2, 0.2), blue))
     assert torch.allclose(seen, torch.tensor([blue, red, red, red, red]), atol=0.02)
 
@@ -152,6 +212,141 @@ def test_every_kind_fits_the_frame_and_is_drawn():
     for s in seeds:
         p = pack(make_toy(s))
         assert (p["center"].abs().amax(0) < 0.9).all() and len(p["center"]) >= 3
+
+
+# --- augmentation ---
+
+
+def draws(seed: int) -> tuple[bool, list[int], torch.Tensor, torch.Tensor]:
+    """What `augment` draws: mirrored, order of the channels, their gammas, factors of X, Y, Z."""
+    g = torch.Generator().manual_seed(seed)
+    coin, order = torch.rand((), generator=g), torch.randperm(3, generator=g)
+    gamma = torch.exp(torch.rand(3, generator=g) - 0.5)
+    return bool(coin < 0.5), order.tolist(), gamma, 0.6 + 0.4 * torch.rand(3, generator=g)
+
+
+def augment(views: torch.Tensor, seed: int) -> torch.Tensor:
+    return data.augment(views, torch.Generator().manual_seed(seed))
+
+
+SEEDS = range(8)
+
+
+def test_seeds_mirror_and_do_not():
+    assert {draws(seed)[0] for seed in SEEDS} == {True, False}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_point_of_a_changed_object_lands_where_it_should(seed):
+    point = torch.tensor([0.5, -0.3, 0.7])
+    ball_there = pack([ball(point.tolist(), (0.08, 0.08, 0.08), (0.0, 0.0, 0.0))])
+    changed = augment(data.render_primitives([ball_there], 64)[0], seed)
+    mirrored, _, _, shrink = draws(seed)
+    pixel, _ = project(point * shrink * torch.tensor([-1.0 if mirrored else 1.0, 1, 1]), 64)
+    for v in range(5):
+        rows, columns = mask(changed[v]).nonzero().float().add(0.5).unbind(1)
+        assert torch.allclose(torch.stack([columns.mean(), rows.mean()]), pixel[v], atol=0.5), data.VIEWS[v]
+
+
+def test_a_mirrored_object_has_its_right_side_on_its_left():
+    red, blue = (1.0, 0.0, 0.0), (0.0, 0.0, 1.0)
+    parts = pack([box((0.4, 0, 0), (0.4, 0.7, 0.7), red), box((-0.4, 0, 0), (0.4, 0.7, 0.7), blue)])
+    views = data.render_primitives([parts], SIZE)[0]
+    for seed in SEEDS:
+        mirrored, order, _, _ = draws(seed)
+        changed = augment(views, seed)[:, torch.tensor(order).argsort()]  # channels back in place
+        middle = changed[:, :, SIZE // 2, SIZE // 2].float()
+        right, left = middle[1], middle[3]
+        assert (right[2] > right[0]) == mirrored and (left[0] > left[2]) == mirrored
+
+
+def hull_agreement(views: torch.Tensor) -> float:
+    """Cut a block with all silhouettes; the least overlap (IoU) of its own silhouettes with those given."""
+    S, m = views.shape[-1], mask(views)
+    axis = (torch.arange(S) + 0.5) / S * 2 - 1
+    pixel = project(torch.cartesian_prod(axis, axis, axis), S)[0].long().clamp(0, S - 1)  # (V, S^3, 2)
+    inside = torch.stack([m[v, pixel[v, :, 1], pixel[v, :, 0]] for v in range(len(m))]).all(0)
+    overlaps = []
+    for v in range(len(m)):
+        shadow = torch.zeros(S, S, dtype=torch.bool)
+        shadow[pixel[v, inside, 1], pixel[v, inside, 0]] = True
+        overlaps.append(float((shadow & m[v]).sum() / (shadow | m[v]).sum()))
+    return min(overlaps)
+
+
+def test_silhouettes_of_a_changed_object_still_agree(toys):
+    wrong = 0
+    for i, seed in enumerate(SEEDS):
+        changed = augment(toys[i], seed)
+        assert hull_agreement(toys[i]) > 0.9
+        assert hull_agreement(changed) > 0.85
+        changed[4] = toys[i, 4]  # the top without the change
+        wrong += hull_agreement(changed) < 0.85
+    assert wrong >= 4
+
+
+def test_colours_change_place_and_gamma_and_white_stays_white():
+    white = torch.full((5, 3, 16, 16), 255, dtype=torch.uint8)
+    flat = torch.tensor([10, 100, 200], dtype=torch.uint8).view(1, 3, 1, 1).expand(5, 3, 16, 16)
+    for seed in SEEDS:
+        assert torch.equal(augment(white, seed), white)
+        _, order, gamma, _ = draws(seed)
+        expected = (torch.tensor([10.0, 100, 200])[order] / 255) ** gamma * 255
+        assert torch.allclose(augment(flat, seed)[:, :, 8, 8].float(), expected.expand(5, 3), atol=0.51)
+    assert min(float(draws(s)[3].min()) for s in range(99)) < 0.62  # and the draws do reach their ends
+
+
+def test_the_same_generator_gives_the_same_and_the_input_is_kept(toys):
+    before = toys[0].clone()
+    assert torch.equal(augment(toys[0], 1), augment(toys[0], 1))
+    assert not torch.equal(augment(toys[0], 1), augment(toys[0], 2))
+    g = torch.Generator().manual_seed(1)
+    assert not torch.equal(data.augment(toys[0], g), data.augment(toys[0], g))  # it moves on
+    assert torch.equal(toys[0], before)
+
+
+SIX_VIEWS = """
+import torch, data
+from common import key_seed
+from render import LIGHT
+from toys import make_toy, pack, rotation
+torch.set_num_threads(1)
+mask = lambda x: x.amin(-3) < 0.9 * 255
+assert data.VIEWS[5] == "bottom" and data.MIRRORED_ORDER == [0, 3, 2, 1, 4, 5]
+parts = pack(make_toy(key_seed(7, 3)))
+plain = data.render_primitives([parts], 32)[0]
+assert plain.shape == (6, 3, 32, 32) == data.make_toys(1, 32, 0)[0].shape
+for r in range(4):
+    turn = rotation("y", -90.0 * r)
+    turned = {**parts, "center": parts["center"] @ turn.T, "turn": turn @ parts["turn"]}
+    expected = data.render_primitives([turned], 32, light=turn @ LIGHT)[0]
+    wrong = ((data.relative_views(plain, r).float() - expected.float()).abs() > 3).float().mean((1, 2, 3))
+    assert wrong.max() < 0.02, (r, wrong)
+for seed in range(6):
+    changed = data.augment(plain, torch.Generator().manual_seed(seed))
+    both, one = mask(changed[5]), mask(changed[4]).flip(0)
+    assert (both ^ one).sum() < 0.1 * (both & one).sum(), (both ^ one).sum()
+    assert (changed[5] != changed[4].flip(1)).float().mean() > 0.02
+open("a.obj", "w").write("v 0 0 0\\nv 1 0 1\\nv 0 1 1\\nf 1 2 3\\n")
+views = data.render_mesh("a.obj", 16)
+assert views.shape == (6, 3, 16, 16) and mask(views[5]).any()
+data.write_views("out/a", views)
+assert torch.equal(data.load_views("out", 16)[1][0], views)
+"""
+
+
+def test_a_sixth_view_is_a_name_and_a_camera(tmp_path):
+    for name in ("common", "toys", "render", "pictures", "meshes", "data"):
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    code = (tmp_path / "render.py").read_text()
+    six = code.replace('"left", "top")', '"left", "top", "bottom")')
+    six = six.replace(
+        "[0, 1, 0]],\n    ],", "[0, 1, 0]],\n        [[1, 0, 0], [0, 0, 1], [0, -1, 0]],\n    ],"
+    )
+    assert len(six) > len(code) + 40
+    (tmp_path / "render.py").write_text(six)
+    done = subprocess.run([sys.executable, "-c", SIX_VIEWS], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # --- meshes ---
@@ -187,7 +382,9 @@ def test_textured_box_has_the_right_colours_at_the_right_places(kind, tmp_path):
         mesh.export(path)
     else:
         Image.fromarray(np.array([[RED, GREEN], [BLUE, YELLOW]], np.uint8)).save(tmp_path / "t.png")
-        (tmp_path / "m.mtl").write_text("newmtl m\nKd 0 0 0\nmap_Kd t.png\n")  # Kd beside a texture is ignored
+        (tmp_path / "m.mtl").write_text(
+            "newmtl m\nKd 0 0 0\nmap_Kd t.png\n"
+        )  # Kd beside a texture is ignored
         lines = ["mtllib m.mtl", *("v {} {} {}".format(*v) for v in mesh.vertices)]
         lines += [*("vt {} {}".format(*t) for t in mesh.visual.uv), "usemtl m"]
         lines += ["f " + " ".join(f"{i + 1}/{i + 1}" for i in f) for f in mesh.faces]
@@ -209,7 +406,9 @@ def test_alpha_is_tested_before_depth(tmp_path):
 
 
 def test_half_transparent_surface_mixes_with_what_is_behind(tmp_path):
-    mesh = trimesh.Trimesh([[-1, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]], [[0, 1, 2], [0, 2, 3]], process=False)
+    mesh = trimesh.Trimesh(
+        [[-1, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]], [[0, 1, 2], [0, 2, 3]], process=False
+    )
     surface = PBRMaterial(baseColorFactor=[1.0, 0.0, 0.0, 0.5], alphaMode="BLEND")
     mesh.visual = trimesh.visual.TextureVisuals(uv=np.zeros((4, 2)), material=surface)
     mesh.export(tmp_path / "glass.glb")
@@ -226,7 +425,9 @@ def test_vertex_colours_and_up_axis(tmp_path):
     mesh.visual = trimesh.visual.ColorVisuals(vertex_colors=color)
     mesh.export(tmp_path / "colour.glb")
     views = data.render_mesh(tmp_path / "colour.glb", SIZE, up="z")
-    assert torch.allclose(views[4, :, SIZE // 2, SIZE // 2] / SHADE[4], torch.tensor([255.0, 128, 128]), atol=3)
+    assert torch.allclose(
+        views[4, :, SIZE // 2, SIZE // 2] / SHADE[4], torch.tensor([255.0, 128, 128]), atol=3
+    )
     for v in range(4):  # tall, and redder above
         assert mask(views[v]).any(-1).sum() > 1.8 * mask(views[v]).any(0).sum()
         assert views[v, 1, SIZE // 5, SIZE // 2] + 45 < views[v, 1, -SIZE // 5, SIZE // 2]
@@ -259,19 +460,38 @@ def test_smooth_mesh_equals_the_analytic_ball(tmp_path):
     assert difference[:, 0, 8:-8, 8:-8].mean() < 0.5  # flat faces would give 1.06
 
 
+FACE = "f 1/1 2/2 3/3\n"
+UV = "vt 0 0\nvt 1 0\nvt 0 1\n"
+TRIANGLE = "v 0 0 0\nv 1 0 0.5\nv 0 1 0.5\n"
+
+
+def write_obj(path: Path, color: tuple = RED, shape: str = TRIANGLE + UV) -> Path:
+    """A triangle with a material and a texture of one colour beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (64, 64), color).save(path.with_suffix(".jpg"), quality=95)
+    path.with_suffix(".mtl").write_text(f"newmtl m\nKd 1 1 1\nmap_Kd {path.stem}.jpg\n")
+    path.write_text(f"mtllib {path.stem}.mtl\n{shape}usemtl m\n{FACE}")
+    return path
+
+
+def pictures_of(folder: Path) -> dict[str, bytes]:
+    """Every picture below a folder, by its path."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.png")}
+
+
 def test_folder_resumes_and_lists_bad_files(tmp_path, capsys):
     meshes, out = tmp_path / "meshes", tmp_path / "out"
-    (meshes / "deep").mkdir(parents=True)
-    textured_box().export(meshes / "good.glb")
-    textured_box().export(meshes / "deep" / "other.glb")
+    write_obj(meshes / "good.obj")
+    write_obj(meshes / "deep" / "other.obj")
     (meshes / "bad.glb").write_bytes(b"not a mesh")
     (meshes / "point.obj").write_text("v 0 0 0\n")
+    (meshes / "elsewhere").symlink_to(tmp_path)
     cfg = data.Config(meshes=str(meshes), out=str(out), size=16)
     result = data.main(cfg)
-    assert result["objects"] == 2 and len(result["skipped"]) == 2
+    assert result["objects"] == 2 and len(result["skipped"]) == 3
     printed = capsys.readouterr().out.splitlines()
-    assert "bad.glb" in printed[0] and "point.obj" in printed[1] and len(printed) == 3
-    assert data.load_views(out, 16)[0] == ["deep__other", "good"]
+    assert [w in line for w, line in zip(("bad.glb", "point.obj", "elsewhere"), printed)] == [True] * 3
+    assert len(printed) == 4 and data.load_views(out, 16)[0] == ["deep__other", "good"]
 
     before = (out / "good" / "top.png").stat().st_mtime_ns
     (out / "deep__other" / "left.png").unlink()  # an incomplete object is made again, a complete one is kept
@@ -279,38 +499,259 @@ def test_folder_resumes_and_lists_bad_files(tmp_path, capsys):
     assert (out / "good" / "top.png").stat().st_mtime_ns == before
     assert len(data.load_views(out, 16)[0]) == 2
 
-    (meshes / "good.glb").unlink()
-    (meshes / "deep" / "other.glb").unlink()
+    (meshes / "good.obj").write_text("now bad")  # what it showed before does not pass for it
+    assert data.main(cfg)["objects"] == 1 and not (out / "good").exists()
+    (meshes / "good.obj").unlink()
+    (meshes / "deep" / "other.obj").unlink()
+    with pytest.raises(InputError, match="1 folders in it are not this command's .first: deep__other"):
+        data.main(cfg)
+    shutil.rmtree(out)
     with pytest.raises(InputError, match="none of 2 files could be rendered"):
         data.main(cfg)
 
 
+def change_picture(meshes: Path, out: Path) -> None:
+    path = out / "a" / "front.png"
+    path.write_bytes(path.read_bytes()[:-30] + bytes(30))
+
+
+CHANGES = {
+    "size": {"size": 24},
+    "up": {"up": "z"},
+    "antialias": {"antialias": 1},
+    "mesh": lambda meshes, out: write_obj(meshes / "a.obj", shape=TRIANGLE.replace("0.5", "1.0") + UV),
+    "texture": lambda meshes, out: write_obj(meshes / "a.obj", BLUE),
+    "material": lambda meshes, out: (meshes / "a.mtl").write_text("newmtl m\nKd 0 1 0\n"),
+    "no material": lambda meshes, out: (meshes / "a.mtl").unlink(),
+    "picture": change_picture,
+    "note": lambda meshes, out: (out / "a" / "made_by.json").write_text("[1]"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_after_any_change_the_pictures_are_those_made_from_nothing(change, tmp_path):
+    meshes, out, how = tmp_path / "meshes", tmp_path / "out", CHANGES[change]
+    write_obj(meshes / "a.obj")
+    cfg = data.Config(meshes=str(meshes), out=str(out), size=16)
+    data.main(cfg)
+    before = pictures_of(out)
+    if callable(how):
+        how(meshes, out)
+    else:
+        cfg = data.Config(**{**vars(cfg), **how})
+    data.main(cfg)
+    data.main(data.Config(**{**vars(cfg), "out": str(tmp_path / "new")}))
+    assert pictures_of(out) == pictures_of(tmp_path / "new")
+    assert (pictures_of(out) == before) == (change in ("picture", "note"))
+
+
+def test_a_material_that_comes_later_is_seen(tmp_path):
+    write_obj(tmp_path / "meshes" / "a.obj")
+    (tmp_path / "meshes" / "a.mtl").rename(tmp_path / "later")
+    cfg = data.Config(meshes=str(tmp_path / "meshes"), out=str(tmp_path / "out"), size=16)
+    data.main(cfg)
+    before = pictures_of(tmp_path / "out")
+    (tmp_path / "later").rename(tmp_path / "meshes" / "a.mtl")
+    data.main(cfg)
+    assert pictures_of(tmp_path / "out") != before
+
+
+def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
+    out = tmp_path / "out"
+    cfg = data.Config(toys=2, seed=7, size=8, out=str(out))
+    data.main(cfg)
+    before = pictures_of(out)
+    for other in (
+        {"seed": 8},
+        {"toys": 1},
+        {"toys": 0, "meshes": str(write_obj(tmp_path / "m" / "a.obj").parent)},
+    ):
+        with pytest.raises(InputError, match="are not this command's"):
+            data.main(data.Config(**{**vars(cfg), **other}))
+    assert pictures_of(out) == before
+    data.main(data.Config(**{**vars(cfg), "size": 16}))  # the same toys, drawn again
+    assert data.load_views(out, 0)[1].folders[0].parent == out
+    assert pictures.open_image(out / data.toy_name(7, 0) / "top.png").shape == (3, 16, 16)
+    (out / data.toy_name(7, 1) / "made_by.json").unlink()  # a user's own renders of that name
+    with pytest.raises(InputError, match="are not this command's"):
+        data.main(cfg)
+
+
+def test_names_that_collide_or_lead_away_are_kept_apart_below_the_folder(tmp_path):
+    meshes = tmp_path / "meshes"
+    files = ["a/b.obj", "a__b.obj", "c.obj", "c.OBJ", "d.glb", "d.obj", "...obj", ".hidden/e.obj", "C.obj"]
+    files += ["x" * 200 + "/" + "y" * 200 + ".obj", "two words.obj"]
+    for i, name in enumerate(files):
+        (meshes / name).parent.mkdir(parents=True, exist_ok=True)
+        (meshes / name).write_text(f"v 0 0 0\nv {i + 1} 0 1\nv 0 1 1\nf 1 2 3\n")
+    found = data.find_meshes(meshes)
+    assert sorted(str(p.relative_to(meshes)) for p in found.values()) == sorted(files)
+    assert len({name.lower() for name in found}) == len(files)
+    assert all("/" not in n and n[0] != "." and len(n) < 200 for n in found) and "two_words" in found
+    (meshes / "d.glb").unlink()
+    result = data.main(data.Config(meshes=str(meshes), out=str(tmp_path / "deep" / "out"), size=8))
+    assert result["objects"] == len(files) - 1 == len(data.load_views(tmp_path / "deep" / "out", 8)[0])
+    assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["out"]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-80])
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+FAULTS = {
+    "texture cut off": lambda p: cut(p.with_suffix(".jpg")),
+    "texture is no picture": lambda p: p.with_suffix(".jpg").write_text("hello"),
+    "texture missing": lambda p: p.with_suffix(".jpg").unlink(),
+    "texture is a pipe": lambda p: pipe(p.with_suffix(".jpg")),
+    "texture outside": lambda p: p.with_suffix(".mtl").write_text("newmtl m\nmap_Kd ../x\\0.jpg\n"),
+    "NaN in a texture coordinate": lambda p: write_obj(p, shape=TRIANGLE + UV.replace("1 0", "nan 0")),
+    "NaN in a vertex": lambda p: write_obj(p, shape=TRIANGLE.replace("0.5", "nan") + UV),
+    "infinite vertex": lambda p: write_obj(p, shape=TRIANGLE.replace("1 0 0.5", "inf 0 0") + UV),
+    "all in one point": lambda p: write_obj(p, shape="v 1 1 1\n" * 3 + UV),
+    "no area": lambda p: write_obj(p, shape="v 0 0 0\nv 1 0 0\nv 2 0 0\n" + UV),
+    "transparent": lambda p: p.with_suffix(".mtl").write_text("newmtl m\nKd 1 0 0\nd 0\n"),
+    "no triangles": lambda p: p.write_text("v 0 0 0\n"),
+    "is a pipe": pipe,
+    "is empty": lambda p: p.write_text(""),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_mesh_that_cannot_be_drawn_is_skipped_and_listed(fault, tmp_path, capsys):
+    write_obj(tmp_path / "meshes" / "good.obj")
+    FAULTS[fault](write_obj(tmp_path / "meshes" / "bad.obj"))
+    result = data.main(data.Config(meshes=str(tmp_path / "meshes"), out=str(tmp_path / "out"), size=8))
+    assert result["objects"] == 1 and [p.name for p in (tmp_path / "out").glob("*/")] == ["good"]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped ")]
+    assert "bad.obj: " in line and "expected" in line
+
+
+def test_a_broken_texture_inside_a_glb_is_noticed(tmp_path):
+    textured_box().export(tmp_path / "box.glb")
+    content = (tmp_path / "box.glb").read_bytes()
+    assert content.count(b"\x89PNG") == 1
+    (tmp_path / "box.glb").write_bytes(content.replace(b"\x89PNG", b"\x89XXX"))
+    with pytest.raises(InputError, match="box.glb: cannot be drawn.*a texture"):
+        data.render_mesh(tmp_path / "box.glb", 16)
+
+
 def test_missing_texture_is_reported_and_a_missing_material_is_not(tmp_path):
-    (tmp_path / "m.mtl").write_text("newmtl m\nmap_Kd gone.png\n")
-    shape = "v 0 0 0\nv 1 0 0\nv 0 1 0\nvt 0 0\nusemtl m\nf 1/1 2/1 3/1\n"
-    (tmp_path / "a.obj").write_text("mtllib m.mtl\n" + shape)
-    with pytest.raises(InputError, match="a.obj: its texture gone.png is missing"):
+    write_obj(tmp_path / "a.obj")
+    (tmp_path / "a.jpg").unlink()
+    with pytest.raises(InputError, match="a.obj: cannot be drawn.*a texture: a.jpg is missing"):
         data.render_mesh(tmp_path / "a.obj", 16)
-    (tmp_path / "b.obj").write_text("mtllib gone.mtl\n" + shape)
-    assert mask(data.render_mesh(tmp_path / "b.obj", 16)[0]).any()
+    (tmp_path / "a.mtl").unlink()
+    assert mask(data.render_mesh(tmp_path / "a.obj", 16)[0]).any()
 
 
-def test_killed_write_leaves_no_half_object(tmp_path, monkeypatch):
-    write = data.write_png
+def test_killed_write_leaves_no_half_object_and_nothing_to_trip_over(tmp_path, monkeypatch):
+    write = pictures.write_png
 
     def killed(path, image):
         if path.name == "left.png":
             raise KeyboardInterrupt
         write(path, image)
 
-    monkeypatch.setattr(data, "write_png", killed)
+    monkeypatch.setattr(pictures, "write_png", killed)
     views = torch.zeros(5, 3, 8, 8)
     with pytest.raises(KeyboardInterrupt):
         data.write_views(tmp_path / "a", views)
-    assert not (tmp_path / "a").exists()
+    assert not list(tmp_path.iterdir())
     monkeypatch.undo()
-    data.write_views(tmp_path / "a", views)
-    assert [p.name for p in tmp_path.iterdir()] == ["a"] and len(list((tmp_path / "a").iterdir())) == 5
+    for folder in (".a.partial", "b"):  # what SIGKILL leaves; and a folder that a link leads to
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / ".7.front.png").write_text("half")
+    (tmp_path / ".c.partial").symlink_to(tmp_path / "b")
+    for name in ("a", "a", "c"):  # also over one that is there
+        data.write_views(tmp_path / name, views, made_by={"x": 1})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c"]
+    assert len(list((tmp_path / "a").iterdir())) == 6 and len(list((tmp_path / "b").iterdir())) == 1
+    assert pictures.kept(tmp_path / "a", {"x": 1}) and not pictures.kept(tmp_path / "a", {"x": 2})
+    data.write_views(tmp_path / "a", 1 - views)  # by someone else: the note does not vouch for it
+    assert not pictures.kept(tmp_path / "a", {"x": 1})
+
+
+def test_two_runs_in_one_folder_are_one_too_many(tmp_path):
+    with data.locked(tmp_path), pytest.raises(InputError, match="another run writes there"):
+        data.main(data.Config(toys=1, size=8, out=str(tmp_path)))
+    data.main(data.Config(toys=1, size=8, out=str(tmp_path)))
+
+
+# --- furniture ---
+
+
+def test_furniture_is_split_as_its_readme_says():
+    parts = {}
+    for library, first, rest, cut in (
+        ("scopia", "preference", "train", 120),
+        ("blendswap", "validation", "heldout", 64),
+    ):
+        names = (ROOT / "furniture" / f"{library}.txt").read_text().splitlines()
+        picture = np.asarray(Image.open(ROOT / "furniture" / f"{library}.png"))
+        order = torch.randperm(len(names), generator=keyed_generator(0)).tolist()
+        for split, rows in ((first, order[:cut]), (rest, order[cut:])):
+            parts[split] = data.object_names("furniture", split, 999)
+            assert parts[split] == [names[i] for i in rows]
+            views = data.load_split("furniture", split, 999, 64)
+            assert views.shape == (len(rows), 5, 3, 64, 64) and views.dtype == torch.uint8
+            assert mask(views).flatten(2).sum(-1).min() >= 40
+            for k in (0, len(rows) - 1):
+                row = picture[64 * rows[k] : 64 * rows[k] + 64].reshape(64, 5, 64, 3).transpose(1, 3, 0, 2)
+                assert np.array_equal(views[k].numpy(), row)
+    assert {s: len(names) for s, names in parts.items()} == {
+        "preference": 120, "train": 233, "validation": 64, "heldout": 96,
+    }  # fmt: skip
+    assert not set(parts["preference"]) & set(parts["train"])
+    assert not set(parts["validation"]) & set(parts["heldout"])
+    small = data.load_split("furniture", "heldout", 3, 32).float()
+    mean = torch.nn.functional.avg_pool2d(views[:3].float().flatten(0, 1), 2).view(3, 5, 3, 32, 32)
+    assert small.shape == mean.shape and (small - mean).abs().mean() < 4
+
+
+def test_a_strip_keeps_every_pixel_and_leaves_thin_objects_out(tmp_path, toys):
+    def thin(pixels: int, value: int) -> torch.Tensor:
+        views = torch.full((5, 3, 64, 64), 255, dtype=torch.uint8)
+        views[:, 2, :10, :10] = 0  # plenty
+        views[3] = 255
+        views[3, 1].flatten()[:pixels] = value
+        return views
+
+    cases = {"x__a__kept": (40, 229), "x__b__few": (39, 0), "x__c__pale": (100, 230)}
+    for name, (pixels, value) in cases.items():
+        data.write_views(tmp_path / "out" / name, thin(pixels, value))
+    toy = data.make_toys(1, 64, 7)[0]
+    data.write_views(tmp_path / "out" / "toy", toy)
+    result = data.main(data.Config(strip=str(tmp_path / "strip.png"), out=str(tmp_path / "out")))
+    assert result["skipped"] == ["few: covers 39 pixels of left", "pale: covers 0 pixels of left"]
+    assert (tmp_path / "strip.txt").read_text() == "toy\nkept\n"
+    strip = pictures.open_image(tmp_path / "strip.png")
+    rows = [torch.cat(list(views), -1) for views in (toy, thin(40, 229))]
+    assert torch.equal(strip, torch.cat(rows, 1))
+    shutil.copytree(tmp_path / "out" / "toy", tmp_path / "out" / "y__kept")  # the last part no longer tells
+    data.main(data.Config(strip=str(tmp_path / "strip.png"), out=str(tmp_path / "out")))
+    assert (tmp_path / "strip.txt").read_text().split() == ["toy", "x__a__kept", "y__kept"]
+
+
+def test_furniture_of_other_cameras_or_names_is_refused(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "furniture", tmp_path / "furniture")
+    monkeypatch.setattr(data, "ROOT", tmp_path)
+    names = tmp_path / "furniture" / "scopia.txt"
+    names.write_text(names.read_text() + "one too many\n")
+    with pytest.raises(
+        InputError, match="scopia.png: 320 x 22592 pixels, expected 320 x 22656: 5 views of each"
+    ):
+        data.load_split("furniture", "train", 1, 64)
+    names.unlink()
+    with pytest.raises(InputError, match="expected scopia.txt"):
+        data.load_split("furniture", "train", 1, 64)
+    names.with_suffix(".png").unlink()
+    with pytest.raises(InputError, match="scopia.png: no such file"):
+        data.load_split("furniture", "train", 1, 64)
 
 
 # --- pictures and folders ---
@@ -368,6 +809,36 @@ def test_wrong_folder_is_refused_before_it_is_used(folder, damage, message):
         data.load_views(folder, SIZE)
 
 
+def test_what_is_not_a_file_is_refused_and_not_waited_for(folder):
+    pipe(folder / "toy1" / "back.png")
+    with pytest.raises(InputError, match="toy1: found front, right, left, top; expected back too"):
+        data.load_views(folder, SIZE)
+    for path in (folder / "toy1" / "back.png", folder):
+        with pytest.raises(InputError, match="no such file, expected a picture"):
+            data.read_image(path, SIZE)
+
+
+def test_a_picture_damaged_in_the_middle_gives_one_line_when_read(folder):
+    path = folder / "toy0" / "back.png"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="back.png: not readable as a picture"):
+        data.load_views(folder, SIZE)[1][0]
+
+
+def test_fingerprint_follows_the_pictures(folder, toys):
+    first = data.fingerprint(data.load_views(folder, SIZE)[1])
+    assert first == data.fingerprint(data.load_views(folder, SIZE)[1])
+    assert first != data.fingerprint(data.load_views(folder, 16)[1])
+    moved = folder.rename(folder.with_name("elsewhere"))
+    assert first == data.fingerprint(data.load_views(moved, SIZE)[1])
+    data.write_png(moved / "toy1" / "top.png", toys[5, 4])
+    os.utime(moved / "toy1" / "top.png", ns=(1, 1))
+    assert first != data.fingerprint(data.load_views(moved, SIZE)[1])
+    assert data.fingerprint(toys[:2]) == data.fingerprint(toys[:2].clone()) != data.fingerprint(toys[1:3])
+
+
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "I;16", "CMYK"])
 def test_any_picture_becomes_a_square_on_white(tmp_path, mode):
     path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
@@ -376,9 +847,9 @@ def test_any_picture_becomes_a_square_on_white(tmp_path, mode):
     elif mode == "P":
         Image.new("RGB", (40, 20), (128, 128, 128)).quantize().save(path)
     else:
-        Image.new("L" if mode == "1" else "RGB", (40, 20), 128 if mode == "1" else (128, 128, 128)).convert(mode).save(
-            path
-        )
+        Image.new("L" if mode == "1" else "RGB", (40, 20), 128 if mode == "1" else (128, 128, 128)).convert(
+            mode
+        ).save(path)
     image = data.read_image(path, 32)
     assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
     assert (image[:, :6] == 255).all() and (image[:, -6:] == 255).all()
@@ -404,13 +875,28 @@ def test_unreadable_picture_gives_one_line(tmp_path):
 
 def test_command_line(tmp_path):
     script = [sys.executable, data.__file__]
-    wrong = subprocess.run([*script, "--meshes", "no/such", "--out", "x"], capture_output=True, text=True, cwd=tmp_path)
-    assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1 and "no such folder" in wrong.stderr
+    wrong = subprocess.run(
+        [*script, "--meshes", "no/such", "--out", "x"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1 and "no/such: found no" in wrong.stderr
     out, sheet = tmp_path / "toys", tmp_path / "sheet.png"
     data.main(data.Config(toys=3, seed=7, size=SIZE, out=str(out), sheet=str(sheet)))
     ids, views = data.load_views(out, SIZE)
     assert torch.equal(torch.stack(list(views)), data.make_toys(3, SIZE, seed=7))
     assert ids[0] == f"000000_{toy_kind(key_seed(7, 0))}" and sheet.exists()
-    for cfg in (data.Config(), data.Config(toys=3), data.Config(toys=3, meshes="a", out="b")):
+    before = pictures_of(out)
+    for wrong in (
+        {},
+        {"toys": 3},
+        {"toys": 3, "meshes": "a", "out": "b"},
+        {"strip": "a.png"},
+        {"sheet": "a.txt"},
+        {"sheet": str(out / ids[0] / "front.png"), "out": str(out)},
+        {"toys": -1, "out": "b"},
+        {"toys": 1, "out": "b", "size": 7},
+        {"toys": 1, "out": "b", "antialias": 0},
+        {"toys": 1, "out": "b", "seed": 2**64},
+    ):
         with pytest.raises(InputError, match="expected"):
-            data.main(cfg)
+            data.main(data.Config(**wrong))
+    assert pictures_of(out) == before
