@@ -91,6 +91,20 @@ MIRROR = torch.diag(torch.tensor([-1.0, 1, 1]))
 MIRRORED_ORDER = [int((CAMERAS == MIRROR @ c @ MIRROR).all(-1).all(-1).nonzero()) for c in CAMERAS]
 
 
+def stretch(
+    images: Tensor,  # (R, 3, S, S) in [0, 1]
+    factors: Tensor,  # (3,) of the world's X, Y, Z
+    cameras: list[int] | None = None,  # which camera took each image; None: one of each
+) -> Tensor:  # (R, 3, S, S)
+    """The object scaled along the world's axes by factors up to 1. Its views stay views of one object."""
+    # A view's columns run along one world axis, its rows along another; a pixel looks up where it came from.
+    scale = CAMERAS[list(range(len(VIEWS))) if cameras is None else cameras, :2].abs() @ factors  # (R, 2)
+    theta = torch.zeros(len(images), 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1] = 1 / scale[:, 0], 1 / scale[:, 1]
+    places = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return 1 - F.grid_sample(1 - images, places, align_corners=False)  # outside is white
+
+
 def augment(views: Tensor, generator: torch.Generator) -> Tensor:  # (V, 3, S, S) uint8 -> the same
     """Another object that the cameras could have seen: mirrored, stretched, recoloured.
 
@@ -100,17 +114,11 @@ def augment(views: Tensor, generator: torch.Generator) -> Tensor:  # (V, 3, S, S
     """
     coin, order = torch.rand((), generator=generator), torch.randperm(3, generator=generator)
     gamma = torch.exp(torch.rand(3, generator=generator) - 0.5)  # .61 to 1.65
-    shrink = 0.6 + 0.4 * torch.rand(3, generator=generator)  # of X, Y, Z
+    factors = 0.6 + 0.4 * torch.rand(3, generator=generator)
     image = views.float() / 255
     if coin < 0.5:
         image = image[MIRRORED_ORDER].flip(-1)
-    image = image[:, order] ** gamma.view(3, 1, 1)
-    # A view's columns run along one world axis, its rows along another; a pixel looks up where it came from.
-    scale = CAMERAS[:, :2].abs() @ shrink  # (V, 2) of image right, image up
-    theta = torch.zeros(len(views), 2, 3)
-    theta[:, 0, 0], theta[:, 1, 1] = 1 / scale[:, 0], 1 / scale[:, 1]
-    places = F.affine_grid(theta, list(image.shape), align_corners=False)
-    image = 1 - F.grid_sample(1 - image, places, align_corners=False)  # outside is white
+    image = stretch(image[:, order] ** gamma.view(3, 1, 1), factors)
     return (image * 255).round().to(torch.uint8)
 
 
@@ -252,6 +260,20 @@ def load_split(source: str, split: str, n: int, size: int, cache: str | Path = "
     views = lazy_split(source, split, n, size, cache)
     bar = tqdm(range(len(views)), desc=f"read {split} renders", leave=False, disable=None)
     return views if isinstance(views, Tensor) else torch.stack([views[i] for i in bar])
+
+
+def load_references(source: str, n: int, size: int, seed: int) -> Tensor:  # (n, V, 3, size, size) uint8
+    """What preferences are about: n references of the preference split, view 0 being the reference.
+
+    Each shows its object from one of its sides, drawn by (seed, number). If the split has fewer than n
+    objects they come again, as augmented objects (`augment`).
+    """
+    objects, references = load_split(source, "preference", n, size), []
+    for i in range(n):
+        g = keyed_generator(seed, 5, i)
+        side, views = int(torch.randint(NUM_SIDES, (), generator=g)), objects[i % len(objects)]
+        references.append(relative_views(views if i < len(objects) else augment(views, g), side))
+    return torch.stack(references)
 
 
 # --- command line ---
