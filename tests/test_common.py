@@ -1,0 +1,278 @@
+"""Plumbing: keyed noise, whole files, the content rule, states, logs, the step of an optimizer, errors in one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import common as C
+from common import InputError
+
+# --- randomness ---
+
+
+def test_keyed_generators_differ_by_key_and_by_nothing_else():
+    draw = lambda *key: torch.randn(8, generator=C.keyed_generator(*key))  # noqa: E731
+    assert torch.equal(draw(1, 2), draw(1, 2))
+    others = [draw(2, 1), draw(1), draw(1, 2, 0), draw(1, 3), draw(0, 2), draw(-1, 2)]
+    assert not any(torch.equal(draw(1, 2), other) for other in others)  # (2, 1): the order counts
+    seeds = {C.key_seed(a, b) for a in range(100) for b in range(100)}
+    assert len(seeds) == 10000 and all(0 <= s < 2**63 for s in seeds)
+    assert C.key_seed(1, 2) == 6050395267108742785  # results depend on it
+
+
+# --- files ---
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    C.save_json(tmp_path / "a.json", {"old": 1})
+
+    def breaks(path: Path) -> None:
+        path.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        C.write_atomic(tmp_path / "a.json", breaks)
+    assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_link_in_place_of_the_temporary_file_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / f".{os.getpid()}.a.json").symlink_to(tmp_path / "precious")
+    C.save_json(tmp_path / "a.json", {"new": 1})
+    assert (tmp_path / "precious").read_text() == "mine" and C.load_json(tmp_path / "a.json") == {"new": 1}
+
+
+def test_written_weights_have_ordinary_permissions(tmp_path):
+    C.save_tensors(tmp_path / "w.safetensors", {"w": torch.zeros(2)})
+    (tmp_path / "plain").write_text("")
+    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b""])
+def test_broken_files_are_input_errors(tmp_path, content):
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(InputError, match="not readable as JSON"):
+        C.load_json(tmp_path / "a")
+    with pytest.raises(InputError, match="not readable as safetensors"):
+        C.load_tensors(tmp_path / "a")
+
+
+def test_weights_that_do_not_fit_or_are_not_finite_are_refused(tmp_path):
+    module = torch.nn.Linear(2, 1)
+    for tensors, message in (
+        ({"weight": torch.zeros(1, 2)}, "missing"),
+        ({"weight": torch.zeros(1, 3), "bias": torch.zeros(1)}, "another shape"),
+        ({"weight": torch.zeros(1, 2), "bias": torch.tensor([torch.nan])}, "bias is not finite"),
+    ):
+        C.save_tensors(tmp_path / "w", tensors)
+        with pytest.raises(InputError, match=message):
+            C.load_weights(module, tmp_path / "w")
+    C.save_tensors(tmp_path / "w", {"weight": torch.ones(1, 2), "bias": torch.ones(1)})
+    C.load_weights(module, tmp_path / "w")
+    assert module(torch.ones(2)).item() == 3
+
+
+# --- results by content ---
+
+
+def test_digest_tells_contents_apart(tmp_path):
+    (tmp_path / "f").write_bytes(b"abc")
+    assert C.digest(tmp_path / "f") == "ba7816bf8f01cfea"  # SHA-256 of "abc"
+    a = torch.arange(4.0)
+    assert C.digest(a) == C.digest(a.clone()) != C.digest(a + 1)
+    assert C.digest(a.bfloat16()) != C.digest(a)
+    assert C.digest({"a": 1, "b": (2,)}) == C.digest({"b": [2], "a": 1}) != C.digest({"a": 2, "b": [2]})
+
+    def one(x):
+        return x + 1
+
+    def two(x):
+        return x + 2
+
+    assert C.digest(one) != C.digest(two)
+    (tmp_path / "config.json").write_text("{}")
+    C.save_tensors(tmp_path / "model.safetensors", {"w": a})
+    before = C.digest(tmp_path)
+    (tmp_path / "config.json").write_text('{"x": 1}')
+    assert C.digest(tmp_path) != before  # the config counts, too
+    with pytest.raises(InputError, match="not found"):
+        C.digest(tmp_path / "nowhere")
+
+
+def count(folder: Path) -> None:
+    """A stage that says how often it ran."""
+    runs = folder.parent / "runs"
+    runs.write_text(str(int(runs.read_text() or 0) + 1 if runs.is_file() else 1))
+    C.save_json(folder / "result.json", {"run": int(runs.read_text())})
+
+
+def test_a_result_is_made_once_for_each_content(tmp_path):
+    one = C.cached(tmp_path, "x", {"lr": 1}, count)
+    assert C.cached(tmp_path, "x", {"lr": 1}, count) == one and (tmp_path / "runs").read_text() == "1"
+    other = C.cached(tmp_path, "x", {"lr": 2}, count)
+    assert other != one and one.is_dir() and (tmp_path / "runs").read_text() == "2"
+    assert (tmp_path / "x").resolve() == other.resolve()  # the link: what was asked for last
+    C.cached(tmp_path, "x", {"lr": 1}, count)
+    assert (tmp_path / "x").resolve() == one.resolve() and (tmp_path / "runs").read_text() == "2"
+
+
+@pytest.mark.parametrize("damage", ["delete", "truncate", "flip", "note"])
+def test_a_damaged_result_is_made_again(tmp_path, damage, capsys):
+    folder = C.cached(tmp_path, "x", {}, count)
+    file = folder / ("made_by.json" if damage == "note" else "result.json")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.unlink()
+    if damage != "delete":
+        file.write_bytes({"truncate": content[:3], "flip": content, "note": content[:9]}[damage])
+    assert C.cached(tmp_path, "x", {}, count) == folder
+    assert (tmp_path / "runs").read_text() == "2" and C.load_json(folder / "result.json") == {"run": 2}
+    assert "made again" in capsys.readouterr().out
+
+
+def test_an_unfinished_result_goes_on(tmp_path):
+    def dies(folder: Path) -> None:
+        (folder / "part").write_text("half the work")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        C.cached(tmp_path, "x", {}, dies)
+    seen = []
+    folder = C.cached(tmp_path, "x", {}, lambda folder: seen.append((folder / "part").read_text()))
+    assert seen == ["half the work"] and (folder / "made_by.json").is_file()
+
+
+def test_two_runs_in_one_folder_at_a_time_are_refused(tmp_path):
+    def inner(folder: Path) -> None:
+        C.cached(tmp_path, "x", {}, count)
+
+    with pytest.raises(InputError, match="another run is making it"):
+        C.cached(tmp_path, "x", {}, inner)
+    C.cached(tmp_path, "x", {}, count)  # the lock went with the run
+
+
+# --- loops ---
+
+
+def test_states_come_back_and_damaged_ones_are_noticed(tmp_path, capsys):
+    C.save_state(tmp_path / "state.pt", {"model": {"w": torch.ones(2)}}, step=3)
+    state = C.load_state(tmp_path / "state.pt")
+    assert state["step"] == 3 and torch.equal(state["model"]["w"], torch.ones(2))
+    content = bytearray((tmp_path / "state.pt").read_bytes())
+    content[len(content) // 2] ^= 4
+    (tmp_path / "state.pt").write_bytes(content)
+    assert C.load_state(tmp_path / "state.pt") == {} and "damaged" in capsys.readouterr().out
+    assert C.load_state(tmp_path / "nothing") == {}
+
+
+def test_the_log_writes_means_and_forgets_what_is_done_again(tmp_path):
+    log = C.Log(tmp_path / "log.jsonl", 0, every=2)
+    for step, loss in enumerate([1.0, 3.0, 5.0, 9.0, 7.0]):
+        log.add(step, loss=loss)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 2, "loss": 2.0}, {"step": 4, "loss": 7.0}]
+    again = C.Log(tmp_path / "log.jsonl", 3, every=2, sums={"loss": [5.0]})
+    again.add(3, loss=1.0)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 2, "loss": 2.0}, {"step": 4, "loss": 3.0}]
+
+
+def test_steps_save_when_asked_to_stop(monkeypatch):
+    saved, seen = [], []
+    monkeypatch.setattr(C, "SAVE_SECONDS", 1e9)
+    with pytest.raises(KeyboardInterrupt, match="train at step 3"):
+        for step in C.training_steps(1, 9, "train", saved.append):
+            if step == 2:
+                signal.raise_signal(signal.SIGINT)
+            seen.append(step)
+    assert seen == [1, 2] and saved == [3]  # the step under way was finished, then saved
+    monkeypatch.setattr(C, "SAVE_SECONDS", 0)
+    assert list(C.training_steps(2, 4, "train", saved.append)) == [2, 3] and saved == [3, 3, 4]
+
+
+def test_optimizer_step_clips_scales_the_rate_and_clears():
+    p = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([p], lr=0.5)
+    p.grad = torch.tensor([3.0, 4.0])
+    norm = C.optimizer_step([optimizer], [p], rate=0.1, step=0)
+    assert norm == pytest.approx(5)
+    torch.testing.assert_close(p.detach(), -0.05 * torch.tensor([0.6, 0.8]))  # the gradient cut to length 1
+    assert p.grad is None
+    p.grad = torch.tensor([0.3, 0.4])
+    C.optimizer_step([optimizer], [p], rate=1.0, step=1)  # of the peak, not of the last rate; short ones stay
+    torch.testing.assert_close(p.detach(), torch.tensor([-0.03 - 0.15, -0.04 - 0.2]))
+    p.grad = torch.tensor([torch.nan, 0.0])
+    with pytest.raises(InputError, match="step 7: the gradient is nan"):
+        C.optimizer_step([optimizer], [p], 1.0, step=7)
+
+
+# --- the command line ---
+
+
+@dataclass(frozen=True)
+class Config:
+    n: tuple[float, ...] = (1.0,)  # numbers
+
+
+@pytest.mark.parametrize("value", [(), (0.0,), (float("nan"),), (float("inf"),), (2.0, -1.0)])
+def test_numbers_out_of_range_are_refused(value):
+    with pytest.raises(InputError, match="--n"):
+        C.check_at_least(Config(value), 1, "n")
+    C.check_at_least(Config((1.0, 2.0)), 1, "n")
+
+
+SCRIPT = """
+import sys, time
+from dataclasses import dataclass
+sys.path.insert(0, {root!r})
+import common
+
+@dataclass(frozen=True)
+class Config:
+    what: str = "x"  # what to do
+
+def main(cfg):
+    if cfg.what == "sleep":
+        print("ready", flush=True)
+        time.sleep(60)
+    raise {{"input": common.InputError("no chair:\\n expected one"), "system": OSError(28, "No space left")}}[cfg.what]
+
+common.cli(main, Config, "doc")
+"""
+
+
+def script(tmp_path: Path, *args: str) -> list[str]:
+    (tmp_path / "s.py").write_text(SCRIPT.format(root=str(C.ROOT)))
+    return [sys.executable, str(tmp_path / "s.py"), *args]
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (("--what", "input"), "error: no chair: expected one"),
+        (("--what", "system"), "error: OSError: [Errno 28] No space left"),
+        (("--what", "input", "--what=system"), "error: --what is given twice, expected once."),
+    ],
+)
+def test_what_goes_wrong_is_one_line(tmp_path, args, line):
+    done = subprocess.run(script(tmp_path, *args), capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (1, line)
+    if "--what=system" not in args:
+        assert "Traceback" in subprocess.run(script(tmp_path, *args, "--debug"), capture_output=True, text=True).stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_script_says_one_line(tmp_path, number):
+    process = subprocess.Popen(script(tmp_path, "--what", "sleep"), stdout=-1, stderr=-1, text=True)
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130 and errors.strip().startswith("stopped") and "\n" not in errors.strip()
