@@ -1,0 +1,358 @@
+"""Metrics: how close are views to the truth, can they be views of one object, how much did they change?
+
+    PSNR     10 log10(1 / mean squared error), dB; at most 58.9, the error of rounding to 8 bits
+    SSIM     Wang et al. 2004: Gaussian window 11 x 11, sigma 1.5, no padding, in float64
+    LPIPS    Zhang et al. 2018, AlexNet, v0.1; smaller is better; needs the published weights
+    GMSD     Xue et al. 2014, gradient magnitude similarity deviation; smaller is better; perceptual like
+             LPIPS, for where those weights cannot be had. Equal to the authors' MATLAB code
+
+Geometry needs neither weights nor truth. It is exact, for the cameras are orthographic and look along axes:
+
+    row      the four sides see the same heights: the same pixel rows must be occupied
+    mirror   opposite cameras see one silhouette, mirrored
+    width    the top sees the widths of the sides: columns of front and back, columns of right and left
+    hull     the largest object that fits all silhouettes, drawn again, against them
+
+Each is an intersection over union (IoU): 1 for an object, 0 for empty views. Views below a threshold in one
+of the four cannot show one object. Their share is the contradiction rate (`contradicts`).
+
+Letters: N (or B) objects, V views, C H W pixels, S side of a square image, M masks of one thing.
+FORK: another metric is a function here and a line in evaluate.py:measure. Cameras are read from CAMERAS.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import explained
+from data import CAMERAS, VIEWS
+
+# --- images against the truth ---
+
+
+def psnr(
+    x: Tensor,  # (N, ...) in [0, 1]
+    y: Tensor,  # (N, ...) or broadcast to it
+) -> Tensor:  # (N,) dB
+    """10 log10(1 / mse). Rounding to 8 bits has a mse of 1 / (12 255^2), 58.9 dB, and counts as none.
+
+    Without this limit one exact view, such as a copied reference, lifts the mean over views without bound.
+    """
+    mse = (x.double() - y.double()).square().flatten(1).mean(1)
+    return -10 * mse.clamp(min=1 / (12 * 255**2)).log10()
+
+
+def closeness(
+    images: Tensor,  # (G, V, 3, S, S) candidates of one object
+    truth: Tensor,  # (V, 3, S, S)
+) -> Tensor:  # (G,) dB
+    """PSNR of the unseen views, their errors pooled: what a feedback should rank by."""
+    return psnr(images[:, 1:].flatten(1, 2), truth[None, 1:].flatten(1, 2))
+
+
+def ssim(
+    x: Tensor,  # (N, C, H, W) in [0, 1], H and W at least 11
+    y: Tensor,  # (N, C, H, W)
+) -> Tensor:  # (N,)
+    """(2 a b + c1) (2 cov + c2) / ((a^2 + b^2 + c1) (var_x + var_y + c2)), mean over windows and channels.
+
+    In float64: var = E[x^2] - E[x]^2 cancels on flat white, and float32 is then wrong in the fourth digit.
+    """
+    x, y = x.double(), y.double()
+    window = torch.exp(-((torch.arange(11, dtype=x.dtype, device=x.device) - 5) ** 2) / (2 * 1.5**2))
+    window = (window / window.sum()).expand(x.shape[1], 1, 1, 11)
+
+    def mean(image: Tensor) -> Tensor:  # Gaussian-weighted, separable: rows, then columns
+        rows = F.conv2d(image, window, groups=image.shape[1])
+        return F.conv2d(rows, window.mT, groups=image.shape[1])
+
+    a, b = mean(x), mean(y)
+    var_x, var_y, cov = mean(x * x) - a * a, mean(y * y) - b * b, mean(x * y) - a * b
+    c1, c2 = 0.01**2, 0.03**2
+    similarity = (2 * a * b + c1) * (2 * cov + c2) / ((a * a + b * b + c1) * (var_x + var_y + c2))
+    return similarity.mean((1, 2, 3))
+
+
+def gmsd(
+    x: Tensor,  # (N, 3, H, W) in [0, 1]
+    y: Tensor,  # (N, 3, H, W)
+) -> Tensor:  # (N,)
+    """Standard deviation over pixels of (2 g_x g_y + c) / (g_x^2 + g_y^2 + c), g the grey gradient's length.
+
+    On the luminance at half size, Prewitt's filters, c = 170 / 255^2. As published: zeros around the picture
+    (so its edge has a gradient, in both alike), and n - 1 in the deviation.
+    """
+
+    def gradient(image: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, H/2, W/2)
+        grey = (image * image.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+        half = F.avg_pool2d(F.pad(grey, (0, grey.shape[-1] % 2, 0, grey.shape[-2] % 2)), 2)
+        rise = torch.tensor([1.0, 1.0, 1.0]).outer(torch.tensor([1.0, 0.0, -1.0])).to(image) / 3
+        return F.conv2d(half, torch.stack([rise, rise.T])[:, None], padding=1).norm(dim=1)
+
+    g_x, g_y, c = gradient(x), gradient(y), 170 / 255**2
+    similarity = (2 * g_x * g_y + c) / (g_x**2 + g_y**2 + c)
+    return similarity.flatten(1).std(1)
+
+
+class Lpips(nn.Module):
+    """Sum over layers of mean over pixels of w . (f(x) - f(y))^2, f unit-length features of AlexNet."""
+
+    # Names are torchvision's and, of the heads, the lpips package's: the published files load strictly.
+    GITHUB = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1"
+    URLS = {
+        "alexnet-owt-7be5be79.pth": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+        "alex.pth": f"{GITHUB}/alex.pth",
+    }
+    TAPS = (1, 4, 7, 9, 11)  # after each ReLU
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def conv(c_in: int, c_out: int, kernel: int, stride: int, padding: int) -> list[nn.Module]:
+            return [nn.Conv2d(c_in, c_out, kernel, stride, padding), nn.ReLU()]
+
+        self.features = nn.Sequential(
+            *conv(3, 64, 11, 4, 2),
+            nn.MaxPool2d(3, 2),
+            *conv(64, 192, 5, 1, 2),
+            nn.MaxPool2d(3, 2),
+            *conv(192, 384, 3, 1, 1),
+            *conv(384, 256, 3, 1, 1),
+            *conv(256, 256, 3, 1, 1),
+        )
+        # One weight a channel. The published name is lin0.model.1.weight: 0 was a dropout.
+        for i, channels in enumerate((64, 192, 384, 256, 256)):
+            head = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
+            self.add_module(f"lin{i}", nn.ModuleDict({"model": head}))
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1), persistent=False)
+
+    @staticmethod
+    def load(source: str, device: str | torch.device = "cpu") -> "Lpips":
+        """`source` is "hub", or a folder that holds the two published files."""
+        net, state = Lpips(), {}
+        remedy = f"Get {' and '.join(Lpips.URLS.values())} and name their folder."
+        with explained(f"--lpips {source}: cannot load it, expected the published files. {remedy}"):
+            for name, url in Lpips.URLS.items():
+                if source == "hub":
+                    tensors = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+                else:
+                    tensors = torch.load(Path(source) / name, map_location="cpu", weights_only=True)
+                state |= {k: v for k, v in tensors.items() if not k.startswith("classifier.")}
+            net.load_state_dict(state)
+        return net.to(device).eval()
+
+    @torch.no_grad()
+    def forward(
+        self,
+        x: Tensor,  # (N, 3, H, W) in [0, 1], H and W at least 32
+        y: Tensor,  # (N, 3, H, W)
+    ) -> Tensor:  # (N,)
+        total = torch.zeros(len(x))
+        both = (torch.cat([x, y]).to(self.shift) * 2 - 1 - self.shift) / self.scale
+        for i, layer in enumerate(self.features):
+            both = layer(both)
+            if i in self.TAPS:
+                f, g = (both / (both.norm(dim=1, keepdim=True) + 1e-10)).chunk(2)
+                head = self.get_submodule(f"lin{self.TAPS.index(i)}.model")
+                total = total + head((f - g) ** 2).mean((1, 2, 3)).cpu()
+        return total
+
+
+# --- the views against each other ---
+
+
+def silhouettes(
+    views: Tensor,  # (..., 3, H, W) on white
+) -> Tensor:  # (..., H, W) bool
+    """A pixel belongs to the object if any channel is below 0.9."""
+    return views.amin(dim=-3) < 0.9
+
+
+def iou(
+    masks: Tensor,  # (M, B, ...) bool
+    dims: tuple[int, ...],
+) -> Tensor:  # (B,)
+    """What all masks cover over what any of them covers; 0 if that is nothing."""
+    return masks.all(0).sum(dims) / masks.any(0).sum(dims).clamp(min=1)
+
+
+def world_masks(
+    views: Tensor,  # (B, V, 3, S, S)
+) -> dict[
+    tuple[int, int], Tensor
+]:  # two world axes i < j -> (M, B, S, S), [along i, along j] in rising order
+    """The silhouettes by the plane that they lie in: opposite views share one.
+
+    Image rows go down, so they are flipped. So is what runs along a falling axis: the columns of `back` run
+    along -X, those of `right` along -Z, and `top` has -Z upwards.
+    """
+    planes: dict[tuple[int, int], list[Tensor]] = {}
+    for camera, mask in zip(CAMERAS, silhouettes(views).unbind(1), strict=True):
+        mask = mask.flip(-2).mT  # (B, image right, image up)
+        mask = mask.flip([1 + d for d in (0, 1) if camera[d].sum() < 0])
+        i, j = camera[:2].abs().argmax(1).tolist()
+        planes.setdefault((min(i, j), max(i, j)), []).append(mask if i < j else mask.mT)
+    return {plane: torch.stack(masks) for plane, masks in planes.items()}
+
+
+def profile_iou(views: Tensor, axis: int) -> Tensor:  # (B, V, 3, S, S), 0 X 1 Y 2 Z -> (B,)
+    """Which places along one world axis are occupied: IoU of all views that see this axis."""
+    seen = [m.any(3 - plane.index(axis)) for plane, m in world_masks(views).items() if axis in plane]
+    return iou(torch.cat(seen), (-1,))
+
+
+def row_iou(views: Tensor) -> Tensor:  # (B, V, 3, S, S) -> (B,)
+    """The four sides have Y upwards: the same pixel rows must be occupied in all of them."""
+    return profile_iou(views, 1)
+
+
+def width_iou(views: Tensor) -> Tensor:  # (B, V, 3, S, S) -> (B,)
+    """X is seen by front, back and top, Z by right, left and top: mean of both."""
+    return (profile_iou(views, 0) + profile_iou(views, 2)) / 2
+
+
+def mirror_iou(views: Tensor) -> Tensor:  # (B, V, 3, S, S) -> (B,)
+    """Front must be back, mirrored, and right must be left, mirrored: mean of both."""
+    return torch.stack([iou(m, (-2, -1)) for m in world_masks(views).values() if len(m) > 1]).mean(0)
+
+
+def hull_iou(views: Tensor) -> Tensor:  # (B, V, 3, S, S) -> (B,)
+    """Mean over views of IoU(silhouette, silhouette of the visual hull).
+
+    Orthographic silhouettes cut prisms out of space, opposite ones the same:
+
+        H(x, y, z) = A(x, y) B(y, z) C(x, z),     A = front and back,  B = right and left,  C = top
+
+    Seen from the front it is A(x, y) [exists z: B(y, z) C(x, z)], a product of matrices: no voxels needed.
+    """
+    seen = world_masks(views)
+    a, b, c = (seen[plane].all(0).float() for plane in ((0, 1), (1, 2), (0, 2)))
+    hull = {(0, 1): a * (c @ b.mT > 0), (1, 2): b * (a.mT @ c > 0), (0, 2): c * (a @ b > 0)}
+    # the hull never sticks out of a mask: their union is the mask
+    parts = [hull[p].sum((-2, -1)) / m.sum((-2, -1)).clamp(min=1) for p, m in seen.items()]  # (M, B) each
+    return torch.cat(parts).mean(0)
+
+
+GEOMETRY = {"row": row_iou, "mirror": mirror_iou, "width": width_iou, "hull": hull_iou}
+
+# Truth is not always 1: what is thin vanishes between pixels, what is nearly white is background in one view
+# and not in the next. A threshold is what one true object in 40 falls below:
+#     truth_thresholds(load_split("furniture", "train", 233, 64) / 255)
+# One of the four or more is missed by .069 of these 233, .078 of the 64 validation objects, .063 of the 96
+# held-out ones, none of 200 toys. (One true object in 20 makes that .125 on validation, one in 100 .047.)
+THRESHOLDS = {"row": 0.945, "mirror": 0.915, "width": 0.903, "hull": 0.909}
+
+
+def truth_thresholds(truth: Tensor, share: float = 0.025) -> dict[str, float]:  # (N, V, 3, S, S)
+    """What this share of true objects falls below. Other sizes than 64 pixels need their own."""
+    return {name: check(truth).quantile(share).item() for name, check in GEOMETRY.items()}
+
+
+def no_object(views: Tensor) -> Tensor:  # (B, V, 3, S, S) -> (B,) bool
+    """Two tricks that agree with themselves and show nothing: a filled frame, one picture in all views.
+
+    Objects end at .9 of the frame: a true view leaves its edge white. Each of 713 true objects has a view
+    that differs from the front by 21 grey levels, on average where either shows it. The limit is 8.
+    """
+    seen = silhouettes(views)
+    edge = torch.cat([seen[..., 0, :], seen[..., -1, :], seen[..., :, 0], seen[..., :, -1]], -1)
+    either = seen[:, 1:] | seen[:, :1]  # (B, V-1, S, S)
+    change = ((views[:, 1:] - views[:, :1]).abs().mean(2) * either).sum((-2, -1))
+    change = change / either.sum((-2, -1)).clamp(min=1)  # (B, V-1)
+    return (edge.float().mean(-1) > 0.5).any(1) | (change < 8 / 255).all(1)
+
+
+def contradicts(
+    views: Tensor,  # (B, V, 3, S, S)
+    thresholds: Mapping[str, float] = THRESHOLDS,
+) -> Tensor:  # (B,) bool
+    """These cannot be views of one object: below a threshold (as empty views are), or no object at all."""
+    below = [check(views) < thresholds[name] for name, check in GEOMETRY.items()]
+    return torch.stack(below).any(0) | no_object(views)
+
+
+def geometry(
+    views: Tensor,  # (B, V, 3, S, S)
+    ref: Tensor,  # (B, 3, S, S), or (3, S, S) for all
+) -> Tensor:  # (B,) in [0, 1]
+    """A feedback without weights: mean of the four, times the IoU of front and reference.
+
+    The four alone have optima that nobody wants. All white has 0. A square, and noise that fills the frame,
+    have 1: the last factor leaves them the share that the reference covers, and `no_object` makes a filled
+    frame, one picture in all views and so a copied reference 0. What stays: silhouettes see neither colour
+    nor hollows, and the reference's outline pushed straight through space is one object, too.
+    """
+    four = torch.stack([check(views) for check in GEOMETRY.values()]).mean(0)
+    front, seen = torch.broadcast_tensors(silhouettes(views[:, 0]), silhouettes(ref))
+    return four * iou(torch.stack([front, seen]), (-2, -1)) * ~no_object(views)
+
+
+# --- how much did pictures change? A gain that nobody can see is no gain ---
+
+
+def grey_levels_changed(a: Tensor, b: Tensor) -> Tensor:  # (N, V, 3, S, S) in [0, 1] -> (N,)
+    """Mean |a - b| over views, channels and pixels, in levels of 255."""
+    return (a - b).abs().flatten(1).mean(1) * 255
+
+
+def share_changed(a: Tensor, b: Tensor) -> Tensor:  # (N, V, 3, S, S) in [0, 1] -> (N,)
+    """Share of all pixels, white ones included, of which a channel differs by more than 8 levels of 255."""
+    return ((a - b).abs().amax(-3) > 8 / 255).flatten(1).float().mean(1)
+
+
+# --- views of known quality; how sure a difference is ---
+
+
+def spoilt_views(truth: Tensor) -> dict[str, Tensor]:  # (N, V, 3, S, S), uint8 or float
+    """Truth that contradicts its reference or itself. View 0, the reference's own, stays.
+
+    A scorer that does not know which view it sees, as the paper's, is blind to `swapped` and nearly so to
+    `mirrored`. The two named `right_` spoil one view only.
+    """
+    right, back = VIEWS.index("right"), VIEWS.index("back")
+    pixels = max(1, truth.shape[-1] * 3 // 64)
+    spoilt = {}
+
+    def spoil(name: str, views: list[int], change: Tensor) -> None:
+        spoilt[name] = truth.clone()
+        spoilt[name][:, views] = change[:, views]
+
+    unseen = list(range(1, truth.shape[1]))
+    if len(truth) > 1:  # otherwise the other object is the same one
+        spoil("other", unseen, truth.roll(1, 0))
+    spoil("mirrored", unseen, truth.flip(-1))
+    spoil("shifted", unseen, truth.roll(pixels, -1))
+    spoilt["swapped"] = truth.clone()
+    spoilt["swapped"][:, [right, back]] = truth[:, [back, right]]
+    spoil("right_mirrored", [right], truth.flip(-1))
+    spoil("right_lower", [right], truth.roll(pixels, -2))
+    return spoilt
+
+
+def bootstrap_interval(
+    differences: Tensor,  # (N,) one an object, or (seeds, N)
+    seed: int = 0,
+    n: int = 10_000,
+) -> tuple[float, float]:
+    """95 % interval of the mean: objects, and seeds where there are several, are drawn again n times.
+
+    Seeds and objects are drawn apart and crossed, for an object is as hard for every seed. A resample is how
+    often each was drawn: its mean is seed_counts . differences . object_counts / (seeds N).
+    """
+    d = differences.double().cpu()
+    d = d[None] if d.ndim == 1 else d
+    generator = torch.Generator().manual_seed(seed)
+
+    def counts(m: int) -> Tensor:  # (n, m)
+        drawn = torch.randint(m, (n, m), generator=generator)
+        return d.new_zeros(n, m).scatter_add_(1, drawn, d.new_ones(n, m))
+
+    means = ((counts(d.shape[0]) @ d) * counts(d.shape[1])).sum(1) / d.numel()
+    low, high = means.quantile(d.new_tensor([0.025, 0.975])).tolist()
+    return low, high
