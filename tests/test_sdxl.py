@@ -13,10 +13,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Dinov2Config, Dinov2Model
 
-import bench
 from common import InputError
 from data import make_toys, write_views
-from evaluate import Lpips
 from model import NUM_VIEWS, PRESETS, LoRALinear, MultiViewAttention, MultiViewUNet, from_base, load
 
 V, SIZE = NUM_VIEWS, 64
