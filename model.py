@@ -176,8 +176,8 @@ class MultiViewAttention(nn.Module):
         encoder_hidden_states: None = None,  # diffusers passes these two, always None
         attention_mask: None = None,
     ) -> Tensor:  # ((B R), N, C)
-        """The layout is an argument, no attribute: gradient checkpointing calls this again in the backward, and
-        another forward, with other rows, may have come between."""
+        """The layout is an argument, no attribute: gradient checkpointing calls this again in the backward,
+        when a forward with other rows may have come between."""
         views, has_ref = layout
         placed = x
         if self.position is not None:
