@@ -72,18 +72,32 @@ def test_loftr_from_a_file_counts_pairs_in_a_batch(tmp_path, monkeypatch) -> Non
     same, other = matcher.count_matches(views[:, 0], views[:, :2], "loftr", weights)[0]
     one = matcher.count_matches(views[:, 0], views[:, 1:2], "loftr", weights)
     assert same > 0 and abs(int(one) - int(other)) <= 1
-    # Two candidates of one reference share its features; the next reference has its own.
-    refs, views = toys(2)[[0, 0, 1], 0], toys(2)[[0, 1, 1], 1:2]
-    seen, real = [], loaded.extract_features
-    monkeypatch.setattr(loaded, "extract_features", lambda image: (seen.append(image), real(image))[1])
-    batch = matcher.count_matches(refs, views, "loftr", weights)
-    of_refs = [image for image in seen if any(image.equal(matcher.to_grey(ref[None])) for ref in refs)]
-    assert len(of_refs) == 2 and not of_refs[0].equal(of_refs[1])
-    for i in range(3):
-        alone = matcher.count_matches(refs[i : i + 1], views[i : i + 1], "loftr", weights)
-        assert abs(int(alone) - int(batch[i])) <= 1
-    assert abs(int(batch[1]) - int(batch[2])) > 1  # the same view counts otherwise against another reference
     matcher.loftr_model.cache_clear()
+
+
+def test_loftr_computes_the_features_of_a_reference_once(monkeypatch) -> None:
+    """With a stand-in that counts 10 times the reference's brightness plus the view's."""
+
+    class StandIn:
+        seen: list[int] = []
+
+        def extract_features(self, image):
+            self.seen.append(round(image.mean().item() * 10))
+            return {"feature": image}
+
+        def __call__(self, pairs):
+            ref, views = pairs["features0"]["feature"], pairs["image1"]
+            counts = (10 * ref.mean((1, 2, 3)) * 10 + views.mean((1, 2, 3)) * 10).round().long()
+            return {"batch_indexes": torch.arange(len(counts)).repeat_interleave(counts)}
+
+    stand_in = StandIn()
+    monkeypatch.setattr(matcher, "loftr_model", lambda weights, device: stand_in)
+    grey = torch.arange(10).view(10, 1, 1, 1).expand(10, 3, 8, 8) / 10
+    ref, views = grey[[3, 3, 5, 3]], grey[[1, 2, 4, 0, 6, 7, 8, 9]].unflatten(0, (4, 2))
+    counts = matcher.count_matches(ref, views, "loftr")
+    assert counts.tolist() == [[31, 32], [34, 30], [56, 57], [38, 39]]
+    assert stand_in.seen == [3, 5, 3]  # not again for the second candidate, again for another reference
+    assert matcher.matching_reward(ref, views, "loftr").tolist() == [32, 30, 57, 39]
 
 
 def test_missing_weights_and_wrong_names_are_one_line(tmp_path) -> None:
