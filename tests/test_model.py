@@ -1,4 +1,4 @@
-"""The one-pass reference attention against its definition, who may see whom, what is trained, what is kept."""
+"""The one-pass reference attention against its definition, who sees whom, what is trained, what is kept."""
 
 import json
 from dataclasses import asdict, replace
@@ -50,18 +50,14 @@ def test_one_view_without_reference_is_the_stock_unet():
 @pytest.mark.parametrize("position", [True, False])
 @pytest.mark.parametrize("cross_view", [True, False])
 def test_one_pass_equals_two_pass(cross_view, position):
-    """The paper's form: run the UNet on Y_t, keep what each attention layer saw, append its keys and values."""
-    model = random_model(
-        cross_view=cross_view, position=position
-    ).double()  # so that only a wrong formula can differ
+    """The paper's form: run the UNet on Y_t, keep what each layer saw, append its keys and values."""
+    # In double precision, so that only a wrong formula can differ.
+    model = random_model(cross_view=cross_view, position=position).double()
     x, t, ref = (z.double() if z.is_floating_point() else z for z in inputs())
     unet = stock_unet(model)
     layers = [m.attn1 for m in unet.modules() if hasattr(m, "attn1")]
-    tables = [
-        m.position if position else torch.zeros(V + 1, 1, 1)
-        for m in model.modules()
-        if hasattr(m, "position")
-    ]
+    ours = [m for m in model.modules() if isinstance(m, MultiViewAttention)]
+    tables = [torch.zeros(V + 1, 1, 1) if m.position is None else m.position for m in ours]
     stored = {}
 
     def attend(attn, tokens, placed, context, placed_context):
@@ -84,9 +80,8 @@ def test_one_pass_equals_two_pass(cross_view, position):
         def forward(hidden, encoder_hidden_states=None, attention_mask=None):
             placed = (hidden.unflatten(0, (B, V)) + tables[i][:V]).flatten(0, 1)
             copies = 1 if cross_view else V
-            own_ref, placed_ref = (
-                z.repeat_interleave(copies, 0) for z in (stored[i], stored[i] + tables[i][V])
-            )
+            own_ref = stored[i].repeat_interleave(copies, 0)
+            placed_ref = own_ref + tables[i][V]
             if cross_view:  # all views of an object are one sequence
                 tokens, placed = (z.reshape(B, -1, z.shape[-1]) for z in (hidden, placed))
             else:
@@ -101,9 +96,8 @@ def test_one_pass_equals_two_pass(cross_view, position):
     unet(ref, t, None, class_labels=torch.full((B,), V))
     for i, attn in enumerate(layers):
         attn.forward = second_pass(attn, i)
-    theirs = unet(
-        x.flatten(0, 1), t.repeat_interleave(V), None, class_labels=torch.arange(V).repeat(B)
-    ).sample
+    labels = torch.arange(V).repeat(B)
+    theirs = unet(x.flatten(0, 1), t.repeat_interleave(V), None, class_labels=labels).sample
     torch.testing.assert_close(model(x, t, ref).flatten(0, 1), theirs.float(), rtol=0, atol=1e-6)
 
 
@@ -112,11 +106,8 @@ def test_permuting_views_with_their_labels_permutes_the_output(tiny):
     x, t, ref = inputs()
     before = tiny(x, t, ref)
     order = torch.arange(V).roll(2)
-    labels = [
-        tiny.unet.class_embedding.weight,
-        *(m.position for m in tiny.modules() if hasattr(m, "position")),
-    ]
-    for weight in labels:
+    tables = [m.position for m in tiny.modules() if isinstance(m, MultiViewAttention)]
+    for weight in (tiny.unet.class_embedding.weight, *tables):
         weight[:V] = weight[order].clone()
     after = tiny(x[:, order], t, ref)
     torch.testing.assert_close(after, before[:, order], rtol=0, atol=2e-6)
@@ -194,16 +185,15 @@ def test_rows_are_labelled_views_first_and_the_reference_last(tiny):
 # --- the position table ---
 
 
-def features(
-    monkeypatch, size
-):  # (V + 1, size, size, 3 axes, 8): what `position_table` multiplies by a random matrix
+def features(monkeypatch, size):  # (V + 1, size, size, 3 axes, 8)
+    """What `position_table` multiplies by a random matrix."""
     monkeypatch.setattr(torch, "randn", lambda *shape: torch.eye(*shape))
     return position_table(size, 24).view(V + 1, size, size, 3, 8)
 
 
 def test_tokens_that_can_see_one_point_share_features(monkeypatch):
     table = features(monkeypatch, 4)
-    # The point (x, y, z) = (0.25, 0.75, -0.75) is in (row, column) of each view; the reference is a front view.
+    # Each view shows the point (x, y, z) = (0.25, 0.75, -0.75) at this (row, column).
     seen_at = {"front": (0, 2), "right": (0, 3), "back": (0, 1), "left": (0, 0), "top": (0, 2)}
     tokens = {view: table[(i, *seen_at[view])] for i, view in enumerate(VIEWS)}
     unknown = {"front": 2, "right": 0, "back": 2, "left": 0, "top": 1}  # the axis along the view's rays
@@ -221,9 +211,8 @@ def test_the_position_table_tells_places_apart_and_is_not_upside_down(monkeypatc
     assert torch.cdist(front, front).add(10 * torch.eye(64)).min() > 0.1
     height = table[:4, :, :, 1, 0]  # sin(pi / 2 * y) in the side views
     assert (height[:, :-1] > height[:, 1:]).all() and (height == height[:, :, :1]).all()
-    assert (
-        table.square().mean((-1, -2)).sub(1 / 3).abs().max() < 1e-6
-    )  # 16 of 24 features, of mean square 1/2
+    # 16 of 24 features of mean square 1/2, times (2 / 8^0.5)^2
+    torch.testing.assert_close(table.square().mean((-1, -2)), torch.full((V + 1, 8, 8), 1 / 6))
 
 
 @torch.no_grad()
@@ -257,16 +246,18 @@ def test_two_forwards_before_one_backward_under_checkpointing(tiny):
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_step_needs_one_device_only(rank):
-    """On the meta device, which computes shapes: a tensor left on the CPU is an error, as it is beside a GPU."""
-    model = random_model().to("meta")
+    """On the meta device, where a tensor left on the CPU is an error, as it is beside a GPU."""
+    model = random_model()
     if rank:
         model.add_lora(rank)
     parameters = model.freeze(attention_only=True, view_embedding=True)
+    model.to("meta")
     x, t, ref = (z.to("meta") for z in inputs())
     out = model(x, t, model.encode(torch.empty(B, 3, 16, 16, device="meta")))
     (out - x).square().mean().backward()
-    assert out.shape == x.shape and {p.grad.device.type for p in parameters if p.grad is not None} == {"meta"}
-    assert all(p.grad is not None for p in parameters) and model.decode(out).device.type == "meta"
+    devices = {p.grad.device.type for p in model.parameters() if p.grad is not None}
+    assert out.shape == x.shape and devices == {model.decode(out).device.type} == {"meta"}
+    assert sum(p.grad is not None for p in model.parameters()) == len(parameters)
 
 
 @torch.no_grad()
@@ -299,9 +290,8 @@ def test_freeze_trains_what_it_is_asked_to(tiny):
         assert trained(tiny) == set(tiny.trained_state()) == names and len(parameters) == len(names)
         assert {id(p) for p in parameters} == {id(p) for p in tiny.parameters() if p.requires_grad}
         assert {p.dtype for p in tiny.parameters()} == {torch.float32}
-    assert {
-        n for n, p in tiny.named_parameters() if any(p is q for q in tiny.attention_parameters())
-    } == attention
+    chosen = {id(p) for p in tiny.attention_parameters()}
+    assert {n for n, p in tiny.named_parameters() if id(p) in chosen} == attention
     tiny.freeze(attention_only=True, frozen_bf16=True)
     dtypes = {n: p.dtype for n, p in tiny.named_parameters()}
     assert all(dtypes[n] == (torch.float32 if n in attention else torch.bfloat16) for n in everything)
@@ -395,18 +385,13 @@ def test_wrong_configs_are_refused(tiny, tmp_path):
         ({"schedule_shift": 10**400}, "schedule_shift 1000"),
         ({"cross_view": 1}, "cross_view 1, expected bool"),
         ({"base": "somewhere"}, "position True: expected False"),
-        ({"base": "nowhere", "position": False}, "--base nowhere: cannot load its unet"),
+        ({"base": "/nowhere", "position": False}, "--base /nowhere: cannot load its unet"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({**good, **change}))
         with pytest.raises(InputError, match=text):
             load(tmp_path)
-    for text in (
-        "[]",
-        '"toy"',
-        "{}",
-        "null",
-        json.dumps({k: v for k, v in good.items() if k != "prediction"}),
-    ):
+    incomplete = json.dumps({k: v for k, v in good.items() if k != "prediction"})
+    for text in ("[]", '"toy"', "{}", "null", incomplete):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(InputError, match="prediction.*unknown or missing"):
             load(tmp_path)

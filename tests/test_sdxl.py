@@ -67,7 +67,7 @@ def inputs(batch: int = 2):
 
 
 def test_the_real_config_has_the_published_size():
-    """2,567,463,684 parameters before our embedding, 70 self-attention layers (on the meta device, without weights)."""
+    """2,567,463,684 parameters before our embedding, 70 self-attention layers (on the meta device)."""
     config = UNet2DConditionModel.load_config(str(Path(__file__).parent / "sdxl"), subfolder="unet")
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
@@ -79,16 +79,15 @@ def test_the_real_config_has_the_published_size():
 
 @torch.no_grad()
 def test_one_view_without_reference_is_the_stock_sdxl(tiny, base):
-    """With the 77 zero tokens, zero pooled embedding and time ids that its own pipeline uses for an empty prompt."""
+    """With the 77 zero tokens, pooled embedding and time ids of its own pipeline for an empty prompt."""
     stock = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
     x, t, _ = inputs()
     conditions = {
         "text_embeds": torch.zeros(2, 32),
         "time_ids": torch.tensor([[SIZE, SIZE, 0, 0, SIZE, SIZE]] * 2).float(),
     }
-    theirs = stock(
-        x[:, 0], t, encoder_hidden_states=torch.zeros(2, 77, 64), added_cond_kwargs=conditions
-    ).sample
+    tokens = torch.zeros(2, 77, 64)
+    theirs = stock(x[:, 0], t, encoder_hidden_states=tokens, added_cond_kwargs=conditions).sample
     torch.testing.assert_close(tiny(x[:, :1], t, None)[:, 0], theirs, rtol=0, atol=1e-6)
 
 
@@ -162,7 +161,7 @@ def gradients(model, parameters, half=False):
 
 
 def test_gradient_checkpointing_keeps_the_gradients(tiny):
-    """The layers run again in the backward: no store of keys is empty then, and each sees its own forward's rows."""
+    """The layers run again in the backward, and each sees its own forward's rows."""
     parameters = tiny.train().freeze(attention_only=True)
     before = gradients(tiny, parameters)
     tiny.unet.enable_gradient_checkpointing()
@@ -178,9 +177,8 @@ def test_gradient_checkpointing_keeps_the_gradients(tiny):
 def test_freeze_trains_the_attention_in_float32_and_halves_the_rest(tiny):
     parameters = tiny.freeze(attention_only=True, frozen_bf16=True)
     trained = {n for n, p in tiny.named_parameters() if p.requires_grad}
-    assert all(".attn1." in n for n in trained) and len(trained) == len(parameters) == len(
-        tiny.trained_state()
-    )
+    assert all(".attn1." in n for n in trained)
+    assert len(trained) == len(parameters) == len(tiny.trained_state())
     assert {p.dtype for p in parameters} == {torch.float32}
     assert {p.dtype for p in tiny.parameters() if not p.requires_grad} == {torch.bfloat16}
     assert all(g.dtype == torch.float32 and g.abs().max() > 0 for g in gradients(tiny, parameters, half=True))
@@ -270,9 +268,8 @@ def test_memory_and_flops_are_counted(base):
         assert row["adam"] == (0 if "collect" in row["step"] else pytest.approx(8 * trained / 1e9))
         assert row["rest"] > 4 * trained / 1e9 or "collect" in row["step"]
     collect, sft, d3po = full
-    assert (
-        collect["tflop"] < sft["tflop"] * 2.5 and 2.5 < d3po["tflop"] / sft["tflop"] < 3.5
-    )  # 18 rows against 6
+    assert collect["tflop"] < sft["tflop"] * 2.5
+    assert 2.5 < d3po["tflop"] / sft["tflop"] < 3.5  # 18 rows against 6
     assert all(a["total"] > b["total"] for a, b in zip(full[1:], lora[1:], strict=True))
     kept = bench.count(bench.Config(base=base, checkpointing=False), SIZE)
     assert kept[2]["rest"] > d3po["rest"]
@@ -285,9 +282,8 @@ def test_the_papers_script_runs_to_the_end(base, tmp_path):
 
     for i, views in enumerate(make_toys(8, SIZE, 0)):
         write_views(tmp_path / "renders" / f"object{i}", views)
-    encoder = Dinov2Config(
-        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14
-    )
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    encoder = Dinov2Config(**sizes, image_size=56, patch_size=14)
     Dinov2Model(encoder).save_pretrained(tmp_path / "dino")
     state = Lpips().state_dict()
     trunk = {k: v for k, v in state.items() if k.startswith("features")}
@@ -305,7 +301,6 @@ def test_the_papers_script_runs_to_the_end(base, tmp_path):
     assert run.returncode == 0, run.stderr[-2000:]
     for row in ("sft", "base", "m", "c_pre", "c"):
         table = json.loads((tmp_path / "out" / f"table_{row}.json").read_text())
-        assert {"psnr", "ssim", "lpips", "hull", "contrastive"} <= table["rows"][
-            str(tmp_path / "out" / row)
-        ].keys()
+        metrics = table["rows"][str(tmp_path / "out" / row)]
+        assert {"psnr", "ssim", "lpips", "hull", "contrastive"} <= metrics.keys()
         assert row == "sft" or table["difference"]
