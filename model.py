@@ -41,28 +41,32 @@ NUM_VIEWS = len(VIEWS)
 T = TypeVar("T")
 
 
+def fits(value: Any, hint: Any) -> bool:
+    """Is a JSON value of the type that a dataclass names? NaN and infinity are of none; 1 is a float, too."""
+    args = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in args
+    if get_origin(hint) is tuple:
+        return isinstance(value, list) and len(value) == len(args) and all(map(fits, value, args))
+    if hint in (int, float):  # True is an int to Python, not to us
+        return type(value) in (int, hint) and abs(value) < 1e9
+    return type(value) is hint
+
+
 def typed(kind: Callable[..., T], values: Any, where: str) -> T:
-    """The dataclass `kind` from what a JSON file says: exactly its fields, of their types, finite."""
+    """The dataclass `kind` from what a JSON file says: exactly its fields, each of its type."""
     hints = get_type_hints(kind)
     names = values.keys() if isinstance(values, dict) else set()
     if wrong := ", ".join(sorted(names ^ hints.keys())):
         raise InputError(f"{where}: {wrong} unknown or missing, expected the fields of {kind.__name__}.")
-    made: dict[str, Any] = {}
+    made = {}
     for name, hint in hints.items():
-        value, args = values[name], get_args(hint)
+        value: Any = values[name]
         if is_dataclass(hint):
-            made[name] = typed(hint, value, f"{where}: {name}")  # type: ignore  # a class, not an instance
-            continue
-        if get_origin(hint) is tuple:
-            right = isinstance(value, list) and [type(v) for v in value] == list(args)
-        elif get_origin(hint) is Literal:
-            right = value in args
-        else:  # JSON may write 1.0 as 1; True is an int to Python, not to us
-            right = type(value) is hint or (hint is float and type(value) is int)
+            value = typed(hint, value, f"{where}: {name}")  # type: ignore  # it is a class
+        elif not fits(value, hint):
+            raise InputError(f"{where}: {name} {value!r}, expected {get_args(hint) or hint.__name__}.")
         made[name] = tuple(value) if isinstance(value, list) else value
-        numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int | float)]
-        if not right or not all(abs(v) < 1e9 for v in numbers):  # NaN fails that, too
-            raise InputError(f"{where}: {name} {value!r}, expected {args or hint.__name__}.")
     with explained(f"{where}: makes no {kind.__name__}."):
         return kind(**made)
 
@@ -92,9 +96,7 @@ class ModelConfig:
         if self.image_size % self.patch:
             raise InputError(f"image_size {self.image_size}: expected a multiple of patch, {self.patch}.")
         if self.channels % 16 or self.channels % self.head_dim:  # 16 groups are normalised together
-            raise InputError(
-                f"channels {self.channels}: expected a multiple of 16 and head_dim {self.head_dim}."
-            )
+            raise InputError(f"channels {self.channels}: not a multiple of 16 and head_dim, {self.head_dim}.")
         if self.prediction not in ("x0", "epsilon", "v"):
             raise InputError(f"prediction {self.prediction!r}: expected x0, epsilon or v.")
         if self.is_sdxl and self.position:
@@ -118,9 +120,8 @@ class ModelConfig:
 PRESETS = {
     "toy": ModelConfig(),
     "small": ModelConfig(image_size=128, channels=384, head_dim=64),
-    # SDXL's own prediction and schedule. Zero123++ shows the reference latent without its scaling factor,
-    # about
-    # 5 times larger (deviation from the literal ref_scale 1, at which noise hides the reference at large t).
+    # SDXL's own prediction and schedule. Zero123++ shows the reference latent without its scaling factor, which
+    # makes it about 5 times larger. (At the literal ref_scale 1, noise hides the reference at large t.)
     "sdxl": ModelConfig(
         base="stabilityai/stable-diffusion-xl-base-1.0",
         image_size=512,
@@ -363,8 +364,7 @@ class MultiViewUNet(nn.Module):
         return rearrange(output, "(B R) c h w -> B R c h w", B=batch)[:, :views].float()
 
     def conditions(self, rows: Tensor) -> dict[str, Any]:
-        """SDXL's conditioning without a text: zero embeddings, as in its own pipeline, and the size in
-        pixels.
+        """SDXL's conditioning without a text: zero embeddings, as in its own pipeline, and the pixels.
 
         With zero value vectors the attention output is zero whatever the weights are, so one zero token is
         equivalent to the 77 of an empty prompt.
@@ -402,9 +402,7 @@ class MultiViewUNet(nn.Module):
         """Images (..., 3, H, W) in [0, 1] -> latents (..., c, h, w): in [-1, 1], or SDXL's of unit size."""
         (height, width), size = images.shape[-2:], self.cfg.image_size
         if (height, width) != (size, size):
-            raise InputError(
-                f"image of {width}x{height} pixels, expected {size}x{size}, this model's. Resize it."
-            )
+            raise InputError(f"image of {width}x{height} pixels, expected {size}x{size}. Resize it.")
         if not self.cfg.is_sdxl:
             return F.pixel_unshuffle(images * 2 - 1, self.cfg.patch)
         # The scaling factor comes in here, goes out in `decode`, and is nowhere else.
@@ -421,8 +419,7 @@ class MultiViewUNet(nn.Module):
         return (images / 2 + 0.5).clamp(0, 1)
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write config.json and model.safetensors, each whole or not at all, LoRA merged, in another dtype if
-        asked.
+        """Write config.json and model.safetensors, LoRA merged, weights in another dtype if asked.
 
         Of SDXL the UNet is written; its configuration and the VAE are read from cfg.base again.
         """
@@ -453,9 +450,7 @@ def load(folder: str | Path, device: torch.device | str = "cpu", half: bool = Fa
     with explained(unreadable), safe_open(weights, "pt") as file:
         rows = file.get_slice("unet.class_embedding.weight").get_shape()[0]
     if rows != NUM_VIEWS + 1:
-        raise InputError(
-            f"{weights}: a model of {rows - 1} views, expected {NUM_VIEWS}, those of data.VIEWS."
-        )
+        raise InputError(f"{weights}: a model of {rows - 1} views, expected {NUM_VIEWS} (data.VIEWS).")
     with explained(f"{config}: makes no model, expected one that this project wrote."):
         if cfg.is_sdxl:  # no weights yet, and no memory for them: the file's own take their place
             with torch.device("meta"):
@@ -471,12 +466,6 @@ def load(folder: str | Path, device: torch.device | str = "cpu", half: bool = Fa
 
 if __name__ == "__main__":
     for name, cfg in PRESETS.items():
-        sizes = f"{cfg.image_size} px, latent {cfg.latent_channels} x {cfg.latent_size} x {cfg.latent_size}"
-        if cfg.is_sdxl:
-            print(f"{name}: {cfg.base}, {sizes}")
-            continue
-        model = MultiViewUNet(cfg)
-        count, attention = (
-            sum(p.numel() for p in part) / 1e6 for part in (model.parameters(), model.attention_parameters())
-        )
-        print(f"{name}: {count:.2f} M parameters, {attention:.2f} M in attention, {sizes}")
+        size = cfg.base or f"{sum(p.numel() for p in MultiViewUNet(cfg).parameters()) / 1e6:.2f} M parameters"
+        latent = f"{cfg.latent_channels} x {cfg.latent_size} x {cfg.latent_size}"
+        print(f"{name}: {size}, {cfg.image_size} px, latent {latent}")

@@ -367,8 +367,8 @@ def test_wrong_configs_are_refused(tiny, tmp_path):
     for change, text in (
         ({"depth": 2}, "depth unknown or missing, expected the fields of ModelConfig"),
         ({"channels": [32]}, "channels .32., expected int"),
-        ({"channels": 40}, "expected a multiple of 16"),
-        ({"channels": 48, "head_dim": 32}, "multiple of 16 and head_dim 32"),
+        ({"channels": 40}, "not a multiple of 16"),
+        ({"channels": 48, "head_dim": 32}, "multiple of 16 and head_dim, 32"),
         ({"channels": 0}, "channels 0: expected a finite number above 0"),
         ({"channels": True}, "channels True, expected int"),
         ({"image_size": 18}, "expected a multiple of patch, 4"),
