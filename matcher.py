@@ -23,11 +23,10 @@ Expect:
     About 45 ms for an image with SIFT, 1.3 s for a pair with LoFTR, on one core. Writes nothing.
 """
 
-import pickle
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import kornia.feature as KF
 import torch
@@ -35,7 +34,8 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor
 
-from common import InputError, cli, get_device
+from common import InputError, cli, explained, get_device
+from data import VIEWS, read_image
 
 MIN_SIZE = 256  # both methods find next to nothing on a 64-pixel image: smaller ones are enlarged to this
 LOFTR_URL = "https://huggingface.co/kornia/loftr/resolve/main/loftr_outdoor.ckpt"
@@ -104,7 +104,9 @@ def sift_counts(ref: Tensor, views: Tensor) -> Tensor:
     counts = torch.zeros(views.shape[:2], dtype=torch.long)
     own: list[Tensor] = []
     for i in range(len(ref)):
-        if i == 0 or not torch.equal(ref[i], ref[i - 1]):  # candidates in a row share their reference's keypoints
+        if i == 0 or not torch.equal(
+            ref[i], ref[i - 1]
+        ):  # candidates in a row share their reference's keypoints
             own = describe(ref[i : i + 1])
         for m, other in enumerate(describe(views[i])):
             # A match: nearest in both directions, and plainly nearer than the second nearest.
@@ -119,19 +121,16 @@ def sift_counts(ref: Tensor, views: Tensor) -> Tensor:
 def loftr_model(weights: str, device: torch.device) -> KF.LoFTR:
     """The outdoor model from a local file, or from torch's hub cache ($TORCH_HOME), downloaded if absent."""
     model = KF.LoFTR(pretrained=None)
-    try:
-        if weights:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        else:
-            state = torch.hub.load_state_dict_from_url(LOFTR_URL, map_location="cpu", weights_only=True)
-        model.load_state_dict(state["state_dict"])
-    except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        reason = f"{type(error).__name__}: {str(error)[:120]}"
-        raise InputError(
-            f"LoFTR weights {weights or LOFTR_URL}: cannot load ({reason}); expected loftr_outdoor.ckpt, "
-            f"46 MB, of {LOFTR_URL}. Put it into {torch.hub.get_dir()}/checkpoints, name the file (--weights; "
-            "train_d3po.py: --matcher_weights), or choose sift."
-        ) from None
+    remedy = f"Put it into {torch.hub.get_dir()}/checkpoints, name the file (--weights), or choose sift."
+    with explained(
+        f"LoFTR weights {weights or LOFTR_URL}: expected loftr_outdoor.ckpt of {LOFTR_URL}. {remedy}"
+    ):
+        options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+        read = torch.load if weights else torch.hub.load_state_dict_from_url
+        state = read(weights or LOFTR_URL, **options)["state_dict"]
+        if not all(v.isfinite().all() for v in state.values()):
+            raise ValueError("a weight is not finite")
+        model.load_state_dict(state)
     return model.to(device).eval()  # in training mode it asks for ground truth
 
 
@@ -160,7 +159,9 @@ def count_matches(
 ) -> Tensor:  # (B, V) long, on the CPU
     """Correspondences between the reference and each view. FORK: another matcher is another branch here."""
     if ref.ndim != 4 or views.ndim != 5 or len(ref) != len(views):
-        raise InputError(f"got {tuple(ref.shape)} and {tuple(views.shape)}; expected (B,3,H,W) and (B,V,3,H,W).")
+        raise InputError(
+            f"got {tuple(ref.shape)} and {tuple(views.shape)}; expected (B,3,H,W) and (B,V,3,H,W)."
+        )
     grey_ref, grey = to_grey(ref), to_grey(views.flatten(0, 1)).unflatten(0, views.shape[:2])
     if method == "sift":
         # Thousands of tiny operations: a second thread is no faster, and on busy cores ten times slower.
@@ -185,20 +186,32 @@ def matching_reward(
     return count_matches(ref, views[:, 1:], method, weights).sum(dim=1).float()
 
 
-def main(cfg: Config) -> dict[str, int]:
-    """Print the number of matches of each view, and the reward."""
-    from data import VIEWS, read_image  # only the command line reads files
+# --- command line. scorer.py's is the same ---
 
-    device = get_device(cfg.device)
-    paths = [Path(cfg.ref)] + [Path(cfg.views) / f"{view}.png" for view in VIEWS]
-    ref, *views = [read_image(path, cfg.size).float() / 255 for path in paths]  # each (3, size, size)
-    (counts,) = count_matches(ref[None].to(device), torch.stack(views)[None].to(device), cfg.method, cfg.weights)
-    result = {view: int(count) for view, count in zip(VIEWS, counts, strict=True)}
-    for view, count in result.items():
-        print(f"{view:6s} {count:5d}" + ("   (the reference's own view: not in the sum)" if view == VIEWS[0] else ""))
-    result["sum"] = int(counts[1:].sum())
-    print(f"{'sum':6s} {result['sum']:5d}")
+
+def read_set(
+    ref: str, folder: str, size: int
+) -> tuple[Tensor, Tensor]:  # (1, 3, size, size), (1, V, 3, size, size)
+    """A reference image and the views in a folder, in [0, 1]."""
+    paths = [Path(ref), *(Path(folder) / f"{view}.png" for view in VIEWS)]
+    images = torch.stack([read_image(path, size) for path in paths]).float() / 255
+    return images[None, 0], images[None, 1:]
+
+
+def print_views(values: Tensor) -> dict[str, float]:  # (V,)
+    """Print and return a number for each view and the reward, which is their sum without view 0."""
+    result = {**dict(zip(VIEWS, values.tolist())), "sum": values[1:].sum().item()}
+    for name, value in result.items():
+        number = f"{value:5d}" if isinstance(value, int) else f"{value:7.4f}"
+        print(f"{name:6s} {number}" + "   (the reference's own view: not in the sum)" * (name == VIEWS[0]))
     return result
+
+
+def main(cfg: Config) -> dict[str, float]:
+    """Print the number of matches of each view, and the reward."""
+    device = get_device(cfg.device)
+    ref, views = (images.to(device) for images in read_set(cfg.ref, cfg.views, cfg.size))
+    return print_views(count_matches(ref, views, cfg.method, cfg.weights)[0])
 
 
 if __name__ == "__main__":

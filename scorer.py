@@ -19,35 +19,72 @@ Expect:
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
-from common import InputError, cli, get_device, load_json, load_weights, save_json, save_tensors
-from data import VIEWS, read_image
+from common import InputError, cli, explained, get_device, load_json, load_weights, save_json, save_tensors
+from model import typed
 
-HEADS = ("bilinear", "concat")
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation that published DINOv2 weights expect
+IMAGENET = (
+    (0.485, 0.456, 0.406),
+    (0.229, 0.224, 0.225),
+)  # mean, deviation that published DINOv2 weights expect
+Colour = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The fields of Dinov2Config that a scorer's file may set. Others could name code to fetch."""
+
+    image_size: int = 64  # of the table of position embeddings
+    patch_size: int = 8
+    hidden_size: int = 96
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 3
+    mlp_ratio: int = 4
+    hidden_act: Literal["gelu"] = "gelu"
+    layer_norm_eps: float = 1e-6
+    layerscale_value: float = 1.0
+    initializer_range: float = 0.02
+    qkv_bias: bool = True
+    use_swiglu_ffn: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.image_size, self.patch_size, self.num_hidden_layers, self.num_attention_heads) < 1:
+            raise InputError(f"encoder {self}: expected sizes of 1 or more.")
+        if self.hidden_size < 1 or self.hidden_size % self.num_attention_heads:  # transformers would go on
+            raise InputError(f"hidden_size {self.hidden_size}: expected a multiple of the heads.")
 
 
 @dataclass(frozen=True)
 class ScorerConfig:
     """What `config.json` holds: all that is needed to build the network again without its origin."""
 
-    head: str = "bilinear"  # bilinear | concat
+    head: Literal["bilinear", "concat"] = "bilinear"
     image_size: int = 64  # side of the square that the encoder sees, a multiple of its patch
     resize: bool = False  # True: any image is brought to image_size; False: another size is an error
-    mean: tuple[float, ...] = (1.0, 1.0, 1.0)  # subtracted from each colour channel: here, white becomes 0
-    std: tuple[float, ...] = (0.3, 0.3, 0.3)  # then divided by
-    encoder: dict[str, Any] = field(default_factory=dict)  # fields of transformers' Dinov2Config
+    mean: Colour = (1.0, 1.0, 1.0)  # subtracted from each colour channel: here, white becomes 0
+    std: Colour = (0.3, 0.3, 0.3)  # then divided by
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+
+    def __post_init__(self) -> None:
+        if self.head not in ("bilinear", "concat"):
+            raise InputError(f"scorer head {self.head!r}: expected bilinear or concat.")
+        patch = self.encoder.patch_size
+        if self.image_size < patch or self.image_size % patch:
+            raise InputError(
+                f"scorer image_size {self.image_size}: expected a multiple of the patch, {patch}."
+            )
+        if min(self.std) <= 0:
+            raise InputError(f"scorer std {self.std}: expected more than 0.")
 
 
 class Scorer(nn.Module):
@@ -71,21 +108,11 @@ class Scorer(nn.Module):
 
     def __init__(self, cfg: ScorerConfig) -> None:
         super().__init__()
-        encoder = Dinov2Config(**cfg.encoder)
-        if cfg.head not in HEADS:
-            raise InputError(f"scorer head {cfg.head!r}: expected one of {', '.join(HEADS)}.")
-        patch: Any = encoder.patch_size
-        if cfg.image_size % patch:
-            raise InputError(
-                f"scorer image_size {cfg.image_size}: expected a multiple of the encoder's patch, {patch}. "
-                f"Take {max(cfg.image_size // patch, 1) * patch}."
-            )
         self.cfg = cfg
-        self.encoder = Dinov2Model(encoder)
-        dim = encoder.hidden_size
-        # Zero start and bias 1/2, the best constant for targets 0 and 1: the first steps move the
-        # prediction where the embeddings point, instead of undoing a random head. The head's own gradient
-        # is not zero there.
+        self.encoder = Dinov2Model(Dinov2Config(**asdict(cfg.encoder)))
+        dim = cfg.encoder.hidden_size
+        # The head starts at f = 1/2, the best constant for targets 0 and 1. A random head would first have to
+        # be unlearned. (Its gradient is not zero.)
         self.linear = nn.Linear(2 * dim, 1)
         nn.init.zeros_(self.linear.weight)
         nn.init.constant_(self.linear.bias, 0.5)
@@ -103,15 +130,13 @@ class Scorer(nn.Module):
         """e: (N, 3, H, W) in [0, 1] -> (N, d), the CLS token after the last LayerNorm."""
         size = self.cfg.image_size
         if images.shape[-2:] != (size, size):
-            # An encoder trained at one size gives numbers for any other, meaningless ones; DINOv2 itself
-            # was trained at many. The stock image processor would crop a centred object's edges: a plain
-            # resize does not. DINOv2 also drops, silently, the pixels beyond a multiple of the patch;
-            # image_size is one.
+            # An encoder that was trained at one size returns meaningless numbers at another. DINOv2 was
+            # trained at many. Its stock image processor would crop the edges of a centred object; a plain
+            # resize does not.
             if not self.cfg.resize:
                 h, w = images.shape[-2:]
                 raise InputError(
-                    f"scorer: got images of {h} x {w} px, expected {size} x {size}, its training size. "
-                    f"Resize the images or train a scorer with --image_size {h}."
+                    f"scorer: images of {h} x {w} px, expected {size} x {size}, its training size."
                 )
             images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
         return self.encoder((images - self.mean) / self.std).pooler_output
@@ -156,21 +181,20 @@ class Scorer(nn.Module):
     @staticmethod
     def load(folder: str | Path, device: str | torch.device = "cpu") -> Scorer:
         """Read what `save` wrote, for evaluation."""
-        if not (Path(folder) / "config.json").is_file():
-            raise InputError(f"{folder}: no config.json, expected a scorer's folder. Make one: train_scorer.py")
-        values = load_json(Path(folder) / "config.json")
-        try:
-            scorer = Scorer(ScorerConfig(**values))
-        except TypeError as error:  # another kind of config.json
+        config = Path(folder) / "config.json"
+        if not config.is_file():
             raise InputError(
-                f"{folder}/config.json: not a scorer's ({error}); expected a folder of train_scorer.py."
-            ) from None
+                f"{folder}: no config.json, expected a scorer's folder. Make one: train_scorer.py"
+            )
+        cfg = typed(ScorerConfig, load_json(config), str(config))
+        with explained(f"{config}: makes no scorer, expected one of train_scorer.py."):
+            scorer = Scorer(cfg)
         load_weights(scorer, Path(folder) / "model.safetensors")
         return scorer.to(device).eval()
 
 
 def small_scorer(
-    head: str,
+    head: Literal["bilinear", "concat"],
     image_size: int,  # pixels that the encoder sees
     patch_size: int,
     hidden_size: int,
@@ -180,42 +204,32 @@ def small_scorer(
 ) -> Scorer:
     """A small DINOv2 architecture from scratch, for toys.
 
-    It has minutes to learn, so the start matters more than the size. DINOv2's own is made for widths near
-    1000: at width 96 its weights (deviation .02) shrink what passes through a layer to a fifth, and CLS
-    hardly depends on the image; 1 / sqrt(width) passes it on. And white must be 0, or the background is
-    most of every token.
+    It has minutes to learn, so the start matters more than the size. DINOv2's own start is made for widths
+    near 1000. At width 96 its weights (deviation .02) shrink what passes through a layer to a fifth, and CLS
+    hardly depends on the image; a deviation of 1 / sqrt(width) passes it on. And white must be 0, or the
+    background is most of every token.
     """
-    encoder = Dinov2Config(
-        image_size=image_size,
-        patch_size=patch_size,
-        hidden_size=hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
-        initializer_range=hidden_size**-0.5,
-    )
-    return Scorer(ScorerConfig(head, image_size, resize, encoder=encoder.to_diff_dict()))
+    sizes = (image_size, patch_size, hidden_size, num_layers, num_heads)
+    encoder = EncoderConfig(*sizes, initializer_range=max(hidden_size, 1) ** -0.5)
+    return Scorer(ScorerConfig(head, image_size, resize, encoder=encoder))
 
 
-def pretrained_scorer(backbone: str, head: str, image_size: int = 224) -> Scorer:
+def pretrained_scorer(backbone: str, head: Literal["bilinear", "concat"], image_size: int = 224) -> Scorer:
     """A published DINOv2 (hub id or folder) and a new head; image_size is rounded down to whole patches."""
-    try:
+    expected = "expected a hub id such as facebook/dinov2-base, or a local folder with a whole DINOv2."
+    with explained(f"--backbone {backbone}: cannot load, {expected}"):
         loaded: Any = Dinov2Model.from_pretrained(backbone, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # absent, no network, another format
+    stock, report = loaded
+    # transformers only warns where weights are missing, and goes on with random ones.
+    if missing := sorted(report["missing_keys"]):
         raise InputError(
-            f"--backbone {backbone}: cannot load ({str(error).splitlines()[0]}); expected a hub id such as "
-            "facebook/dinov2-base or a local folder with its config.json and model.safetensors."
-        ) from None
-    encoder, report = loaded
-    # transformers only warns where weights are missing and goes on with random ones.
-    if report["missing_keys"]:
-        raise InputError(
-            f"--backbone {backbone}: {len(report['missing_keys'])} weights of a DINOv2 are missing "
-            f"(first: {sorted(report['missing_keys'])[0]}); expected a whole DINOv2, as facebook/dinov2-base."
+            f"--backbone {backbone}: {len(missing)} weights are missing ({missing[0]}...), {expected}"
         )
-    patch = encoder.config.patch_size
-    size = max(image_size // patch, 1) * patch
-    scorer = Scorer(ScorerConfig(head, size, True, *IMAGENET, encoder=encoder.config.to_diff_dict()))
-    scorer.encoder = encoder.float()
+    values = {f.name: getattr(stock.config, f.name) for f in fields(EncoderConfig)}
+    encoder = typed(EncoderConfig, values, f"--backbone {backbone}")
+    size = max(image_size // encoder.patch_size, 1) * encoder.patch_size
+    scorer = Scorer(ScorerConfig(head, size, True, *IMAGENET, encoder=encoder))
+    scorer.encoder.load_state_dict(stock.float().state_dict())
     return scorer
 
 
@@ -240,17 +254,10 @@ class Config:
 
 def main(cfg: Config) -> dict[str, float]:
     """Print the score of each view and the reward."""
+    from matcher import print_views, read_set  # only the command line needs kornia
+
     scorer = Scorer.load(cfg.scorer, get_device(cfg.device))
-    size = scorer.cfg.image_size
-    paths = [Path(cfg.ref)] + [Path(cfg.views) / f"{view}.png" for view in VIEWS]
-    ref, *views = [read_image(path, size).float() / 255 for path in paths]  # each (3, H, W)
-    scores = scorer.score(ref[None], torch.stack(views)[None])[0]  # (V,)
-    result = {view: float(score) for view, score in zip(VIEWS, scores, strict=True)}
-    for view, score in result.items():
-        print(f"{view:6s} {score:7.4f}" + ("   (the reference's own view: not in the sum)" if view == VIEWS[0] else ""))
-    result["sum"] = float(scores[1:].sum())
-    print(f"{'sum':6s} {result['sum']:7.4f}")
-    return result
+    return print_views(scorer.score(*read_set(cfg.ref, cfg.views, scorer.cfg.image_size))[0])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch  # noqa: E402
 from model import ModelConfig, MultiViewUNet  # noqa: E402
 
 torch.set_num_threads(1)
-TINY = ModelConfig(image_size=16, patch=4, channels=(16, 32), attention_levels=(1,), depth=2, head_dim=8)
+TINY = ModelConfig(image_size=16, patch=4, channels=32, head_dim=8)
 
 
 def random_model(**changes) -> MultiViewUNet:

@@ -15,14 +15,15 @@ from common import InputError
 @functools.cache
 def toys(n: int = 3) -> torch.Tensor:  # (n, V, 3, 64, 64)
     """Toys of different kinds: two cars do share points."""
-    first = {data.toy_kind(data.key_seed(data.SPLITS["validation"], i)): i for i in reversed(range(20))}
-    return data.make_toys(20, 64, data.SPLITS["validation"])[sorted(first.values())[:n]].float() / 255
+    return data.make_toys(5, 64, data.SPLITS["validation"])[[0, 1, 4][:n]].float() / 255
 
 
 def warp(images: torch.Tensor) -> torch.Tensor:
     """3 degrees, 5 % larger, 3 % to the side, with less contrast."""
     angle = torch.tensor(3 * torch.pi / 180)
-    theta = torch.stack([angle.cos(), -angle.sin(), angle.new_tensor(0.06), angle.sin(), angle.cos(), angle * 0])
+    theta = torch.stack(
+        [angle.cos(), -angle.sin(), angle.new_tensor(0.06), angle.sin(), angle.cos(), angle * 0]
+    )
     grid = F.affine_grid(theta.view(1, 2, 3).expand(len(images), 2, 3) / 1.05, list(images.shape), False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False) * 0.8 + 0.2
 
@@ -44,7 +45,9 @@ def test_reward_leaves_out_the_references_own_view() -> None:
     views = views.clone()
     views[:, 0] = 1.0
     assert torch.equal(matcher.matching_reward(toys()[:, 0], views), reward)
-    assert (reward > matcher.matching_reward(toys()[:, 0], views.roll(1, 0))).all()  # truth beats another object
+    assert (
+        reward > matcher.matching_reward(toys()[:, 0], views.roll(1, 0))
+    ).all()  # truth beats another object
 
 
 def test_batch_equals_one_by_one() -> None:
@@ -52,7 +55,7 @@ def test_batch_equals_one_by_one() -> None:
     ref = views[[0, 0, 1], 0]  # two candidates of one reference, then another: shared features must not leak
     batch = matcher.count_matches(ref, views)
     for i in range(3):
-        for m in range(5):
+        for m in range(len(data.VIEWS)):
             assert matcher.count_matches(ref[i : i + 1], views[i : i + 1, m : m + 1]) == batch[i, m]
 
 
@@ -65,17 +68,46 @@ def test_loftr_from_a_file_counts_pairs_in_a_batch(tmp_path, monkeypatch) -> Non
     # Random weights are hardly ever confident: take what is nearest both ways, however far.
     loaded = matcher.loftr_model(str(tmp_path / "loftr.ckpt"), torch.device("cpu"))
     loaded.coarse_matching.thr = 0.0
-    same, other = matcher.count_matches(views[:, 0], views[:, :2], "loftr", str(tmp_path / "loftr.ckpt"))[0]
-    one = matcher.count_matches(views[:, 0], views[:, 1:2], "loftr", str(tmp_path / "loftr.ckpt"))
+    weights = str(tmp_path / "loftr.ckpt")
+    same, other = matcher.count_matches(views[:, 0], views[:, :2], "loftr", weights)[0]
+    one = matcher.count_matches(views[:, 0], views[:, 1:2], "loftr", weights)
     assert same > 0 and abs(int(one) - int(other)) <= 1
     matcher.loftr_model.cache_clear()
+
+
+def test_loftr_computes_the_features_of_a_reference_once(monkeypatch) -> None:
+    """With a stand-in that counts 10 times the reference's brightness plus the view's."""
+
+    class StandIn:
+        seen: list[int] = []
+
+        def extract_features(self, image):
+            self.seen.append(round(image.mean().item() * 10))
+            return {"feature": image}
+
+        def __call__(self, pairs):
+            ref, views = pairs["features0"]["feature"], pairs["image1"]
+            counts = (10 * ref.mean((1, 2, 3)) * 10 + views.mean((1, 2, 3)) * 10).round().long()
+            return {"batch_indexes": torch.arange(len(counts)).repeat_interleave(counts)}
+
+    stand_in = StandIn()
+    monkeypatch.setattr(matcher, "loftr_model", lambda weights, device: stand_in)
+    grey = torch.arange(10).view(10, 1, 1, 1).expand(10, 3, 8, 8) / 10
+    ref, views = grey[[3, 3, 5, 3]], grey[[1, 2, 4, 0, 6, 7, 8, 9]].unflatten(0, (4, 2))
+    counts = matcher.count_matches(ref, views, "loftr")
+    assert counts.tolist() == [[31, 32], [34, 30], [56, 57], [38, 39]]
+    assert stand_in.seen == [3, 5, 3]  # not again for the second candidate, again for another reference
+    assert matcher.matching_reward(ref, views, "loftr").tolist() == [32, 30, 57, 39]
 
 
 def test_missing_weights_and_wrong_names_are_one_line(tmp_path) -> None:
     views = toys(1)
     (tmp_path / "broken.ckpt").write_bytes(b"no checkpoint")
     torch.save({"state_dict": {}}, tmp_path / "empty.ckpt")
-    for name in ("absent.ckpt", "broken.ckpt", "empty.ckpt"):
+    state = matcher.KF.LoFTR(pretrained=None).state_dict()
+    next(iter(state.values())).fill_(float("nan"))
+    torch.save({"state_dict": state}, tmp_path / "nan.ckpt")
+    for name in ("absent.ckpt", "broken.ckpt", "empty.ckpt", "nan.ckpt"):
         with pytest.raises(InputError, match="loftr_outdoor.ckpt.*--weights.*sift"):
             matcher.count_matches(views[:, 0], views, "loftr", str(tmp_path / name))
     with pytest.raises(InputError, match="expected sift or loftr"):
@@ -86,7 +118,8 @@ def test_missing_weights_and_wrong_names_are_one_line(tmp_path) -> None:
 
 def test_loftr_offline_says_where_the_weights_go(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(matcher, "LOFTR_URL", "http://localhost:9/loftr_outdoor.ckpt")  # nobody listens: offline
+    # Nobody listens: as if offline.
+    monkeypatch.setattr(matcher, "LOFTR_URL", "http://localhost:9/loftr_outdoor.ckpt")
     monkeypatch.delenv("http_proxy", raising=False)
     with pytest.raises(InputError, match=f"Put it into {os.path.join(str(tmp_path), 'hub')}/checkpoints"):
         matcher.count_matches(toys(1)[:, 0], toys(1), "loftr")
@@ -94,8 +127,12 @@ def test_loftr_offline_says_where_the_weights_go(tmp_path, monkeypatch) -> None:
 
 def test_command_line(tmp_path, capsys) -> None:
     data.write_views(tmp_path / "toy", toys(1)[0])
-    result = matcher.main(matcher.Config(str(tmp_path / "toy" / "front.png"), str(tmp_path / "toy"), device="cpu"))
-    assert result["front"] == max(result[v] for v in data.VIEWS) and len(capsys.readouterr().out.splitlines()) == 6
+    folder = tmp_path / "toy"
+    result = matcher.main(matcher.Config(str(folder / "front.png"), str(folder), device="cpu"))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(data.VIEWS) + 1 and "not in the sum" in lines[0]
+    assert lines[1].split() == ["right", str(result["right"])]
+    assert result["front"] == max(result[v] for v in data.VIEWS)
     assert result["sum"] == sum(result[v] for v in data.VIEWS[1:]) > 0
     with pytest.raises(InputError, match="nowhere"):
         matcher.main(matcher.Config(str(tmp_path / "nowhere.png"), str(tmp_path / "toy")))

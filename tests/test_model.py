@@ -1,12 +1,18 @@
-"""The one-pass reference attention against its definition, and who may see whom."""
+"""The one-pass reference attention against its definition, who sees whom, what is trained, what is kept."""
+
+import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from conftest import random_model
 from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 
+import model as model_module
 from common import InputError
-from model import NUM_VIEWS, MultiViewAttention, load
+from data import VIEWS
+from model import NUM_VIEWS, PRESETS, LoRALinear, ModelConfig, MultiViewAttention, load, position_table
 
 B, V, c, h = 2, NUM_VIEWS, 48, 4
 
@@ -44,12 +50,14 @@ def test_one_view_without_reference_is_the_stock_unet():
 @pytest.mark.parametrize("position", [True, False])
 @pytest.mark.parametrize("cross_view", [True, False])
 def test_one_pass_equals_two_pass(cross_view, position):
-    """The paper's form: run the UNet on Y_t, keep what each attention layer saw, append its keys and values."""
-    model = random_model(cross_view=cross_view, position=position).double()  # so that only a wrong formula can differ
+    """The paper's form: run the UNet on Y_t, keep what each layer saw, append its keys and values."""
+    # In double precision, so that only a wrong formula can differ.
+    model = random_model(cross_view=cross_view, position=position).double()
     x, t, ref = (z.double() if z.is_floating_point() else z for z in inputs())
     unet = stock_unet(model)
     layers = [m.attn1 for m in unet.modules() if hasattr(m, "attn1")]
-    tables = [m.position if position else torch.zeros(V + 1, 1, 1) for m in model.modules() if hasattr(m, "position")]
+    ours = [m for m in model.modules() if isinstance(m, MultiViewAttention)]
+    tables = [torch.zeros(V + 1, 1, 1) if m.position is None else m.position for m in ours]
     stored = {}
 
     def attend(attn, tokens, placed, context, placed_context):
@@ -72,7 +80,8 @@ def test_one_pass_equals_two_pass(cross_view, position):
         def forward(hidden, encoder_hidden_states=None, attention_mask=None):
             placed = (hidden.unflatten(0, (B, V)) + tables[i][:V]).flatten(0, 1)
             copies = 1 if cross_view else V
-            own_ref, placed_ref = (z.repeat_interleave(copies, 0) for z in (stored[i], stored[i] + tables[i][V]))
+            own_ref = stored[i].repeat_interleave(copies, 0)
+            placed_ref = own_ref + tables[i][V]
             if cross_view:  # all views of an object are one sequence
                 tokens, placed = (z.reshape(B, -1, z.shape[-1]) for z in (hidden, placed))
             else:
@@ -87,7 +96,8 @@ def test_one_pass_equals_two_pass(cross_view, position):
     unet(ref, t, None, class_labels=torch.full((B,), V))
     for i, attn in enumerate(layers):
         attn.forward = second_pass(attn, i)
-    theirs = unet(x.flatten(0, 1), t.repeat_interleave(V), None, class_labels=torch.arange(V).repeat(B)).sample
+    labels = torch.arange(V).repeat(B)
+    theirs = unet(x.flatten(0, 1), t.repeat_interleave(V), None, class_labels=labels).sample
     torch.testing.assert_close(model(x, t, ref).flatten(0, 1), theirs.float(), rtol=0, atol=1e-6)
 
 
@@ -95,9 +105,9 @@ def test_one_pass_equals_two_pass(cross_view, position):
 def test_permuting_views_with_their_labels_permutes_the_output(tiny):
     x, t, ref = inputs()
     before = tiny(x, t, ref)
-    order = torch.tensor([3, 0, 4, 2, 1])
-    labels = [tiny.unet.class_embedding.weight, *(m.position for m in tiny.modules() if hasattr(m, "position"))]
-    for weight in labels:
+    order = torch.arange(V).roll(2)
+    tables = [m.position for m in tiny.modules() if isinstance(m, MultiViewAttention)]
+    for weight in (tiny.unet.class_embedding.weight, *tables):
         weight[:V] = weight[order].clone()
     after = tiny(x[:, order], t, ref)
     torch.testing.assert_close(after, before[:, order], rtol=0, atol=2e-6)
@@ -145,14 +155,184 @@ def test_the_gradient_reaches_the_reference(tiny):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("cross_view", [True, False])
+def test_every_view_sees_the_reference(cross_view):
+    model = random_model(cross_view=cross_view)
+    x, t, ref = inputs()
+    change = (model(x, t, ref) - model(x, t, -ref)).abs().amax((2, 3, 4))
+    assert change.shape == (B, V) and (change > 1e-4).all()
+
+
+@torch.no_grad()
+def test_each_object_has_its_own_t(tiny):
+    x, t, ref = inputs()
+    before, after = tiny(x, t, ref), tiny(x, t + torch.tensor([0, 100]), ref)
+    assert torch.equal(before[0], after[0])
+    assert ((before - after)[1].abs().amax((1, 2, 3)) > 1e-4).all()
+
+
+@torch.no_grad()
+def test_rows_are_labelled_views_first_and_the_reference_last(tiny):
+    x, t, ref = inputs()
+    seen = []
+    tiny.unet.class_embedding.register_forward_hook(lambda m, args, out: seen.append(args[0].tolist()))
+    tiny(x, t, ref)
+    tiny(x, t, None)
+    tiny(x[:, :2], t, ref)
+    assert seen == [[*range(V), V] * B, [*range(V)] * B, [0, 1, V] * B]
+
+
+# --- the position table ---
+
+
+def features(monkeypatch, size):  # (V + 1, size, size, 3 axes, 8)
+    """What `position_table` multiplies by a random matrix."""
+    monkeypatch.setattr(torch, "randn", lambda *shape: torch.eye(*shape))
+    return position_table(size, 24).view(V + 1, size, size, 3, 8)
+
+
+def test_tokens_that_can_see_one_point_share_features(monkeypatch):
+    table = features(monkeypatch, 4)
+    # Each view shows the point (x, y, z) = (0.25, 0.75, -0.75) at this (row, column).
+    seen_at = {"front": (0, 2), "right": (0, 3), "back": (0, 1), "left": (0, 0), "top": (0, 2)}
+    tokens = {view: table[(i, *seen_at[view])] for i, view in enumerate(VIEWS)}
+    unknown = {"front": 2, "right": 0, "back": 2, "left": 0, "top": 1}  # the axis along the view's rays
+    octaves = torch.pi / 2 * torch.tensor([1.0, 2, 4, 8])
+    for view, token in tokens.items():
+        for axis, value in enumerate((0.25, 0.75, -0.75)):
+            known = torch.cat([(value * octaves).sin(), (value * octaves).cos()]) * 2 / 8**0.5
+            torch.testing.assert_close(token[axis], known * (axis != unknown[view]), rtol=0, atol=1e-6)
+    assert table[V].equal(table[0])
+
+
+def test_the_position_table_tells_places_apart_and_is_not_upside_down(monkeypatch):
+    table = features(monkeypatch, 8)
+    front = table[0].flatten(0, 1).flatten(1)
+    assert torch.cdist(front, front).add(10 * torch.eye(64)).min() > 0.1
+    height = table[:4, :, :, 1, 0]  # sin(pi / 2 * y) in the side views
+    assert (height[:, :-1] > height[:, 1:]).all() and (height == height[:, :, :1]).all()
+    # 16 of 24 features of mean square 1/2, times (2 / 8^0.5)^2
+    torch.testing.assert_close(table.square().mean((-1, -2)), torch.full((V + 1, 8, 8), 1 / 6))
+
+
+@torch.no_grad()
+def test_attention_starts_from_the_table_and_equal_projections():
+    layers = [m for m in random_model().modules() if isinstance(m, MultiViewAttention)]
+    assert len(layers) == 3
+    for layer in layers:
+        assert layer.position is not None and layer.position.shape == (V + 1, h * h, 32)
+        assert torch.equal(layer.to_q.weight, layer.to_k.weight)
+        assert not torch.equal(layer.to_q.weight, layer.to_v.weight)
+
+
+# --- gradients ---
+
+
+def test_two_forwards_before_one_backward_under_checkpointing(tiny):
+    """The layers run again in the backward: each must see the rows of its own forward."""
+    x, t, ref = inputs()
+
+    def gradients():
+        loss = tiny(x, t, ref).square().mean() + tiny(x[:, :2], t, None).square().mean()
+        loss = loss + tiny(x[:, :3], t, ref).square().mean()
+        return torch.autograd.grad(loss, parameters)
+
+    parameters = tiny.freeze()
+    before = gradients()
+    tiny.unet.enable_gradient_checkpointing()
+    for a, b in zip(before, gradients()):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_step_needs_one_device_only(rank):
+    """On the meta device, where a tensor left on the CPU is an error, as it is beside a GPU."""
+    model = random_model()
+    if rank:
+        model.add_lora(rank)
+    parameters = model.freeze(attention_only=True, view_embedding=True)
+    model.to("meta")
+    x, t, ref = (z.to("meta") for z in inputs())
+    out = model(x, t, model.encode(torch.empty(B, 3, 16, 16, device="meta")))
+    (out - x).square().mean().backward()
+    devices = {p.grad.device.type for p in model.parameters() if p.grad is not None}
+    assert out.shape == x.shape and devices == {model.decode(out).device.type} == {"meta"}
+    assert sum(p.grad is not None for p in model.parameters()) == len(parameters)
+
+
+@torch.no_grad()
+def test_autocast_returns_float32_near_the_exact_output(tiny):
+    exact = tiny(*inputs())
+    with torch.autocast("cpu", torch.bfloat16):
+        low = tiny(*inputs())
+    assert low.dtype == torch.float32
+    assert 0 < (low - exact).norm() / exact.norm() < 0.02
+
+
+# --- what is trained ---
+
+
+def trained(model):
+    return {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_freeze_trains_what_it_is_asked_to(tiny):
+    everything, embedding = {n for n, _ in tiny.named_parameters()}, "unet.class_embedding.weight"
+    attention = {n for n in everything if ".attn1." in n}
+    assert len(attention) == 3 * 6  # q, k, v, out with its bias, position table
+    for options, names in (
+        ({}, everything),
+        ({"view_embedding": True}, everything),
+        ({"attention_only": True}, attention),
+        ({"attention_only": True, "view_embedding": True}, attention | {embedding}),
+    ):
+        parameters = tiny.freeze(**options)
+        assert trained(tiny) == set(tiny.trained_state()) == names and len(parameters) == len(names)
+        assert {id(p) for p in parameters} == {id(p) for p in tiny.parameters() if p.requires_grad}
+        assert {p.dtype for p in tiny.parameters()} == {torch.float32}
+    chosen = {id(p) for p in tiny.attention_parameters()}
+    assert {n for n, p in tiny.named_parameters() if id(p) in chosen} == attention
+    tiny.freeze(attention_only=True, frozen_bf16=True)
+    dtypes = {n: p.dtype for n, p in tiny.named_parameters()}
+    assert all(dtypes[n] == (torch.float32 if n in attention else torch.bfloat16) for n in everything)
+
+
+@torch.no_grad()
+def test_lora_trains_two_factors_of_each_projection_and_is_merged(tiny, tmp_path):
+    before, names = tiny(*inputs()), set(tiny.state_dict())
+    tiny.add_lora(2)
+    parameters = tiny.freeze()
+    new = {n for n, _ in tiny.named_parameters()} - names
+    assert trained(tiny) == new and len(parameters) == len(new) == 3 * 4 * 2
+    assert tiny(*inputs()).equal(before)  # the change starts at zero
+    layer = next(m for m in tiny.modules() if isinstance(m, LoRALinear))
+    assert layer.down.shape == (2, 32) and layer.up.shape == (32, 2)
+    for m in tiny.modules():
+        if isinstance(m, LoRALinear):
+            torch.nn.init.normal_(m.up, std=0.1)
+    z = torch.randn(5, 32)
+    expected = z @ (layer.weight + layer.up @ layer.down).T
+    torch.testing.assert_close(layer(z), expected if layer.bias is None else expected + layer.bias)
+    tiny.save(tmp_path)
+    merged = load(tmp_path)
+    assert set(merged.state_dict()) == names
+    after = tiny(*inputs())
+    assert (after - before).abs().max() > 1e-3
+    torch.testing.assert_close(merged(*inputs()), after, rtol=0, atol=2e-5)
+
+
+# --- latents and files ---
+
+
+@torch.no_grad()
 def test_no_reference_is_not_a_blank_reference(tiny):
     x, t, ref = inputs()
     assert (tiny(x, t, None) - tiny(x, t, torch.zeros_like(ref))).abs().max() > 1e-4
 
 
 def test_latents_round_trip(tiny):
-    images = torch.rand(2, 5, 3, 16, 16)
-    assert tiny.encode(images).shape == (2, 5, c, h, h)
+    images = torch.rand(2, V, 3, 16, 16)
+    assert tiny.encode(images).shape == (2, V, c, h, h)
     torch.testing.assert_close(tiny.decode(tiny.encode(images)), images)
     with pytest.raises(InputError, match="32x32 pixels, expected 16x16"):
         tiny.encode(torch.rand(3, 32, 32))
@@ -173,13 +353,73 @@ def test_broken_folders_say_what_is_wrong(tiny, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(whole[:1000])
     with pytest.raises(InputError, match="not readable as safetensors"):
         load(tmp_path)
-    random_model(channels=(16, 48)).save(tmp_path / "wide")
+    random_model(channels=48).save(tmp_path / "wide")
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "wide" / "model.safetensors").read_bytes())
     with pytest.raises(InputError, match="of another shape"):
         load(tmp_path)
 
 
-def test_attention_parameters_are_the_attention_layers(tiny):
-    names = {n for n, p in tiny.named_parameters() if any(p is q for q in tiny.attention_parameters())}
-    assert names == {n for n, _ in tiny.named_parameters() if ".attn1." in n}
-    assert tiny.unet.class_embedding.weight.abs().min() > 0  # random_model did its part
+def test_wrong_configs_are_refused(tiny, tmp_path):
+    tiny.save(tmp_path)
+    good = json.loads((tmp_path / "config.json").read_text())
+    assert good == asdict(tiny.cfg)
+    nan, inf = float("nan"), float("inf")
+    for change, text in (
+        ({"depth": 2}, "depth unknown or missing, expected the fields of ModelConfig"),
+        ({"channels": [32]}, "channels .32., expected int"),
+        ({"channels": 40}, "not a multiple of 16"),
+        ({"channels": 48, "head_dim": 32}, "multiple of 16 and head_dim, 32"),
+        ({"channels": 0}, "channels 0: expected a finite number above 0"),
+        ({"channels": True}, "channels True, expected int"),
+        ({"image_size": 18}, "expected a multiple of patch, 4"),
+        ({"image_size": -16}, "image_size -16"),
+        ({"image_size": 16.0}, "image_size 16.0, expected int"),
+        ({"patch": 0}, "patch 0"),
+        ({"prediction": "x1"}, "prediction 'x1', expected .*epsilon"),
+        ({"prediction": None}, "prediction None"),
+        ({"ref_scale": nan}, "ref_scale nan"),
+        ({"ref_scale": 0}, "ref_scale 0"),
+        ({"ref_scale": "20"}, "ref_scale '20', expected float"),
+        ({"schedule_shift": inf}, "schedule_shift inf"),
+        ({"schedule_shift": -1.0}, "schedule_shift -1.0"),
+        ({"schedule_shift": 10**400}, "schedule_shift 1000"),
+        ({"cross_view": 1}, "cross_view 1, expected bool"),
+        ({"base": "somewhere"}, "position True: expected False"),
+        ({"base": "/nowhere", "position": False}, "--base /nowhere: cannot load its unet"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**good, **change}))
+        with pytest.raises(InputError, match=text):
+            load(tmp_path)
+    incomplete = json.dumps({k: v for k, v in good.items() if k != "prediction"})
+    for text in ("[]", '"toy"', "{}", "null", incomplete):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(InputError, match="prediction.*unknown or missing"):
+            load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**good, "ref_scale": 20}))  # a whole number for a float
+    assert load(tmp_path).cfg == replace(tiny.cfg, ref_scale=20)
+    for change in ({"prediction": "x1"}, {"ref_scale": nan}, {"image_size": 100}, {"channels": 100}):
+        with pytest.raises(InputError):
+            ModelConfig(**change)
+
+
+def test_wrong_weights_are_refused(tiny, tmp_path, monkeypatch):
+    tiny.save(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    broken = {**tensors, "unet.conv_in.bias": torch.full((32,), float("inf"))}
+    save_file(broken, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="unet.conv_in.bias is not finite"):
+        load(tmp_path)
+    del broken["unet.class_embedding.weight"]
+    save_file(broken, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="expected a whole model"):
+        load(tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors")
+    monkeypatch.setattr(model_module, "NUM_VIEWS", V + 1)
+    with pytest.raises(InputError, match=f"a model of {V} views, expected {V + 1}"):
+        load(tmp_path)
+
+
+def test_the_shipped_models_are_of_the_toy_preset():
+    for name, cross_view in (("toy", True), ("toy_independent", False)):
+        model = load(model_module.Path(model_module.__file__).parent / "checkpoints" / name)
+        assert model.cfg == replace(PRESETS["toy"], cross_view=cross_view)
