@@ -149,7 +149,14 @@ def count(cfg: Config, size: int) -> list[dict[str, Any]]:
             gb = {k: v / 1e9 for k, v in gb.items()}
             seconds = tflop / (cfg.tflops * cfg.utilisation)
             rows.append(
-                {"size": size, "step": name, **gb, "total": sum(gb.values()), "tflop": tflop, "seconds": seconds}
+                {
+                    "size": size,
+                    "step": name,
+                    **gb,
+                    "total": sum(gb.values()),
+                    "tflop": tflop,
+                    "seconds": seconds,
+                }
             )
     return rows
 

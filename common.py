@@ -34,8 +34,6 @@ ROOT = Path(
 ).parent  # of the repository: shipped models and data are found from any working directory
 
 
-
-
 def located(path: str | Path) -> Path:
     """The path, or if there is nothing there, the same path inside the repository."""
     return ROOT / path if not Path(path).exists() and (ROOT / path).exists() else Path(path)

@@ -34,7 +34,7 @@ from einops import rearrange, repeat
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from common import InputError, explained, load_json, load_weights, save_json, save_tensors
+from common import InputError, explained, load_json, load_weights, located, save_json, save_tensors
 from data import CAMERAS, VIEWS
 
 NUM_VIEWS = len(VIEWS)
@@ -442,7 +442,8 @@ def load(folder: str | Path, device: torch.device | str = "cpu", half: bool = Fa
 
     half: of SDXL, weights in bfloat16, half the memory: to draw with, not to train.
     """
-    config, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
+    folder = located(folder)
+    config, weights = folder / "config.json", folder / "model.safetensors"
     if not config.is_file():
         raise InputError(f"{folder}: no config.json found, expected a model's folder. Make one: train_sft.py")
     cfg = typed(ModelConfig, load_json(config), str(config))

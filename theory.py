@@ -64,7 +64,12 @@ class Check(NamedTuple):
 # --- small helpers ---
 
 F64 = torch.float64
-LEVELS = (0.05, 0.5, 2.0, 8.0)  # noise levels B of the checks; at ln 2, alpha^2 = h would hide an exchange of the two
+LEVELS = (
+    0.05,
+    0.5,
+    2.0,
+    8.0,
+)  # noise levels B of the checks; at ln 2, alpha^2 = h would hide an exchange of the two
 
 
 def vec(*values: float) -> Tensor:
@@ -94,7 +99,9 @@ def mv(matrix: Tensor, vector: Tensor) -> Tensor:
 
 def derivative(f: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
     """Autograd's gradient (D,) of a scalar f, or Jacobian [i, j] = df_i/dx_j, at x (D,); args stay fixed."""
-    return cast(Tensor, torch.autograd.functional.jacobian(lambda x: f(x, *args), x))  # torch.func loads for 3 s
+    return cast(
+        Tensor, torch.autograd.functional.jacobian(lambda x: f(x, *args), x)
+    )  # torch.func loads for 3 s
 
 
 def random_basis(D: int, M: int, gen: torch.Generator) -> Tensor:
@@ -590,7 +597,9 @@ NEGATIVES: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
-def contrastive_guidance(x0: Tensor, x: Tensor, a: Tensor, ap: Tensor, y: float, A: Tensor, m: Mfn, B: float) -> Tensor:
+def contrastive_guidance(
+    x0: Tensor, x: Tensor, a: Tensor, ap: Tensor, y: float, A: Tensor, m: Mfn, B: float
+) -> Tensor:
     """Theorem 1's right-hand side, (D,)."""
     alpha, h = schedule(B)
     # 2 (y - a^T X0) a - 2 (h/alpha) A grad_m^T A^T ap; the second term is -2 J^T ap
@@ -868,7 +877,10 @@ def check_laws(seed: int) -> list[Check]:
     B = torch.linspace(0, 32, 6401, dtype=F64)
     speed = (1 - torch.exp(-B)) / (torch.exp(-B) + 1 - torch.exp(-B))  # s = 1
     growth = torch.trapezoid(speed[3200:], B[3200:]).item()
-    balance, diverges = ('"add h/alpha": growth of the shift, B_T 16 to 32', "diverges as 2 s ln(1/alpha_T): do not")
+    balance, diverges = (
+        '"add h/alpha": growth of the shift, B_T 16 to 32',
+        "diverges as 2 s ln(1/alpha_T): do not",
+    )
     return [*checks, Check("Thm. 1", balance, growth, 1, diverges)]
 
 
@@ -919,7 +931,10 @@ def check_condition(seed: int) -> list[Check]:
     m, C = vec(2, 0, 0), torch.diag(vec(1, 0.5, 0.3))
     empty = abs(contrast_bound(m, C, A1, AP, alpha1).item())
     energy = [off_target_energy(*law_contrastive(m, C, A1, AP, alpha1, x), A1).item() for x in (0.0, 0.56)]
-    decreases, shifts = ('"decreases the others": energy up, no model error', "shifts their mean by -alpha2 Q C ap")
+    decreases, shifts = (
+        '"decreases the others": energy up, no model error',
+        "shifts their mean by -alpha2 Q C ap",
+    )
     return [
         Check("ext.", "Theorem 1 samples N(m + alpha1 K(C) a - alpha2 C ap, C)", law, 4e-3),
         Check("ext.", f"contrast helps iff 0 < alpha2 < 2<v,q>/|q|^2 ({int(helps.sum())} of {n})", wrong, 0),
@@ -970,7 +985,9 @@ def match_simple(m: Tensor, C: Tensor, a: Tensor, guide: Tensor, y: Tensor, targ
     return (low + high) / 2
 
 
-def match_contrastive(m: Tensor, C: Tensor, a: Tensor, ap: Tensor, target: Tensor, r: float | Tensor) -> Tensor:
+def match_contrastive(
+    m: Tensor, C: Tensor, a: Tensor, ap: Tensor, target: Tensor, r: float | Tensor
+) -> Tensor:
     """alpha1 (..., 1) at which alpha1 (a - r J ap) gives E[a^T x] = target (..., 1)."""
     # beyond r* = a^T K(C) a/(a^T C ap) the field lowers the similarity and no alpha1 > 0 does it
     gain = (a * (mv(field_response(C), a) - r * mv(C, ap))).sum(-1, keepdim=True)
@@ -1088,7 +1105,14 @@ def plot_figure(cfg: Config, table: Table) -> Path:
     plane = torch.stack([A1, (AP - 0.8 * A1) / 0.6], 1)  # (3, 2): a_1 and the rest of ap
 
     def arrow(axis: Any, start: Tensor, end: Tensor, colour: str, label: str) -> None:
-        style = {"arrowstyle": "-|>", "color": colour, "lw": 2.2, "mutation_scale": 16, "shrinkA": 0, "shrinkB": 0}
+        style = {
+            "arrowstyle": "-|>",
+            "color": colour,
+            "lw": 2.2,
+            "mutation_scale": 16,
+            "shrinkA": 0,
+            "shrinkB": 0,
+        }
         axis.annotate("", (end @ plane).tolist(), (start @ plane).tolist(), arrowprops=style, zorder=3)
         axis.plot([], [], color=colour, lw=2.2, label=label)
 
@@ -1098,15 +1122,26 @@ def plot_figure(cfg: Config, table: Table) -> Path:
     for i, (name, guidance) in enumerate(panels.items()):
         axis = figure.add_subplot(grid[0, 2 * i : 2 * i + 2])
         guided = trajectories(m, C, guidance, cfg.trajectories, cfg.seed)
-        for x, colour, label in ((plain, "0.65", before), (guided, "tab:blue", "guided to equal similarity to $a_1$")):
+        for x, colour, label in (
+            (plain, "0.65", before),
+            (guided, "tab:blue", "guided to equal similarity to $a_1$"),
+        ):
             axis.plot(*(x[:300] @ plane).T.numpy(), ".", ms=4, mew=0, color=colour, alpha=0.7, label=label)
         arrow(axis, 0 * A1, A1, "tab:green", "$a_1$")
         arrow(axis, 0 * A1, AP, "tab:red", "$a^{appro}$")
         arrow(axis, plain.mean(0), guided.mean(0), "black", "what the guidance does to the mean")
         axis.set_title(f"{name}: mean cosine {cosine(guided, A1).mean().item():.3f}", fontsize=11)
-        axis.set(xlim=(-0.2, 3.4), ylim=(-0.2, 2.6), aspect="equal", xlabel="along $a_1$", ylabel="rest of $a^{appro}$")
+        axis.set(
+            xlim=(-0.2, 3.4),
+            ylim=(-0.2, 2.6),
+            aspect="equal",
+            xlabel="along $a_1$",
+            ylabel="rest of $a^{appro}$",
+        )
     assert axis is not None
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False, markerscale=3)
+    figure.legend(
+        *axis.get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False, markerscale=3
+    )
 
     axis = figure.add_subplot(grid[1, :3])
     s = torch.linspace(0, 5, 201, dtype=F64)
@@ -1122,9 +1157,16 @@ def plot_figure(cfg: Config, table: Table) -> Path:
     axis.legend(title="along", loc="lower left")
 
     axis = figure.add_subplot(grid[1, 3:])
-    models = {"S1": "no error", "S3": "mean towards $a^{appro}$", "S4": "mean away from it", "S6": "wrong span"}
+    models = {
+        "S1": "no error",
+        "S3": "mean towards $a^{appro}$",
+        "S4": "mean away from it",
+        "S6": "wrong span",
+    }
     for (name, label), colour in zip(models.items(), ("C0", "C2", "C1", "C3"), strict=True):
-        axis.plot(RATIOS, [cell[0] for cell in table[name][3:]], "o-", lw=2, color=colour, label=f"{name}: {label}")
+        axis.plot(
+            RATIOS, [cell[0] for cell in table[name][3:]], "o-", lw=2, color=colour, label=f"{name}: {label}"
+        )
         axis.axhline(table[name][2][0], ls=":", color=colour)
     axis.set_title("(e) at equal similarity contrast helps some models, hurts others")
     axis.set(
@@ -1169,7 +1211,9 @@ def print_table(table: Table) -> None:
         cells = "".join(f"{f'{cos:.3f}/{inside:.2f}/{outside:.2f}':>16}" for cos, inside, outside in row)
         helps = row[COLUMNS.index("r = 0.8")][0] > max(cell[0] for cell in row[1:4])
         print(f"{name:<4}{cells}   {'helps' if helps else 'HURTS'}")
-    print("\nS1 no model error; S3, S4 right span, mean leaning towards, away from ap; S5-S7 wrong span (A').")
+    print(
+        "\nS1 no model error; S3, S4 right span, mean leaning towards, away from ap; S5-S7 wrong span (A')."
+    )
 
 
 def main(cfg: Config) -> dict[str, Any]:
@@ -1183,7 +1227,9 @@ def main(cfg: Config) -> dict[str, Any]:
     print_table(table)
     failed, false = sum(not c.passed for c in checks), sum(bool(c.truth) for c in checks)
     print(f"\n{len(checks)} checks, {failed} failed; {false} show a sentence of the paper false as written.")
-    print(f"seed {cfg.seed}, float64, {torch.get_num_threads()} thread(s), {time.perf_counter() - start:.1f} s")
+    print(
+        f"seed {cfg.seed}, float64, {torch.get_num_threads()} thread(s), {time.perf_counter() - start:.1f} s"
+    )
     if cfg.plot:
         print(f"figure: {plot_figure(cfg, table)}")
     return {"checks": checks, "table": table, "failed": failed}

@@ -65,11 +65,22 @@ from common import (
 )
 from data import load_references, load_split
 from evaluate import before_after, print_table
+from grid import grid
 from matcher import loftr_model, matching_reward
-from metrics import closeness, geometry, grid, hull_iou
+from metrics import closeness, geometry, hull_iou
 from model import MultiViewUNet, load
-from sample import Schedule, branch, forward_noise, kl_divergence, log_ratio, policy_mean, sample, sample_images
-from sample import noised_reference, split_prediction
+from sample import (
+    Schedule,
+    branch,
+    forward_noise,
+    kl_divergence,
+    log_ratio,
+    noised_reference,
+    policy_mean,
+    sample,
+    sample_images,
+    split_prediction,
+)
 from scorer import Scorer, contrastive_reward
 from train_sft import simple_loss, training_batch
 
@@ -91,10 +102,15 @@ class Config:
     negatives: str = "checkpoints/objects_independent"  # that scorer's: train_scorer.py --negatives
     matcher: str = "sift"  # sift, loftr, or a file of LoFTR weights, for --feedback matching
 
-    candidates: Literal["branch", "noised", "independent"] = "branch"  # what tells candidates apart: see `collect`
+    candidates: Literal["branch", "noised", "independent"] = (
+        "branch"  # what tells candidates apart: see `collect`
+    )
     num_candidates: int = 8  # G of branch and independent (noised: one for each scale of App. B)
     num_steps: int = 10  # network calls K of the sampler (paper: 50)
-    trained_calls: tuple[int, int] = (0, 4)  # first and last of the calls that Eq. (2) trains (paper: the last 40 of 50)
+    trained_calls: tuple[int, int] = (
+        0,
+        4,
+    )  # first and last of the calls that Eq. (2) trains (paper: the last 40 of 50)
 
     loss: Literal["d3po", "diffusion_dpo"] = "d3po"  # which log-ratio of a candidate Eq. (2) compares
     beta_dpo: float = 1.0  # beta of Eq. 2 on the log-ratio SUMMED over V c h w
@@ -102,7 +118,9 @@ class Config:
     lambda_simple: float = 100.0  # weight of L_simple-MV (paper: 1, where its gradient is too short to count)
     min_gap: float = 0.0  # leave out pairs whose rewards differ by less than this many standard deviations
     rounds: int = 1  # collect, prefer, train again with the policy of the round before
-    anchor: Literal["pre", "last"] = "pre"  # log-ratios and KL are to pi_pre, or to the policy that drew the candidates
+    anchor: Literal["pre", "last"] = (
+        "pre"  # log-ratios and KL are to pi_pre, or to the policy that drew the candidates
+    )
 
     steps: int = 60  # optimizer steps a round (paper: 1800)
     batch_objects: int = 8  # references a step, and as many ground-truth objects for L_simple-MV
@@ -113,7 +131,9 @@ class Config:
 
     batch_size: int = 8  # references at a time when sampling
     bf16: Literal["auto", "on", "off"] = "auto"  # run the network in bfloat16; auto: where it is fast
-    checkpointing: bool = False  # keep few activations and compute the others again: half the speed, far less memory
+    checkpointing: bool = (
+        False  # keep few activations and compute the others again: half the speed, far less memory
+    )
     device: str = "auto"  # auto, cpu or cuda
 
 
@@ -163,8 +183,15 @@ def collect(policy: Path, references: Tensor, cfg: Config, round: int) -> Path:
     device = get_device(cfg.device)
     bf16 = use_bf16(cfg.bf16, device)
     options = ("candidates", "num_candidates", "num_steps", "trained_calls", "seed", "batch_size")
-    made_by = {name: getattr(cfg, name) for name in options} | {"policy": digest(policy), "bf16": bf16, "round": round}
-    made_by |= {"references": digest(references[:, 0]), "code": [digest(f) for f in (draw_candidates, branch, sample)]}
+    made_by = {name: getattr(cfg, name) for name in options} | {
+        "policy": digest(policy),
+        "bf16": bf16,
+        "round": round,
+    }
+    made_by |= {
+        "references": digest(references[:, 0]),
+        "code": [digest(f) for f in (draw_candidates, branch, sample)],
+    }
     # Each reference branches at one call, drawn once; those with equal calls go through the network together.
     first, last = cfg.trained_calls
     calls = torch.randint(first, last + 1, (len(references),), generator=keyed_generator(cfg.seed, 10, round))
@@ -172,7 +199,11 @@ def collect(policy: Path, references: Tensor, cfg: Config, round: int) -> Path:
 
     def make(folder: Path) -> None:
         model = load(policy, device, half=bf16)
-        groups = [g for k in calls[order].unique_consecutive() for g in order[calls[order] == k].split(cfg.batch_size)]
+        groups = [
+            g
+            for k in calls[order].unique_consecutive()
+            for g in order[calls[order] == k].split(cfg.batch_size)
+        ]
         groups = groups if cfg.candidates == "branch" else list(order.split(cfg.batch_size))
         for group in tqdm(groups, desc="candidates", disable=None):
             path = folder / f"{int(group[0]):06d}.safetensors"
@@ -230,7 +261,12 @@ def redder(ref: Tensor, images: Tensor, truth: Tensor, cfg: Config) -> Tensor:
 
 def random(ref: Tensor, images: Tensor, truth: Tensor, cfg: Config) -> Tensor:
     """Control: what do preferences without content do? A function of the images, so that it is drawn once."""
-    return torch.stack([torch.rand((), generator=keyed_generator(cfg.seed, int(digest(x), 16) % 2**62)) for x in images.cpu()])
+    return torch.stack(
+        [
+            torch.rand((), generator=keyed_generator(cfg.seed, int(digest(x), 16) % 2**62))
+            for x in images.cpu()
+        ]
+    )
 
 
 def least_noise(ref: Tensor, images: Tensor, truth: Tensor, cfg: Config) -> Tensor:
@@ -268,22 +304,30 @@ def prefer(candidates: Path, references: Tensor, cfg: Config) -> Tensor:  # (N, 
     def make(folder: Path) -> None:
         G = load_tensors(min(candidates.glob("*.safetensors")))["images"].shape[1]
         rewards, psnr = torch.empty(len(references), G), torch.empty(len(references), G)
-        for path in tqdm(sorted(candidates.glob("*.safetensors")), desc=f"{cfg.feedback} feedback", disable=None):
+        for path in tqdm(
+            sorted(candidates.glob("*.safetensors")), desc=f"{cfg.feedback} feedback", disable=None
+        ):
             part = load_tensors(path)
             for i, images in zip(part["reference"].tolist(), part["images"]):
                 images, truth = images.to(device).float() / 255, references[i].to(device).float() / 255
                 rewards[i] = feedback(truth[0], images, truth, cfg).cpu()
                 psnr[i] = closeness(images, truth).cpu()
         if not torch.isfinite(rewards).all():
-            raise InputError(f"--feedback {cfg.feedback}: {rewards.isfinite().logical_not().sum()} rewards are not finite.")
+            raise InputError(
+                f"--feedback {cfg.feedback}: {rewards.isfinite().logical_not().sum()} rewards are not finite."
+            )
         save_tensors(folder / "rewards.safetensors", {"rewards": rewards, "psnr": psnr})
 
     kept = load_tensors(cached(cfg.out, f"rewards_{cfg.feedback}", made_by, make) / "rewards.safetensors")
     wins = preference_pairs(kept["rewards"], cfg.min_gap)
     if not wins.any():
-        raise InputError(f"--feedback {cfg.feedback}: all candidates of all references tie, expected a preference.")
+        raise InputError(
+            f"--feedback {cfg.feedback}: all candidates of all references tie, expected a preference."
+        )
     nearer = (kept["psnr"][:, :, None] > kept["psnr"][:, None])[wins].float().mean()
-    print(f"{int(wins.sum())} pairs of {len(wins)} references; in {nearer:.0%} the winner is nearer to the ground truth")
+    print(
+        f"{int(wins.sum())} pairs of {len(wins)} references; in {nearer:.0%} the winner is nearer to the ground truth"
+    )
     return kept["rewards"]
 
 
@@ -329,10 +373,17 @@ class Batch(NamedTuple):
     s: Tensor  # (B,)
 
 
-def make_batch(rollouts: Rollouts, chosen: Tensor, js: Tensor, schedule: Schedule, num_steps: int, device: Any) -> Batch:
+def make_batch(
+    rollouts: Rollouts, chosen: Tensor, js: Tensor, schedule: Schedule, num_steps: int, device: Any
+) -> Batch:
     """References `chosen` (B,), each at its trained call number `js` (B,)."""
     times = torch.tensor(schedule.timesteps(num_steps))[rollouts.call[chosen, js]]  # (B, 2) t and s
-    parts = (rollouts.x_t[chosen, js], rollouts.action[chosen, js], rollouts.y[chosen], rollouts.ref_noise[chosen])
+    parts = (
+        rollouts.x_t[chosen, js],
+        rollouts.action[chosen, js],
+        rollouts.y[chosen],
+        rollouts.ref_noise[chosen],
+    )
     return Batch(*(z.to(device) for z in (*parts, rollouts.x0[chosen], times[:, 0], times[:, 1])))
 
 
@@ -358,13 +409,22 @@ def step_log_ratio(
     """
     B, R, G = *batch.x_t.shape[:2], batch.action.shape[1]
     mean, var = batch_means(policy, schedule, batch, bf16)
-    mean, pre, var = (z.unflatten(0, (B, R)).expand(B, G, *[-1] * 5).flatten(0, 1) for z in (mean, mean_pre.flatten(0, 1), var))
+    mean, pre, var = (
+        z.unflatten(0, (B, R)).expand(B, G, *[-1] * 5).flatten(0, 1)
+        for z in (mean, mean_pre.flatten(0, 1), var)
+    )
     ratio = log_ratio(batch.action.flatten(0, 1), mean, pre, var)  # (B G,)
     return ratio.view(B, G), kl_divergence(mean, pre, var).view(B, G).mean(1)
 
 
 def forward_log_ratio(
-    policy: MultiViewUNet, pre: MultiViewUNet, schedule: Schedule, batch: Batch, seed: int, step: int, bf16: bool
+    policy: MultiViewUNet,
+    pre: MultiViewUNet,
+    schedule: Schedule,
+    batch: Batch,
+    seed: int,
+    step: int,
+    bf16: bool,
 ) -> tuple[Tensor, Tensor]:  # (B, G), (B,)
     """Diffusion-DPO's (Wallace et al. 2023): of the finished candidate, noised again. Needs no action, but pi_pre's network.
 
@@ -374,13 +434,18 @@ def forward_log_ratio(
     """
     (B, G), g = batch.x0.shape[:2], keyed_generator(seed, 11, step)
     t = torch.randint(100, 951, (B,), generator=g).to(batch.t)
-    noise, ref_noise = (torch.randn(z[:, 0].shape, generator=g).to(t.device) for z in (batch.x0, batch.x0[:, :, 0]))
+    noise, ref_noise = (
+        torch.randn(z[:, 0].shape, generator=g).to(t.device) for z in (batch.x0, batch.x0[:, :, 0])
+    )
     rows = lambda z: z.repeat_interleave(G, 0)  # noqa: E731  # (B, ...) -> (B G, ...)
     x0, t, y, noise, ref_noise = batch.x0.flatten(0, 1), rows(t), rows(batch.y), rows(noise), rows(ref_noise)
     x_t = forward_noise(schedule, x0, t, noise)
     predictions = []
     for network in (policy, pre):
-        with torch.set_grad_enabled(network is policy), torch.autocast(x_t.device.type, torch.bfloat16, enabled=bf16):
+        with (
+            torch.set_grad_enabled(network is policy),
+            torch.autocast(x_t.device.type, torch.bfloat16, enabled=bf16),
+        ):
             output = network(x_t, t, noised_reference(schedule, policy.cfg, y, t, ref_noise))
         predictions.append(split_prediction(schedule, output, x_t, t)[0])
     theta, old = predictions
@@ -410,21 +475,36 @@ def prepare(folder: str | Path, cfg: Config, device: Any) -> tuple[MultiViewUNet
     """A model to fine-tune, and its trained parameters. Of SDXL what is frozen is stored in bfloat16."""
     model = load(folder)
     torch.manual_seed(cfg.seed)  # of LoRA's start; all other noise has keys of its own
-    parameters = model.freeze(cfg.attention_only, cfg.lora, model.cfg.is_sdxl and use_bf16(cfg.bf16, device))
+    if cfg.lora:
+        model.add_lora(cfg.lora)
+    parameters = model.freeze(cfg.attention_only, model.cfg.is_sdxl and use_bf16(cfg.bf16, device))
     model.to(device)
     if cfg.checkpointing:
         model.unet.enable_gradient_checkpointing()
     return model, parameters
 
 
-def train(start: Path, pre: Path, candidates: Path | None, rewards: Tensor | None, objects: Tensor, cfg: Config) -> Path:
+def train(
+    start: Path, pre: Path, candidates: Path | None, rewards: Tensor | None, objects: Tensor, cfg: Config
+) -> Path:
     """Fine-tune the policy in `start` on L = L_MV-D3PO + lambda L_simple-MV + kl KL; returns the folder of the run."""
     device = get_device(cfg.device)
     bf16 = use_bf16(cfg.bf16, device)
-    own = ("loss", "beta_dpo", "kl", "min_gap", "batch_objects", "num_steps") if candidates else ("batch_objects",)
+    own = (
+        ("loss", "beta_dpo", "kl", "min_gap", "batch_objects", "num_steps")
+        if candidates
+        else ("batch_objects",)
+    )
     options = (*own, "lambda_simple", "steps", "lr", "attention_only", "lora", "seed", "checkpointing")
-    made_by = {name: getattr(cfg, name) for name in options} | {"start": digest(start), "objects": digest(objects)}
-    made_by |= {"bf16": bf16, "on": device.type, "code": [digest(f) for f in (run, d3po_loss, step_log_ratio)]}
+    made_by = {name: getattr(cfg, name) for name in options} | {
+        "start": digest(start),
+        "objects": digest(objects),
+    }
+    made_by |= {
+        "bf16": bf16,
+        "on": device.type,
+        "code": [digest(f) for f in (run, d3po_loss, step_log_ratio)],
+    }
     if candidates and rewards is not None:
         made_by |= {"pre": digest(pre), "rewards": digest(rewards), "feedback": cfg.feedback}
         made_by |= {"candidates": digest(load_json(candidates / "made_by.json"))}
@@ -433,7 +513,13 @@ def train(start: Path, pre: Path, candidates: Path | None, rewards: Tensor | Non
 
 
 def run(
-    start: Path, pre: Path, candidates: Path | None, rewards: Tensor | None, objects: Tensor, cfg: Config, folder: Path
+    start: Path,
+    pre: Path,
+    candidates: Path | None,
+    rewards: Tensor | None,
+    objects: Tensor,
+    cfg: Config,
+    folder: Path,
 ) -> None:
     """The loop. Without candidates what is left is L_simple-MV: the SFT baseline, with all else equal."""
     device = get_device(cfg.device)
@@ -448,7 +534,9 @@ def run(
             mean_pre = frozen_means(pre_policy, rollouts, cfg, bf16, device)
         else:
             pre_policy = copy.deepcopy(pre_policy).requires_grad_(False)
-    optimizer = torch.optim.AdamW(parameters, cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(
+        parameters, cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type == "cuda"
+    )
 
     state = load_state(folder / "state.pt")
     if state:
@@ -476,7 +564,9 @@ def run(
             else:
                 ratio, kl = forward_log_ratio(policy, pre_policy, schedule, batch, cfg.seed, step, bf16)
             if step == 0 and cfg.anchor == "pre" and start == pre and ratio.abs().max() * cfg.beta_dpo > 1e-3:
-                raise InputError(f"before the first update the log-ratio is {ratio.abs().max():.2g}, expected 0.")
+                raise InputError(
+                    f"before the first update the log-ratio is {ratio.abs().max():.2g}, expected 0."
+                )
             b, w, l = wins[chosen].nonzero(as_tuple=True)  # noqa: E741
             loss_d3po, metrics = d3po_loss(ratio[b, w], ratio[b, l], cfg.beta_dpo)
             # backward: L = L_MV-D3PO + kl KL + lambda L_simple-MV. Gradients add up in p.grad, so each loss goes backward
@@ -503,12 +593,19 @@ def draw_validation(model: Path, views: Tensor, cfg: Config) -> Tensor:
     """Images (N, V, 3, S, S) of validation objects (N, V, 3, S, S) uint8, drawn from their front view."""
     device = get_device(cfg.device)
     bf16 = use_bf16(cfg.bf16, device)
-    made_by = {"model": digest(model), "objects": digest(views[:, 0]), "num_steps": cfg.num_steps, "seed": cfg.seed}
+    made_by = {
+        "model": digest(model),
+        "objects": digest(views[:, 0]),
+        "num_steps": cfg.num_steps,
+        "seed": cfg.seed,
+    }
 
     def make(folder: Path) -> None:
         policy = load(model, device, half=bf16)
         ref = views[:, 0].float() / 255
-        images = sample_images(policy, ref, cfg.seed, cfg.num_steps, cfg.batch_size, "validation objects", bf16)
+        images = sample_images(
+            policy, ref, cfg.seed, cfg.num_steps, cfg.batch_size, "validation objects", bf16
+        )
         save_tensors(folder / "images.safetensors", {"images": (images * 255).round().to(torch.uint8)})
 
     folder = cached(cfg.out, "validation", made_by | {"bf16": bf16, "on": device.type}, make)
@@ -518,7 +615,11 @@ def draw_validation(model: Path, views: Tensor, cfg: Config) -> Tensor:
 def report(pre: Path, policy: Path, cfg: Config, clock: float) -> dict:
     """Before against after on validation objects, with equal noise: table, results.json, grid.png in the run's folder."""
     views = load_split(cfg.data, "validation", cfg.eval_objects, load(pre).cfg.image_size)
-    truth, before, after = views.float() / 255, draw_validation(pre, views, cfg), draw_validation(policy, views, cfg)
+    truth, before, after = (
+        views.float() / 255,
+        draw_validation(pre, views, cfg),
+        draw_validation(policy, views, cfg),
+    )
     scorers = {"contrastive": Scorer.load(cfg.scorer)} if cfg.scorer else {}
     table = before_after(before, after, truth, scorers)
     print_table(table, cfg.feedback)
@@ -526,7 +627,12 @@ def report(pre: Path, policy: Path, cfg: Config, clock: float) -> dict:
     most = (after - before).abs().flatten(1).mean(1).argsort(descending=True)[:8]
     columns = {"ground truth": truth, "before": before, "after": after}
     grid(policy / "grid.png", {k: v[most] for k, v in columns.items()}, truth[most, 0])
-    result = {**provenance(cfg), "table": table, "folder": str(policy), "seconds": round(time.time() - clock, 1)}
+    result = {
+        **provenance(cfg),
+        "table": table,
+        "folder": str(policy),
+        "seconds": round(time.time() - clock, 1),
+    }
     save_json(policy / "results.json", result)
     print(f"total {result['seconds']:.0f} s; {policy}/grid.png shows the eight objects that changed most")
     return result
@@ -538,8 +644,13 @@ def find_scorer(cfg: Config) -> str:
         return cfg.scorer
     model = load(cfg.model).cfg
     if model.is_sdxl:
-        raise InputError("--feedback contrastive: expected --scorer. Train one: python train_scorer.py --backbone ...")
-    shared = {k: getattr(cfg, k) for k in ("negatives", "data", "num_references", "num_steps", "bf16", "device", "seed")}
+        raise InputError(
+            "--feedback contrastive: expected --scorer. Train one: python train_scorer.py --backbone ..."
+        )
+    shared = {
+        k: getattr(cfg, k)
+        for k in ("negatives", "data", "num_references", "num_steps", "bf16", "device", "seed")
+    }
     out = str(Path(cfg.out) / "scorer")
     return train_scorer.main(train_scorer.Config(**shared, image_size=model.image_size, out=out))["folder"]
 
@@ -551,10 +662,14 @@ def check(cfg: Config) -> None:
     if cfg.feedback == "least_noise" and cfg.candidates != "noised":
         raise InputError("--feedback least_noise: expected --candidates noised.")
     if cfg.feedback == "matching" and cfg.matcher != "sift":
-        loftr_model("" if cfg.matcher == "loftr" else cfg.matcher, torch.device("cpu"))  # are its weights there?
+        loftr_model(
+            "" if cfg.matcher == "loftr" else cfg.matcher, torch.device("cpu")
+        )  # are its weights there?
     first, last = cfg.trained_calls
     if not 0 <= first <= last < cfg.num_steps - 1:  # the last call of a chain has no density
-        raise InputError(f"--trained_calls {first} {last}: expected 0 <= first <= last <= {cfg.num_steps - 2}.")
+        raise InputError(
+            f"--trained_calls {first} {last}: expected 0 <= first <= last <= {cfg.num_steps - 2}."
+        )
     check_at_least(cfg, 1, "steps", "batch_objects", "batch_size", "num_references", "eval_objects", "rounds")
     check_at_least(cfg, 2, "num_candidates")
     check_at_least(cfg, 0, "beta_dpo", "kl", "lambda_simple", "min_gap", "lr", "lora")
@@ -567,7 +682,9 @@ def main(cfg: Config) -> dict:
     pre = policy = located(cfg.model)
     size = load(pre).cfg.image_size
     references = load_references(cfg.data, cfg.num_references, size, cfg.seed)  # (N, V, 3, S, S) uint8
-    objects = load_split(cfg.data, "preference", cfg.num_references, size)  # their ground truth, for L_simple-MV
+    objects = load_split(
+        cfg.data, "preference", cfg.num_references, size
+    )  # their ground truth, for L_simple-MV
     cfg = replace(cfg, scorer=find_scorer(cfg))
     for round in range(cfg.rounds):
         if cfg.feedback == "none":

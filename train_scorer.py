@@ -167,7 +167,12 @@ def make_pairs(cfg: Config, device: torch.device) -> tuple[Tensor, Tensor, int]:
     train = load_references(cfg.data, cfg.num_references, cfg.image_size, cfg.seed)
     truth = torch.cat([train, val])
     made_by = {"generator": digest(Path(cfg.negatives)), "references": digest(truth[:, 0])}
-    made_by |= {"num_steps": cfg.num_steps, "seed": cfg.seed, "bf16": use_bf16(cfg.bf16, device), "on": device.type}
+    made_by |= {
+        "num_steps": cfg.num_steps,
+        "seed": cfg.seed,
+        "bf16": use_bf16(cfg.bf16, device),
+        "on": device.type,
+    }
     root = Path(cfg.out).parent
     folder = cached(root, "negatives", made_by, lambda folder: generate(cfg, truth[:, 0], device, folder))
     fake = torch.cat([load_tensors(path)["views"] for path in sorted(folder.glob("*.safetensors"))])
@@ -209,7 +214,9 @@ def auc(positive: Tensor, negative: Tensor) -> float:
 def evaluate(scorer: Scorer, truth: Tensor, fake: Tensor) -> dict[str, float]:
     """Ground truth against wrong views: AUC over single views, and how often the truth has the higher reward."""
     g = keyed_generator(0)
-    twins = torch.stack([(stretch(x.float() / 255, 0.6 + 0.4 * torch.rand(3, generator=g)) * 255).round() for x in truth])
+    twins = torch.stack(
+        [(stretch(x.float() / 255, 0.6 + 0.4 * torch.rand(3, generator=g)) * 255).round() for x in truth]
+    )
     wrong = {"generated": fake, "stretched": twins.to(torch.uint8), **spoilt_views(truth)}
 
     def scores(views: Tensor) -> Tensor:  # (B, V, 3, S, S) uint8 -> (B, V-1)
@@ -236,14 +243,21 @@ def new_scorer(cfg: Config) -> Scorer:
     torch.manual_seed(key_seed(cfg.seed))
     if cfg.backbone:
         return pretrained_scorer(cfg.backbone, cfg.head, cfg.backbone_size)
-    return small_scorer(cfg.head, cfg.image_size, cfg.patch_size, cfg.hidden_size, cfg.num_layers, cfg.num_heads)
+    return small_scorer(
+        cfg.head, cfg.image_size, cfg.patch_size, cfg.hidden_size, cfg.num_layers, cfg.num_heads
+    )
 
 
-def train(scorer: Scorer, truth: Tensor, fake: Tensor, n: int, cfg: Config, device: torch.device, folder: Path) -> None:
+def train(
+    scorer: Scorer, truth: Tensor, fake: Tensor, n: int, cfg: Config, device: torch.device, folder: Path
+) -> None:
     """Train on the first n objects, evaluate on the others, and leave weights, log and results in `folder`."""
     bf16 = device.type == "cuda" and use_bf16(cfg.bf16, device)
     head = [p for name, p in scorer.named_parameters() if not name.startswith("encoder.")]
-    groups: list[dict] = [{"params": list(scorer.encoder.parameters()), "lr": cfg.lr}, {"params": head, "lr": cfg.head_lr}]
+    groups: list[dict] = [
+        {"params": list(scorer.encoder.parameters()), "lr": cfg.lr},
+        {"params": head, "lr": cfg.head_lr},
+    ]
     optimizer = torch.optim.AdamW(groups, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
     parameters = list(scorer.parameters())
 
@@ -274,7 +288,9 @@ def train(scorer: Scorer, truth: Tensor, fake: Tensor, n: int, cfg: Config, devi
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
             result, seconds = evaluate(scorer, truth[n:], fake[n:]), round(time.time() - clock)
             log.line(step + 1, **{f"val_{k}": round(v, 4) for k, v in result.items()}, seconds=seconds)
-            tqdm.write(f"step {step + 1}: " + ", ".join(f"{k} {v:.3f}" for k, v in result.items() if "auc" in k))
+            tqdm.write(
+                f"step {step + 1}: " + ", ".join(f"{k} {v:.3f}" for k, v in result.items() if "auc" in k)
+            )
             save_json(folder / "results.json", {**provenance(cfg), "metrics": result, "seconds": seconds})
     scorer.save(folder)
     (folder / "state.pt").unlink(missing_ok=True)
@@ -282,7 +298,9 @@ def train(scorer: Scorer, truth: Tensor, fake: Tensor, n: int, cfg: Config, devi
 
 def main(cfg: Config) -> dict[str, Any]:
     """Negatives, training, evaluation; returns the content of results.json and the folder."""
-    check_at_least(cfg, 1, "steps", "eval_every", "num_steps", "patch_size", "hidden_size", "num_layers", "num_heads")
+    check_at_least(
+        cfg, 1, "steps", "eval_every", "num_steps", "patch_size", "hidden_size", "num_layers", "num_heads"
+    )
     check_at_least(cfg, 2, "num_references", "num_val", "batch_size")  # views of another object are needed
     check_at_least(cfg, 0, "lr", "head_lr", "weight_decay", "mismatch")
     device = get_device(cfg.device)
@@ -290,12 +308,17 @@ def main(cfg: Config) -> dict[str, Any]:
     made_by = settings(cfg, "eval_every", "bf16", "data", "negatives", "backbone") | {
         "truth": digest(truth),
         "generated": digest(fake),
-        "backbone": digest(Path(cfg.backbone)) if Path(cfg.backbone).is_dir() and cfg.backbone else cfg.backbone,
+        "backbone": digest(Path(cfg.backbone))
+        if Path(cfg.backbone).is_dir() and cfg.backbone
+        else cfg.backbone,
         "on": device.type,
     }
     out = Path(cfg.out)
     folder = cached(
-        out.parent, out.name, made_by, lambda folder: train(new_scorer(cfg).to(device), truth, fake, n, cfg, device, folder)
+        out.parent,
+        out.name,
+        made_by,
+        lambda folder: train(new_scorer(cfg).to(device), truth, fake, n, cfg, device, folder),
     )
     return {**load_json(folder / "results.json"), "folder": str(folder)}
 

@@ -51,7 +51,8 @@ from common import (
     use_bf16,
 )
 from data import NUM_SIDES, Views, augment, fingerprint, lazy_split, load_split, relative_views
-from metrics import grid, hull_iou, psnr
+from grid import grid
+from metrics import hull_iou, psnr
 from model import PRESETS, MultiViewUNet, from_base, load
 from muon import Muon
 from sample import Schedule, forward_noise, noised_reference, sample_images, split_prediction
@@ -341,6 +342,8 @@ def main(cfg: Config) -> dict:
 
     def make(folder: Path) -> None:
         frozen_bf16 = made_by["bf16"] and model.cfg.is_sdxl and (cfg.attention_only or cfg.lora > 0)
+        if cfg.lora:
+            model.add_lora(cfg.lora)
         parameters = model.train().freeze(
             cfg.attention_only, cfg.lora, frozen_bf16, view_embedding=not cfg.init
         )
