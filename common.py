@@ -356,14 +356,14 @@ def training_steps(start: int, total: int, label: str, save: Callable[[int], Non
 
 
 class Log:
-    """log.jsonl: every `every` steps a line with the number of steps done and the means of what was added since."""
+    """log.jsonl: every `every` steps, and after the last, the number of steps done and means since the line before."""
 
     def __init__(
-        self, path: Path, start: int, every: int, sums: dict[str, list[float]] | None = None
+        self, path: Path, start: int, every: int, last: int, sums: dict | None = None
     ) -> None:
         """Lines after step `start` are dropped: a killed run may have logged steps that are now done again. `sums`: the
         numbers of its unfinished line."""
-        self.path, self.every = path, every
+        self.path, self.every, self.last = path, every, last
         lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
         write_atomic(path, lambda p: p.write_text("".join(kept)))
@@ -373,7 +373,7 @@ class Log:
         """Add one step's numbers; `step` counts from 0."""
         for name, value in values.items():
             self.sums.setdefault(name, []).append(value)
-        if (step + 1) % self.every == 0:
+        if (step + 1) % self.every == 0 or step + 1 == self.last:
             self.line(step + 1, **{k: sum(v) / len(v) for k, v in self.sums.items()})
             self.sums = {}
 

@@ -409,10 +409,8 @@ def step_log_ratio(
     """
     B, R, G = *batch.x_t.shape[:2], batch.action.shape[1]
     mean, var = batch_means(policy, schedule, batch, bf16)
-    mean, pre, var = (
-        z.unflatten(0, (B, R)).expand(B, G, *[-1] * 5).flatten(0, 1)
-        for z in (mean, mean_pre.flatten(0, 1), var)
-    )
+    times = G // R  # G candidates share a state, or each has its own
+    mean, pre, var = (z.repeat_interleave(times, 0) for z in (mean, mean_pre.flatten(0, 1), var))  # (B G, ...)
     ratio = log_ratio(batch.action.flatten(0, 1), mean, pre, var)  # (B G,)
     return ratio.view(B, G), kl_divergence(mean, pre, var).view(B, G).mean(1)
 
@@ -543,7 +541,7 @@ def run(
         policy.load_state_dict(state["model"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         print(f"{folder}: goes on at step {state['step']}")
-    log = Log(folder / "log.jsonl", state.get("step", 0), every=10, sums=state.get("log"))
+    log = Log(folder / "log.jsonl", state.get("step", 0), 10, cfg.steps, sums=state.get("log"))
 
     def save(done: int) -> None:
         parts = {"model": policy.trained_state(), "optimizer": optimizer.state_dict(), "log": log.sums}
@@ -680,7 +678,9 @@ def main(cfg: Config) -> dict:
     check(cfg)
     clock = time.time()
     pre = policy = located(cfg.model)
-    size = load(pre).cfg.image_size
+    model = load(pre).cfg
+    Schedule(model).timesteps(cfg.num_steps)  # a wrong number of them shows now
+    size = model.image_size
     references = load_references(cfg.data, cfg.num_references, size, cfg.seed)  # (N, V, 3, S, S) uint8
     objects = load_split(
         cfg.data, "preference", cfg.num_references, size

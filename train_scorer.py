@@ -267,7 +267,7 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
         print(f"{folder}: goes on at step {state['step']}")
     start, clock = state.get("step", 0), time.time() - state.get("seconds", 0)
-    log = Log(folder / "log.jsonl", start, every=10, sums=state.get("log"))
+    log = Log(folder / "log.jsonl", start, 10, cfg.steps, sums=state.get("log"))
 
     def save(done: int) -> None:
         parts = {"model": scorer.state_dict(), "optimizer": optimizer.state_dict(), "log": log.sums}

@@ -287,7 +287,7 @@ def train(
         ema = {k: v.to(device) for k, v in state["ema"].items()}
         print(f"{folder}: goes on at step {state['step']}")
     start, clock = state.get("step", 0), time.time() - state.get("seconds", 0)
-    log = Log(folder / "log.jsonl", start, every=50, sums=state.get("log"))
+    log = Log(folder / "log.jsonl", start, 50, cfg.steps, sums=state.get("log"))
 
     def save(done: int) -> None:
         parts = {"model": model.trained_state(), "ema": ema, "log": log.sums}

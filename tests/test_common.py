@@ -174,12 +174,12 @@ def test_states_come_back_and_damaged_ones_are_noticed(tmp_path, capsys):
 
 
 def test_the_log_writes_means_and_forgets_what_is_done_again(tmp_path):
-    log = C.Log(tmp_path / "log.jsonl", 0, every=2)
+    log = C.Log(tmp_path / "log.jsonl", 0, every=2, last=5)
     for step, loss in enumerate([1.0, 3.0, 5.0, 9.0, 7.0]):
         log.add(step, loss=loss)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert lines == [{"step": 2, "loss": 2.0}, {"step": 4, "loss": 7.0}]
-    again = C.Log(tmp_path / "log.jsonl", 3, every=2, sums={"loss": [5.0]})
+    assert lines == [{"step": 2, "loss": 2.0}, {"step": 4, "loss": 7.0}, {"step": 5, "loss": 7.0}]
+    again = C.Log(tmp_path / "log.jsonl", 3, every=2, last=9, sums={"loss": [5.0]})
     again.add(3, loss=1.0)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert lines == [{"step": 2, "loss": 2.0}, {"step": 4, "loss": 3.0}]

@@ -1,49 +1,51 @@
-"""The D3PO loss, the pairs on disk, the check before the first update, and the whole script on two steps."""
+"""Eq. (2) and what surrounds it: candidates, preferences, log-ratios, the gradient of the sum, the stages, resuming."""
 
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import random_model
 
+import common
 import train_d3po as D
-from common import InputError, load_json, load_tensors, save_tensors
-from data import make_toys
+from common import InputError, load_json, load_tensors, located
+from data import load_references, make_toys
 from model import load
-from sample import Schedule, log_ratio
-from scorer import Scorer, small_scorer
+from sample import Schedule, branch, log_prob, sample
+from scorer import small_scorer
 
 CPU = torch.device("cpu")
+SMALL = dict(num_references=5, eval_objects=2, num_steps=5, trained_calls=(0, 2), num_candidates=3, batch_size=2)
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # toys are cached under ./out/data
 
 
 def config(tmp_path, **changes) -> D.Config:
     if not (tmp_path / "pre").exists():
         random_model().save(tmp_path / "pre")
-    small = {
-        "num_objects": 3,
-        "eval_objects": 2,
-        "num_steps": 5,
-        "first_call": 1,
-        "steps": 2,
-        "batch_objects": 2,
-    }
-    defaults = {
-        "model": str(tmp_path / "pre"),
-        "out": str(tmp_path / "out"),
-        "feedback": "noise_scale",
-        "bf16": "off",
-        "log_every": 1,
-    }
-    return D.Config(**{**defaults, **small, **changes})
+    where = dict(model=str(tmp_path / "pre"), out=str(tmp_path / "out"), data="toys", bf16="off", feedback="oracle")
+    return D.Config(**{**SMALL, **where, "steps": 2, "batch_objects": 2, **changes})
 
 
-# --- the loss ---
+def collected(tmp_path, **changes):
+    cfg = config(tmp_path, **changes)
+    references = load_references("toys", cfg.num_references, 16, cfg.seed)
+    folder = D.collect(Path(cfg.model), references, cfg, 0)
+    return cfg, references, folder, D.read_rollouts(folder)
+
+
+def images_of(folder: Path) -> torch.Tensor:
+    parts = [load_tensors(p) for p in sorted(folder.glob("*.safetensors"))]
+    return torch.cat([p["images"] for p in parts])[torch.cat([p["reference"] for p in parts]).argsort()]
+
+
+# --- the loss on log-ratios ---
 
 
 def test_loss_is_log_2_at_theta_equal_pre():
@@ -53,191 +55,372 @@ def test_loss_is_log_2_at_theta_equal_pre():
 
 
 def test_loss_of_a_hand_computed_value():
-    # beta 0.5: margins 0.5 (2 - 0) = 1 and 0.5 (-1 - 3) = -2; mean of log(1 + e^-1) and log(1 + e^2)
-    loss, metrics = D.d3po_loss(torch.tensor([2.0, -1.0]), torch.tensor([0.0, 3.0]), beta=0.5)
-    assert loss.item() == pytest.approx((0.3132617 + 2.1269280) / 2, abs=1e-6)
-    assert metrics["accuracy"] == 0.5 and metrics["margin"] == pytest.approx(-0.5)
+    # beta 0.5: margins 0.5 (2 - 0) = 1, 0.5 (-1 - 3) = -2, 0.5 (4 - 0) = 2
+    w, l = torch.tensor([2.0, -1.0, 4.0]), torch.tensor([0.0, 3.0, 0.0])  # noqa: E741
+    loss, metrics = D.d3po_loss(w, l, beta=0.5)
+    assert loss.item() == pytest.approx((0.3132617 + 2.1269280 + 0.1269280) / 3, abs=1e-6)
+    assert metrics["accuracy"] == pytest.approx(2 / 3) and metrics["margin"] == pytest.approx(1 / 3)
+    assert metrics["log_ratio_w"] == pytest.approx(5 / 3) and metrics["log_ratio_l"] == 1
+    assert metrics["loss_d3po"] == loss.item()
 
 
-def test_swapping_winner_and_loser_negates_the_margin():
-    a, b = torch.randn(2, 4)
-    one, swapped = D.d3po_loss(a, b, 0.3), D.d3po_loss(b, a, 0.3)
-    assert one[1]["margin"] == pytest.approx(-swapped[1]["margin"])
-    # softplus(-m) - softplus(m) = -m
-    assert (one[0] - swapped[0]).item() == pytest.approx(-one[1]["margin"], abs=1e-6)
+def test_pairs_by_hand():
+    rewards = torch.tensor([[1.0, 3.0, 2.0], [5.0, 5.0, 4.0]])
+    wins = D.preference_pairs(rewards, 0.0)
+    assert wins[0].nonzero().tolist() == [[1, 0], [1, 2], [2, 0]]  # winner, loser
+    assert wins[1].nonzero().tolist() == [[0, 2], [1, 2]]  # ties are no pairs
+    # standard deviations 1 and .577, mean .79: a gap of 1 counts at 1.2 of them (.95), one of 2 only at 2 of them
+    assert D.preference_pairs(rewards, 1.2)[0].nonzero().tolist() == [[1, 0], [1, 2], [2, 0]]
+    assert D.preference_pairs(rewards, 2.0)[0].nonzero().tolist() == [[1, 0]]
 
 
-def test_descent_moves_the_winners_mean_to_its_action_and_the_losers_away():
-    g = torch.Generator().manual_seed(0)
-    pre = torch.randn(2, 5, 4, 2, 2, generator=g)
-    action = pre + 0.1 * torch.randn(pre.shape, generator=g)
-    var = torch.full((2, 1, 1, 1, 1), 0.01)
-    mean = pre.clone().requires_grad_(True)
-    ratio = log_ratio(action, mean, pre, var)
-    D.d3po_loss(ratio[:1], ratio[1:], beta=1.0)[0].backward()
-    assert mean.grad is not None
-    towards = torch.nn.functional.cosine_similarity(-mean.grad.flatten(1), (action - pre).flatten(1))
-    torch.testing.assert_close(towards, torch.tensor([1.0, -1.0]))
-    # dL/dmean_w = -beta/2 (a - mean) / var at theta = pre
-    torch.testing.assert_close(mean.grad[0], -0.5 * (action - pre)[0] / 0.01)
+# --- log-ratios of candidates ---
 
 
-def test_equal_step_weight_evens_out_an_error_in_x0():
-    schedule = Schedule(random_model().cfg)
-    calls = schedule.timesteps(20)[4:19]
-    weights = D.step_weights(schedule, calls, "equal")
-    t, s = (torch.tensor(z) for z in zip(*calls, strict=True))
-    x = torch.randn(15, 5, 3, 2, 2)
-    mean, var = D.ddpm_step(schedule, x, torch.zeros_like(x), t, s)
-    moved, _ = D.ddpm_step(schedule, x + 0.1, torch.zeros_like(x), t, s)
-    worth = weights * ((moved - mean).square() / var).flatten(1).mean(1)
-    torch.testing.assert_close(worth, worth[:1].expand(15), rtol=1e-3, atol=0)
-    assert D.step_weights(schedule, calls, "none").eq(1).all()
-    root = D.step_weights(schedule, calls, "root")
-    torch.testing.assert_close(root**2 / (root**2).mean(), weights)
+def batch_of(rollouts: D.Rollouts, model, chosen=(0, 3), js=(0, 0), num_steps=5) -> D.Batch:
+    return D.make_batch(rollouts, torch.tensor(chosen), torch.tensor(js), Schedule(model.cfg), num_steps, CPU)
 
 
-# --- candidates, preferences, means ---
-
-
-def collected(tmp_path, **changes):
-    cfg = config(tmp_path, **changes)
-    model, views = load(cfg.model), make_toys(3, 16, 1)
-    folder = tmp_path / "candidates"
-    D.collect(model, views, cfg, folder, CPU)
-    return cfg, model, views, folder
-
-
-def test_pairs_name_the_best_and_the_worst(tmp_path):
-    cfg, _, views, folder = collected(tmp_path)
-    ranked = D.prefer(cfg, views, folder, CPU)
-    assert [(e["object"], e["order"]) for e in ranked] == [(i, [0, 1, 2, 3, 4]) for i in range(3)]
-    assert D.pairs_of(ranked[0], "best_worst") == [(0, 4)]
-    every = D.pairs_of(ranked[0], "all")
-    assert len(set(every)) == 10 and all(win < lose for win, lose in every)
-    tied = {"order": [2, 0, 1], "rewards": [1.0, 1.0, 3.0]}
-    assert D.pairs_of(tied, "all") == [(2, 0), (2, 1)]
-
-
-def test_pairs_find_their_rows():
-    """Two objects, three candidates each, rows in the order of the candidates."""
-    one = {"object": 7, "order": [2, 0, 1], "rewards": [2.0, 1.0, 3.0]}
-    two = {"object": 4, "order": [1, 2, 0], "rewards": [1.0, 3.0, 1.0]}
-    rows, winners, losers = D.lay_out([(one, 5), (two, 6)], "all")
-    assert rows == [(7, 0, 5), (7, 1, 5), (7, 2, 5), (4, 0, 6), (4, 1, 6), (4, 2, 6)]
-    assert list(zip(winners, losers, strict=True)) == [(2, 0), (2, 1), (0, 1), (4, 5), (4, 3)]
-    rows, winners, losers = D.lay_out([(one, 5), (two, 6)], "best_worst")
-    assert rows == [(7, 1, 5), (7, 2, 5), (4, 0, 6), (4, 1, 6)] and (winners, losers) == ([1, 3], [0, 2])
-
-
-def test_ties_make_no_pair(tmp_path, monkeypatch):
-    cfg, _, views, folder = collected(tmp_path)
-    monkeypatch.setattr(D, "feedback_fn", lambda cfg, device: lambda ref, images, truth: torch.zeros(len(images)))
-    with pytest.raises(InputError, match="tie"):
-        D.prefer(cfg, views, folder, CPU)
-
-
-def test_candidates_of_another_run_are_refused(tmp_path):
-    cfg, model, views, folder = collected(tmp_path)
-    with pytest.raises(InputError, match="made with seed 0; expected seed 1"):
-        D.collect(model, views, config(tmp_path, seed=1), folder, CPU)
-
-
-@pytest.mark.parametrize("condition", ["clean", "sampled"])
-def test_log_ratio_is_exactly_zero_before_the_first_update(tmp_path, condition):
-    cfg, model, views, folder = collected(tmp_path, condition=condition)
-    schedule = Schedule(model.cfg)
-    chains = D.Chains(folder, cfg, schedule)
-    D.store_means(model, schedule, chains, {(i, g) for i in range(3) for g in (0, 4)}, CPU)
+def other_model():
+    """A policy a little away from random_model."""
+    model = random_model()
     with torch.no_grad():
-        for rows in ([(0, 0, 0), (1, 0, 2), (0, 4, 0), (1, 4, 2)], [(2, 0, 1), (0, 0, 2), (2, 4, 1), (0, 4, 2)]):
-            batch = chains.batch(rows, CPU)
-            clean = load_tensors(folder / f"{rows[0][0]:04d}.safetensors")["y"][0]
-            assert torch.equal(batch["y"][0], clean)  # the winner has a = 0,
-            assert torch.equal(batch["y"][2], clean) == (condition == "clean")  # the loser a = 0.8
-            mean, var = D.policy_mean(model, schedule, batch)
-            assert (log_ratio(batch["action"], mean, chains.mean_pre(rows, CPU), var) == 0).all()
-            if condition == "sampled":  # then the actions are the policy's own: standardised, they are its step noise
-                z = (batch["action"] - mean) / var.sqrt()
-                assert abs(z.std().item() - 1) < 0.02
+        for p in model.parameters():
+            p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    return model
 
 
-def test_a_fixed_pair_is_learned(tmp_path):
-    """The margin grows, and the winner's action becomes likelier under the clean condition.
+@pytest.mark.parametrize("candidates", ["branch", "noised", "independent"])
+def test_log_ratios_are_those_of_the_plain_formula(tmp_path, candidates):
+    """log N(a; mean_theta, var) - log N(a; mean_pre, var), candidate by candidate, each with a forward of its own."""
+    _, _, _, rollouts = collected(tmp_path, candidates=candidates)
+    pre, theta = random_model(), other_model()
+    schedule, js = Schedule(pre.cfg), (0, 0) if candidates == "branch" else (2, 1)
+    batch = batch_of(rollouts, pre, js=js)
+    with torch.no_grad():
+        mean_pre, _ = D.batch_means(pre, schedule, batch, False)
+        ratio, kl = D.step_log_ratio(theta, schedule, batch, mean_pre.unflatten(0, (2, -1)), False)
+        for n in range(2):
+            call = int(rollouts.call[(0, 3)[n], js[n]])
+            t, s = schedule.timesteps(5)[call]
+            assert batch.t[n] == t and batch.s[n] == s
+            kls = []
+            for g in range(batch.action.shape[1]):
+                x_t = batch.x_t[n, min(g, batch.x_t.shape[1] - 1)][None]
+                args = (batch.y[n : n + 1], batch.ref_noise[n : n + 1], batch.t[n : n + 1], batch.s[n : n + 1])
+                (m1, var), (m0, _) = (D.policy_mean(z, schedule, x_t, *args) for z in (theta, pre))
+                a = batch.action[n, g][None].double()
+                plain = log_prob(a, m1.double(), var.double()) - log_prob(a, m0.double(), var.double())
+                assert ratio[n, g].item() == pytest.approx(plain.item(), rel=1e-3, abs=1e-3)
+                normal = [torch.distributions.Normal(m.double(), var.double().sqrt()) for m in (m1, m0)]
+                kls.append(torch.distributions.kl_divergence(*normal).sum().item())
+            assert kl[n].item() == pytest.approx(sum(kls) / len(kls), rel=1e-3)
 
-    (Both candidates are drawn under it here. A noised loser's gradient is so much larger that the winner's likelihood
-    may fall with the loser's: see "log_ratio_w" in the README.)
-    """
-    cfg, model, views, folder = collected(tmp_path, noise_scales=(0.0, 0.0), common_noise=False, feedback="random")
-    schedule = Schedule(model.cfg)
-    chains = D.Chains(folder, cfg, schedule)
-    D.store_means(model, schedule, chains, {(0, 0), (0, 1)}, CPU)
-    rows = [(0, g, j) for g in (0, 1) for j in (1, 2)]
-    batch, pre = chains.batch(rows, CPU), chains.mean_pre(rows, CPU)
-    optimizer = torch.optim.AdamW(model.attention_parameters(), lr=3e-5)
-    margins = []
-    for _ in range(15):
-        mean, var = D.policy_mean(model, schedule, batch)
-        ratio = log_ratio(batch["action"], mean, pre, var)
-        loss, metrics = D.d3po_loss(*ratio.chunk(2), beta=0.1)
-        margins.append(metrics["margin"])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert margins[0] == 0 and margins[-1] > 0.5
-    assert metrics["log_ratio_w"] > 0
+
+def test_from_one_state_the_quadratic_parts_cancel(tmp_path):
+    _, _, _, rollouts = collected(tmp_path)
+    pre, theta = random_model(), other_model()
+    schedule, batch = Schedule(pre.cfg), batch_of(rollouts, pre)
+    with torch.no_grad():
+        mean_pre, var = D.batch_means(pre, schedule, batch, False)
+        mean, _ = D.batch_means(theta, schedule, batch, False)
+        ratio, _ = D.step_log_ratio(theta, schedule, batch, mean_pre.unflatten(0, (2, 1)), False)
+    linear = ((mean - mean_pre) * (batch.action[:, 1] - batch.action[:, 2]) / var).flatten(1).sum(1)
+    torch.testing.assert_close(ratio[:, 1] - ratio[:, 2], linear, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("feedback", ["contrastive", "matching", "hull", "oracle"])
-def test_feedbacks_rank_images(tmp_path, feedback):
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("candidates", ["branch", "noised"])
+def test_the_log_ratio_is_exactly_0_before_the_first_update(tmp_path, candidates, bf16):
+    cfg, _, _, rollouts = collected(tmp_path, candidates=candidates)
+    model, parameters = D.prepare(cfg.model, cfg, CPU)
+    means = D.frozen_means(model, rollouts, cfg, bf16, CPU)
+    for chosen, js in (((4, 1), (0, 0)), ((1, 2), (rollouts.call.shape[1] - 1, 0))):
+        batch = batch_of(rollouts, model, chosen, js)
+        ratio, kl = D.step_log_ratio(model, Schedule(model.cfg), batch, means[list(chosen), list(js)], bf16)
+        assert (ratio == 0).all() and (kl == 0).all() and ratio.requires_grad
+
+
+def test_the_loss_sees_the_clean_reference(tmp_path, monkeypatch):
+    cfg, references, _, rollouts = collected(tmp_path, candidates="noised")
+    torch.testing.assert_close(rollouts.y, random_model().encode(references[:, 0].float() / 255))
+    seen = []
+    monkeypatch.setattr(D, "policy_mean", lambda m, s, x_t, y, ref_noise, t, u, bf16: seen.append((x_t, y, ref_noise)))
+    batch = batch_of(rollouts, random_model(), js=(1, 2))
+    D.batch_means(random_model(), Schedule(random_model().cfg), batch, False)
+    (x_t, y, ref_noise) = seen[0]
+    for row in range(10):  # candidate row % 5 of reference row // 5, in the order of the actions
+        assert torch.equal(y[row], rollouts.y[(0, 3)[row // 5]])
+        assert torch.equal(ref_noise[row], rollouts.ref_noise[(0, 3)[row // 5]])
+        assert torch.equal(x_t[row], rollouts.x_t[(0, 3)[row // 5], (1, 2)[row // 5], row % 5])
+
+
+class Paints(torch.nn.Module):
+    """Predicts a constant x0; remembers what it was shown."""
+
+    def __init__(self, value: float, cfg):
+        super().__init__()
+        self.cfg, self.seen = cfg, []
+        self.value = torch.nn.Parameter(torch.tensor(value))
+
+    def forward(self, x_t, t, ref_t):
+        self.seen.append((x_t, t, ref_t))
+        return self.value.expand_as(x_t)
+
+
+def test_diffusion_dpo_by_hand():
+    cfg = random_model().cfg
+    x0 = torch.stack([torch.full((3, 5, 48, 4, 4), v) for v in (0.0, 1.0)], 1)  # 3 references, 2 candidates
+    batch = D.Batch(*[None] * 2, torch.zeros(3, 48, 4, 4), None, x0, torch.zeros(3, dtype=torch.long), None)  # type: ignore
+    theta, pre, schedule = Paints(0.5, cfg), Paints(0.0, cfg), Schedule(cfg)
+    ratio, kl = D.forward_log_ratio(theta, pre, schedule, batch, 0, 0, False)  # type: ignore
+    x_t, t, ref_t = theta.seen[0]
+    weight = 1 / (2 * (1 - schedule.alpha_bar[t].float())) * 5 * 48 * 16
+    # candidate 0 is at distance 0 of pre and .5 of theta, candidate 1 at 1 and .5
+    expected = weight * torch.tensor([-0.25, 0.75] * 3)
+    torch.testing.assert_close(ratio.flatten(), expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(kl, (weight * 0.25).view(3, 2).mean(1), rtol=1e-4, atol=1e-3)
+    # one t and one noise for the candidates of a reference, others for another; both networks see the same
+    assert torch.equal(t[::2], t[1::2]) and (t >= 100).all() and (t <= 950).all() and len(t.unique()) > 1
+    ab = schedule.ab(t)
+    noise = (x_t - ab.sqrt() * x0.flatten(0, 1)) / (1 - ab).sqrt()
+    torch.testing.assert_close(noise[0], noise[1], rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(noise[0], noise[2], atol=0.1) and torch.equal(ref_t[0], ref_t[1])
+    assert all(torch.equal(a, b) for a, b in zip(pre.seen[0], (x_t, t, ref_t)))
+    ratio.sum().backward()
+    assert theta.value.grad is not None and pre.value.grad is None
+    again = D.forward_log_ratio(theta, pre, schedule, batch, 0, 1, False)[0]  # type: ignore
+    assert not torch.equal(again, ratio)  # another step, another t
+
+
+# --- candidates ---
+
+
+def test_branches_share_all_but_one_action():
+    model, ref = random_model(), make_toys(2, 16, 1)[:, 0].float() / 255
+    b = branch(model, ref, [3, 4], call=1, branches=3, num_steps=4)
+    plain = sample(model, ref, [3, 4], num_steps=4)
+    torch.testing.assert_close(b.x_t, plain.states[:, 1])
+    torch.testing.assert_close(b.actions[:, 0], plain.states[:, 2])  # branch 0 is the plain chain
+    torch.testing.assert_close(b.x0[:, 0], plain.states[:, -1], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(b.images[:, 0], plain.images, rtol=1e-3, atol=1e-3)
+    assert torch.equal(b.ref_noise, plain.ref_noise) and torch.equal(b.y, plain.y)
+    t, s = (torch.full((2,), z) for z in Schedule(model.cfg).timesteps(4)[1])
+    with torch.no_grad():
+        mean, var = D.policy_mean(model, Schedule(model.cfg), b.x_t, b.y, b.ref_noise, t, s)
+    z = (b.actions - mean[:, None]) / var.sqrt()[:, None]  # each action is the policy's own draw
+    assert abs(z.mean()) < 0.05 and abs(z.std() - 1) < 0.05
+    flat = z.flatten(0, 1).flatten(1)
+    assert (torch.corrcoef(flat) - torch.eye(6)).abs().max() < 0.1  # six draws, none twice
+
+
+def test_later_noises_are_shared(monkeypatch):
+    """With a network that says 0 everywhere, the chain is linear: branches differ by the decayed difference of actions."""
+    model = random_model()
+    monkeypatch.setattr(type(model), "forward", lambda self, x_t, t, ref_t: torch.zeros_like(x_t))
+    b = branch(model, make_toys(1, 16, 1)[:, 0].float() / 255, [3], call=1, branches=2, num_steps=4)
+    schedule, factor = Schedule(model.cfg), 1.0
+    for t, s in schedule.timesteps(4)[2:3]:  # the last call's mean is x0 = 0
+        ab_t, ab_s = schedule.alpha_bar[t], schedule.alpha_bar[s]
+        var = (1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s)
+        factor *= ((1 - ab_s - var) / (1 - ab_t)).sqrt()
+    states = []
+    monkeypatch.setattr(type(model), "forward", lambda self, x_t, t, ref_t: states.append(x_t) or torch.zeros_like(x_t))
+    branch(model, make_toys(1, 16, 1)[:, 0].float() / 255, [3], call=1, branches=2, num_steps=4)
+    difference = b.actions[0, 0] - b.actions[0, 1]
+    torch.testing.assert_close(states[3][0] - states[3][1], difference * factor.float(), rtol=1e-3, atol=1e-3)
+
+
+def test_candidates_depend_on_seed_round_and_object_alone(tmp_path):
+    cfg, references, folder, rollouts = collected(tmp_path)
+    x = rollouts.x_t.flatten(0, 2).flatten(1)
+    assert (torch.corrcoef(x) - torch.eye(5)).abs().max() < 0.9  # objects have noises of their own
+    rows = rollouts.ref_noise.flatten(1)
+    assert (torch.corrcoef(rows) - torch.eye(5)).abs().max() < 0.2
+    other = D.read_rollouts(D.collect(Path(cfg.model), references, replace(cfg, seed=1), 0))
+    later = D.read_rollouts(D.collect(Path(cfg.model), references, cfg, 1))
+    assert not torch.equal(other.ref_noise, rollouts.ref_noise) and not torch.equal(later.ref_noise, rollouts.ref_noise)
+    alone = D.read_rollouts(D.collect(Path(cfg.model), references, replace(cfg, batch_size=1), 0))
+    torch.testing.assert_close(alone.action, rollouts.action, rtol=1e-3, atol=1e-3)
+    assert set(rollouts.call.flatten().tolist()) <= {0, 1, 2} and len(rollouts.call.unique()) > 1
+    evaluation = sample(load(cfg.model), references[:, 0].float() / 255, [D.key_seed(cfg.seed, i) for i in range(5)], 5)
+    assert not any(torch.allclose(evaluation.ref_noise[i], rollouts.ref_noise[i]) for i in range(5))
+
+
+def test_rollouts_are_in_the_order_of_the_references(tmp_path):
+    cfg, references, folder, rollouts = collected(tmp_path)
+    clean = random_model().encode(references[:, 0].float() / 255)
+    torch.testing.assert_close(rollouts.y, clean)  # although the files are sorted by call
+    images = random_model().decode(rollouts.x0.flatten(0, 1))
+    torch.testing.assert_close((images * 255).round().to(torch.uint8), images_of(folder).flatten(0, 1))
+    assert len({p.name for p in folder.glob("*.safetensors")}) > 1
+
+
+def test_noised_candidates_differ_by_their_reference_alone(tmp_path):
+    cfg, references, folder, rollouts = collected(tmp_path, candidates="noised")
+    assert rollouts.x_t.shape[1:3] == (3, 5) and rollouts.call.tolist() == [[0, 1, 2]] * 5
+    assert (rollouts.x_t[:, 0] == rollouts.x_t[:, 0, :1]).all()  # one x_T
+    assert torch.equal(rollouts.action[:, 0], rollouts.x_t[:, 1])  # an action is the next state
+    clean = sample(load(cfg.model), references[:1, 0].float() / 255, [D.key_seed(cfg.seed, 8, 0, 0)], 5)
+    torch.testing.assert_close(clean.states[:, -1], rollouts.x0[:1, 0], rtol=1e-3, atol=1e-3)  # a = 0
+    assert (rollouts.x0[0, 0] - rollouts.x0[0, 4]).abs().max() > 1e-3
+
+
+# --- preferences ---
+
+
+@pytest.mark.parametrize("feedback", ["contrastive", "matching", "hull", "geometry", "oracle"])
+def test_feedbacks_prefer_the_truth(tmp_path, feedback):
     """Truth against truth with another object's right view; all but the untrained scorer must prefer the truth."""
     small_scorer("bilinear", 64, 16, 32, 1, 2).save(tmp_path / "scorer")
     cfg = config(tmp_path, feedback=feedback, scorer=str(tmp_path / "scorer"))
     truth = make_toys(3, 64, 1).float() / 255
     spoilt = truth[0].clone()
     spoilt[1] = truth[2, 1]
-    reward = D.feedback_fn(cfg, CPU)(truth[:1, 0].expand(2, -1, -1, -1), torch.stack([truth[0], spoilt]), truth[0])
-    assert reward.shape == (2,) and (reward[0] > reward[1] or feedback == "contrastive")
+    reward = D.FEEDBACKS[feedback](truth[0, 0], torch.stack([spoilt, truth[0]]), truth[0], cfg)
+    assert reward.shape == (2,) and (reward[1] > reward[0] or feedback == "contrastive")
 
 
-def test_the_scorer_is_asked_for_contrastive_feedback(tmp_path, monkeypatch):
-    small_scorer("bilinear", 16, 8, 32, 1, 2).save(tmp_path / "scorer")
-    monkeypatch.setattr(D, "contrastive_reward", lambda scorer, ref, images: torch.arange(5.0))  # the noisiest is best
-    D.main(config(tmp_path, feedback="contrastive", scorer=str(tmp_path / "scorer")))
-    (folder,) = (tmp_path / "out").glob("pairs_contrastive_*")
-    assert all(e["order"] == [4, 3, 2, 1, 0] for e in load_json(folder / "pairs.json"))
+def test_controls_by_hand(tmp_path):
+    cfg, images = config(tmp_path), torch.rand(3, 5, 3, 8, 8)
+    images[:, :, 1:] = 0.5
+    images[:, :, 0] = torch.tensor([0.2, 0.9, 0.5]).view(3, 1, 1, 1)
+    args = (images[0, 0], images, images[0], cfg)
+    torch.testing.assert_close(D.redder(*args), torch.tensor([-0.3, 0.4, 0.0]))
+    assert D.least_noise(*args).argmax() == 0
+    assert D.oracle(*args).argmax() == 0  # the "truth" here is candidate 0
+    draw = D.random(*args)
+    assert len(draw.unique()) == 3 and torch.equal(draw, D.random(*args))
+    assert torch.equal(draw[[2, 0, 1]], D.random(args[0], images[[2, 0, 1]], args[2], cfg))
+    assert not torch.equal(draw, D.random(*args[:3], replace(cfg, seed=1)))
 
 
-def test_candidates_do_not_share_noise_with_evaluation(tmp_path):
-    cfg, model, views, folder = collected(tmp_path)
-    drawn = D.sample(model, views[:, 0].float() / 255, [D.key_seed(cfg.seed, i) for i in range(3)], cfg.num_steps)
-    for i in range(3):
-        y_noise = load_tensors(folder / f"{i:04d}.safetensors")["ref_noise"][0]
-        assert not torch.allclose(y_noise, drawn.ref_noise[i])
+def test_rewards_belong_to_their_candidates(tmp_path, monkeypatch, capsys):
+    cfg, references, folder, _ = collected(tmp_path)
+    monkeypatch.setitem(D.FEEDBACKS, "oracle", lambda ref, images, truth, cfg: images.mean((1, 2, 3, 4)) + ref.mean())
+    rewards = D.prefer(folder, references, cfg)
+    expected = images_of(folder).float().div(255).mean((2, 3, 4, 5)) + references[:, 0].float().div(255).mean((1, 2, 3))[:, None]
+    torch.testing.assert_close(rewards, expected)
+    assert "15 pairs of 5 references" in capsys.readouterr().out
 
 
-# --- the script ---
+def test_useless_feedbacks_are_refused(tmp_path, monkeypatch):
+    cfg, references, folder, _ = collected(tmp_path)
+    monkeypatch.setitem(D.FEEDBACKS, "hull", lambda ref, images, truth, cfg: torch.zeros(len(images)))
+    with pytest.raises(InputError, match="tie"):
+        D.prefer(folder, references, replace(cfg, feedback="hull"))
+    monkeypatch.setitem(D.FEEDBACKS, "redder", lambda ref, images, truth, cfg: torch.full((len(images),), torch.nan))
+    with pytest.raises(InputError, match="15 rewards are not finite"):
+        D.prefer(folder, references, replace(cfg, feedback="redder"))
 
 
-def test_two_steps_of_main(tmp_path):
-    result = D.main(config(tmp_path, feedback="oracle", lr=1e-3))
-    out = tmp_path / "out" / "d3po_oracle"
-    for name in ("config.json", "model.safetensors", "log.jsonl", "results.json", "grid.png"):
-        assert (out / name).stat().st_size > 0
-    assert {"psnr", "psnr_unseen", "ssim", "hull"} <= load_json(out / "results.json")["table"].keys()
-    logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert {"loss_d3po", "margin", "accuracy", "loss_simple", "grad_d3po", "grad_simple"} <= logged[0].keys()
-    assert logged[0]["loss_d3po"] == pytest.approx(math.log(2), abs=1e-3)
-    # fine-tuned weights, saved and loaded, change the picture
+# --- the loop ---
+
+
+def captured(monkeypatch, cfg):
+    """Gradients, rates and arguments of every step of a run."""
+    steps = []
+
+    def spy(optimizers, parameters, rate, step, clip=1.0):
+        steps.append({"rate": rate, "grad": [p.grad.clone() for p in parameters], "clip": clip})
+        return common.optimizer_step(optimizers, parameters, rate, step, clip)
+
+    monkeypatch.setattr(D, "optimizer_step", spy)
+    D.main(cfg)
+    return steps
+
+
+@pytest.mark.parametrize(("kl", "lambda_simple", "beta"), [(0.3, 7.0, 0.8), (0.0, 0.0, 0.4)])
+def test_the_gradient_is_that_of_the_sum(tmp_path, monkeypatch, kl, lambda_simple, beta):
+    """p.grad at step 1 = d/dp [ L_MV-D3PO + kl KL + lambda L_simple-MV ], built here by one backward."""
+    cfg = config(tmp_path, kl=kl, lambda_simple=lambda_simple, beta_dpo=beta, lr=1e-2, steps=2)
+    monkeypatch.setattr(common, "SAVE_SECONDS", 0)
+    states = []
+    monkeypatch.setattr(D, "save_state", lambda path, parts, **rest: states.append({k: v.clone() for k, v in parts["model"].items()}))
+    steps = captured(monkeypatch, cfg)
+    policy, parameters = D.prepare(cfg.model, cfg, CPU)
+    references = load_references("toys", 5, 16, 0)
+    folder = D.collect(Path(cfg.model), references, cfg, 0)
+    rollouts, wins = D.read_rollouts(folder), D.preference_pairs(D.prefer(folder, references, cfg), 0)
+    means, schedule = D.frozen_means(policy, rollouts, cfg, False, CPU), Schedule(policy.cfg)
+    policy.load_state_dict(states[0], strict=False)
+    g = D.keyed_generator(0, 6, 1)
+    chosen, js = torch.randint(5, (2,), generator=g), torch.randint(1, (2,), generator=g)
+    batch = D.make_batch(rollouts, chosen, js, schedule, 5, CPU)
+    ratio, divergence = D.step_log_ratio(policy, schedule, batch, means[chosen, js], False)
+    b, w, l = wins[chosen].nonzero(as_tuple=True)  # noqa: E741
+    preference = -torch.log(torch.sigmoid(beta * (ratio[b, w] - ratio[b, l]))).mean()
+    real = D.training_batch(policy, schedule, [D.load_split("toys", "preference", 5, 16)], 2, 0, 1, CPU)
+    total = preference + kl * divergence.mean() + lambda_simple * D.simple_loss(policy, schedule, *real).mean()
+    expected = torch.autograd.grad(total, parameters, allow_unused=True)
+    for got, want in zip(steps[1]["grad"], expected):
+        torch.testing.assert_close(got, torch.zeros_like(got) if want is None else want, rtol=2e-3, atol=1e-5)
+    assert [s["rate"] for s in steps] == [1.0, 0.5]  # falls to 0 in a straight line
+    assert any((a - b).abs().max() > 1e-6 for a, b in zip(steps[0]["grad"], steps[1]["grad"]))  # another batch
+
+
+def test_main_writes_everything_and_reuses_it(tmp_path, capsys):
+    cfg = config(tmp_path, lr=1e-3)
+    result = D.main(cfg)
+    folder = Path(result["folder"])
+    for name in ("config.json", "model.safetensors", "log.jsonl", "results.json", "grid.png", "made_by.json"):
+        assert (folder / name).stat().st_size > 0
+    assert {"psnr", "psnr_unseen", "ssim", "hull", "contradiction", "change"} <= load_json(folder / "results.json")["table"].keys()
+    # saved weights change the picture
     views = make_toys(1, 16, 2).float() / 255
-    before, after = (D.sample(load(m), views[:, 0], [0], 3).images for m in (config(tmp_path).model, out))
+    before, after = (sample(load(m), views[:, 0], [0], 3).images for m in (cfg.model, folder))
     assert (before - after).abs().max() > 1e-3
-    assert D.main(config(tmp_path, feedback="oracle", lr=1e-3))["table"] == result["table"]  # finished before, reused
+    capsys.readouterr()
+    again = D.main(cfg)
+    assert again["table"] == result["table"] and again["folder"] == result["folder"]
+    out = capsys.readouterr().out
+    assert len([line for line in out.splitlines() if line.endswith("reused") and "toys_" not in line]) == 5  # candidates, rewards, run, two sets of validation images
+
+
+def test_another_rate_stands_beside_and_reuses_the_candidates(tmp_path, capsys):
+    one = D.main(config(tmp_path, lr=1e-3))
+    capsys.readouterr()
+    two = D.main(config(tmp_path, lr=1e-4))
+    assert one["folder"] != two["folder"] and Path(one["folder"]).is_dir()
+    out = capsys.readouterr().out
+    reused = [line for line in out.splitlines() if line.endswith("reused") and "toys_" not in line]
+    assert len(reused) == 3  # candidates, rewards, images before
+    assert len(list((tmp_path / "out").glob("candidates-*"))) == 1
+
+
+@pytest.mark.parametrize("what", ["weights", "config", "seed", "references", "feedback's code", "scorer"])
+def test_whatever_is_upstream_is_noticed(tmp_path, monkeypatch, what):
+    """The same command after a change gives what it gives in an empty folder."""
+    def new_scorer() -> None:
+        scorer = small_scorer("bilinear", 16, 8, 32, 1, 2)
+        torch.nn.init.normal_(scorer.linear.weight)
+        scorer.save(tmp_path / "scorer")
+
+    new_scorer()
+    cfg = config(tmp_path, feedback="contrastive" if what == "scorer" else "oracle", scorer=str(tmp_path / "scorer"))
+    first = D.main(cfg)
+    if what == "weights":
+        other_model().save(tmp_path / "pre")
+    elif what == "config":
+        random_model(ref_scale=3.0).save(tmp_path / "pre")
+    elif what == "seed":
+        cfg = replace(cfg, seed=1)
+    elif what == "references":
+        monkeypatch.setattr(D, "load_references", lambda data, n, size, seed: make_toys(n, size, 5))
+    elif what == "feedback's code":
+        monkeypatch.setitem(D.FEEDBACKS, "oracle", lambda ref, images, truth, cfg: -images.mean((1, 2, 3, 4)))
+    else:
+        new_scorer()
+    second, fresh = D.main(cfg), D.main(replace(cfg, out=str(tmp_path / "new")))
+    assert second["folder"] != first["folder"]
+    got, want = (load(r["folder"]).state_dict() for r in (second, fresh))
+    assert all(torch.equal(got[k], want[k]) for k in want)
 
 
 def test_resumed_equals_uninterrupted(tmp_path, monkeypatch):
-    D.main(config(tmp_path, out=str(tmp_path / "whole"), steps=3))
-    parts = config(tmp_path, out=str(tmp_path / "parts"), steps=3, save_every=1)
+    whole = D.main(config(tmp_path, out=str(tmp_path / "whole"), steps=3))["folder"]
+    parts = config(tmp_path, out=str(tmp_path / "parts"), steps=3)
+    monkeypatch.setattr(common, "SAVE_SECONDS", 0)
     calls, original = [], D.simple_loss
 
     def dies(*args):
@@ -249,93 +432,103 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch):
     monkeypatch.setattr(D, "simple_loss", dies)
     with pytest.raises(KeyboardInterrupt):
         D.main(parts)
-    D.main(parts)
-    logs = [(tmp_path / name / "d3po_noise_scale" / "log.jsonl").read_text() for name in ("whole", "parts")]
-    assert logs[0] == logs[1]
-    whole, pieces = (load(tmp_path / name / "d3po_noise_scale").state_dict() for name in ("whole", "parts"))
+    pieces = D.main(parts)["folder"]
+    assert len(calls) == 4  # two steps, the one that died, and that one again
+    assert (Path(whole) / "log.jsonl").read_text() == (Path(pieces) / "log.jsonl").read_text()
+    whole, pieces = load(whole).state_dict(), load(pieces).state_dict()
     assert all(torch.equal(whole[k], pieces[k]) for k in whole)
 
 
-def test_candidates_of_other_weights_are_refused(tmp_path):
-    D.main(config(tmp_path, steps=1))
-    random_model(ref_scale=1.0).save(tmp_path / "pre")
-    with torch.no_grad():
-        other = random_model()
-        other.unet.conv_in.weight.mul_(1.1)
-        other.save(tmp_path / "pre")
-    for name in ("", "another"):
-        with pytest.raises(InputError, match="made with weights"):
-            D.main(config(tmp_path, steps=1, name=name))
+def test_training_refuses_means_of_another_policy(tmp_path, monkeypatch):
+    original = D.frozen_means
+    monkeypatch.setattr(D, "frozen_means", lambda *args: original(*args) * 1.01)
+    with pytest.raises(InputError, match="before the first update"):
+        D.main(config(tmp_path))
 
 
-def test_changed_data_and_scorers_are_noticed(tmp_path, monkeypatch):
-    small_scorer("bilinear", 16, 8, 32, 1, 2).save(tmp_path / "scorer")
-    cfg = config(tmp_path, steps=1, scorer=str(tmp_path / "scorer"))
-    D.main(cfg)
-    small_scorer("bilinear", 16, 8, 32, 1, 2).save(tmp_path / "scorer")
-    with pytest.raises(InputError, match="made with scorer_weights"):
-        D.main(cfg)
-    monkeypatch.setattr(D, "load_split", lambda data, split, n, size: make_toys(n, size, 5))
-    with pytest.raises(InputError, match="made with objects"):
-        D.main(cfg)
-    with pytest.raises(InputError, match="made for another object, expected number 0 of toys"):
-        D.main(config(tmp_path, steps=1, name="another"))
+def test_without_feedback_it_is_sft_and_needs_no_candidates(tmp_path, monkeypatch):
+    steps = captured(monkeypatch, config(tmp_path, feedback="none", lambda_simple=2.0))
+    out = tmp_path / "out"
+    assert not list(out.glob("candidates*")) and not list(out.glob("scorer*")) and list(out.glob("sft-*"))
+    log = [json.loads(line) for line in (out / "sft" / "log.jsonl").read_text().splitlines()]
+    assert log and "loss_d3po" not in log[0]
+    policy, parameters = D.prepare(config(tmp_path).model, config(tmp_path), CPU)
+    real = D.training_batch(policy, Schedule(policy.cfg), [D.load_split("toys", "preference", 5, 16)], 2, 0, 0, CPU)
+    grads = torch.autograd.grad(2 * D.simple_loss(policy, Schedule(policy.cfg), *real).mean(), parameters, allow_unused=True)
+    for got, want in zip(steps[0]["grad"], grads):
+        torch.testing.assert_close(got, torch.zeros_like(got) if want is None else want, rtol=1e-4, atol=1e-6)
 
 
-def test_attention_layers_alone_can_be_trained(tmp_path):
+@pytest.mark.parametrize("anchor", ["pre", "last"])
+def test_rounds_collect_with_the_present_policy(tmp_path, monkeypatch, anchor):
+    cfg = config(tmp_path, rounds=2, anchor=anchor, lr=1e-3)
+    collected_by, anchored_to = [], []
+    collect, train = D.collect, D.train
+    monkeypatch.setattr(D, "collect", lambda policy, *rest: collected_by.append(policy) or collect(policy, *rest))
+    monkeypatch.setattr(D, "train", lambda start, pre, *rest: anchored_to.append((start, pre)) or train(start, pre, *rest))
+    result = D.main(cfg)
+    first = anchored_to[1][0]  # where round 2 starts is where round 1 ended
+    pre = Path(cfg.model)
+    assert collected_by == [pre, first] and anchored_to == [(pre, pre), (first, pre if anchor == "pre" else first)]
+    assert first != pre and result["folder"] != str(first)
+
+
+def test_diffusion_dpo_runs_and_the_frozen_copy_stays(tmp_path):
+    result = D.main(config(tmp_path, loss="diffusion_dpo", beta_dpo=0.05, lr=1e-3, steps=10))
+    (line,) = [json.loads(x) for x in (Path(result["folder"]) / "log.jsonl").read_text().splitlines()]
+    assert line["kl"] > 0 and line["loss_d3po"] > 0
+
+
+def test_attention_layers_or_lora_alone_can_be_trained(tmp_path):
     before = load(config(tmp_path).model)
     attention = {id(p) for p in before.attention_parameters()}
-    for attention_only in (True, False):
-        cfg = config(tmp_path, steps=1, lr=1e-3, attention_only=attention_only, name=f"run_{attention_only}")
-        D.main(cfg)
-        after = dict(load(tmp_path / "out" / cfg.name).named_parameters())
-        changed = {id(p) in attention for n, p in before.named_parameters() if not torch.equal(p, after[n])}
-        assert changed == {True, attention_only}
+    for changes, kinds in (({"attention_only": True}, {True}), ({}, {True, False}), ({"lora": 2}, {True})):
+        after = dict(load(D.main(config(tmp_path, lr=1e-3, **changes))["folder"]).named_parameters())
+        assert {id(p) in attention for n, p in before.named_parameters() if not torch.equal(p, after[n])} == kinds
 
 
-def test_beta_0_is_sft_and_needs_no_candidates(tmp_path):
-    result = D.main(config(tmp_path, beta_dpo=0.0, feedback="contrastive"))
-    assert not list((tmp_path / "out").glob("candidates*")) and not list((tmp_path / "out").glob("scorer*"))
-    assert not list((tmp_path / "out").glob("pairs*")) and "candidates" not in result["seconds"]
-    logged = json.loads((tmp_path / "out" / "sft" / "log.jsonl").read_text().splitlines()[0])
-    assert logged["grad_d3po"] == 0 < logged["grad_simple"] and "loss_d3po" not in logged
+@pytest.mark.slow
+def test_redder_makes_pictures_redder(tmp_path):
+    """The control that everybody understands: a minute on the shipped model, the same loop and loss."""
+    cfg = D.Config(feedback="redder", num_references=32, eval_objects=16, out=str(tmp_path), lambda_simple=0.0)
+    result = D.main(cfg)
+    views = D.load_split("furniture", "validation", 16, 64)
+    none = torch.zeros(0)
+    redness = lambda m: D.redder(none, D.draw_validation(Path(m), views, cfg), none, cfg)  # noqa: E731
+    gain = redness(result["folder"]) - redness(located(cfg.model))
+    assert gain.mean() > 0.01 and (gain > 0).float().mean() > 0.8
 
 
-def test_training_refuses_means_of_another_policy(tmp_path):
-    cfg = config(tmp_path, steps=1)
-    D.main(cfg)
-    (tmp_path / "out" / "d3po_noise_scale" / "results.json").unlink()
-    for path in (tmp_path / "out").glob("candidates/means_*/*.safetensors"):
-        save_tensors(path, {"means": load_tensors(path)["means"] * 1.5})
-    with pytest.raises(InputError, match="before the first update"):
-        D.main(cfg)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"feedback": "taste"}, "--feedback taste: unknown, expected one of contrastive"),
+        ({"feedback": "least_noise"}, "--candidates noised"),
+        ({"trained_calls": (0, 4)}, "--trained_calls 0 4"),
+        ({"trained_calls": (2, 1)}, "--trained_calls 2 1"),
+        ({"steps": 0}, "--steps"),
+        ({"num_candidates": 1}, "--num_candidates"),
+        ({"lr": math.nan}, "--lr"),
+        ({"kl": -1.0}, "--kl"),
+        ({"num_steps": 1000, "trained_calls": (0, 2)}, "--num_steps 1000"),
+        ({"model": "nowhere"}, "no config.json"),
+    ],
+)
+def test_wrong_input_is_one_line_before_any_work(tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        D.main(config(tmp_path, **changes))
+    assert not list((tmp_path / "out").glob("candidates*"))
+
+
+def test_a_scorer_of_another_size_is_refused(tmp_path):
+    small_scorer("bilinear", 32, 8, 32, 1, 2).save(tmp_path / "scorer")
+    with pytest.raises(InputError, match="expected 32 x 32|not a scorer for 16"):
+        D.main(config(tmp_path, feedback="contrastive", scorer=str(tmp_path / "scorer")))
 
 
 @pytest.mark.slow
 def test_contrastive_trains_its_own_scorer(tmp_path):
-    random_model(image_size=64, channels=(16, 32)).save(tmp_path / "pre")
-    result = D.main(config(tmp_path, feedback="contrastive", negatives="pretrained"))
-    assert Scorer.load(tmp_path / "out" / "scorer_pretrained")
-    assert math.isfinite(result["table"]["contrastive"]["after"])
-
-
-def test_wrong_input_is_one_line(tmp_path):
-    with pytest.raises(InputError, match="--feedback taste: unknown, expected one of contrastive"):
-        D.main(config(tmp_path, feedback="taste"))
-    with pytest.raises(InputError, match="--first_call 4"):
-        D.main(config(tmp_path, first_call=4))
-    with pytest.raises(InputError, match="no config.json"):
-        D.main(config(tmp_path, model=str(tmp_path / "nowhere")))
-    with pytest.raises(InputError, match="expected 1 or more"):
-        D.main(config(tmp_path, steps=0))
-    small_scorer("bilinear", 32, 8, 32, 1, 2).save(tmp_path / "scorer")
-    with pytest.raises(InputError, match="not a scorer for 16 pixels"):
-        D.main(config(tmp_path, feedback="contrastive", scorer=str(tmp_path / "scorer")))
-    assert not (tmp_path / "out" / "candidates").exists()
-    D.main(config(tmp_path, steps=2))
-    with pytest.raises(InputError, match="made with steps 2; expected steps 1"):
-        D.main(config(tmp_path, steps=1))
-    (tmp_path / "out" / "d3po_noise_scale" / "results.json").unlink()
-    (tmp_path / "out" / "d3po_noise_scale" / "state.pt").write_bytes(b"half")
-    with pytest.raises(InputError, match="not readable"):
-        D.main(config(tmp_path, steps=2))
+    random_model(image_size=64).save(tmp_path / "pre64")
+    cfg = config(tmp_path, feedback="contrastive", model=str(tmp_path / "pre64"), negatives=str(tmp_path / "pre64"))
+    assert math.isfinite(D.main(cfg)["table"]["contrastive"]["after"])
+    assert located("checkpoints/objects").is_dir()
