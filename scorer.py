@@ -166,7 +166,7 @@ class Scorer(nn.Module):
 
     @torch.no_grad()
     def score(self, ref: Tensor, views: Tensor) -> Tensor:
-        """`forward` without gradient, on the scorer's device: (B, V). (The network has no dropout to turn off.)"""
+        """`forward` without gradient, on the scorer's device. (There is no dropout to turn off.)"""
         return self(ref.to(self.device), views.to(self.device))
 
     def save(self, folder: str | Path) -> None:
