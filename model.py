@@ -82,7 +82,7 @@ class ModelConfig:
     # the small network; SDXL's own config says these for SDXL
     channels: int = 160  # width of the UNet, which has one resolution, the latent's
     head_dim: int = 32  # channels of one attention head
-    position: bool = True  # learned position embedding in attention (False for SDXL, which needs none)
+    position: bool = True  # learned position embedding in attention (False for SDXL, which knows places)
 
     cross_view: bool = True  # False: a view sees itself and the reference only (the Zero123-style baseline)
     prediction: Literal["x0", "epsilon", "v"] = "x0"  # what the network predicts
@@ -120,8 +120,8 @@ class ModelConfig:
 PRESETS = {
     "toy": ModelConfig(),
     "small": ModelConfig(image_size=128, channels=384, head_dim=64),
-    # SDXL's own prediction and schedule. Zero123++ shows the reference latent without its scaling factor, which
-    # makes it about 5 times larger. (At the literal ref_scale 1, noise hides the reference at large t.)
+    # SDXL's own prediction and schedule. Zero123++ shows the reference latent without its scaling factor:
+    # about 5 times larger. (At the literal ref_scale 1, noise hides the reference at large t.)
     "sdxl": ModelConfig(
         base="stabilityai/stable-diffusion-xl-base-1.0",
         image_size=512,

@@ -166,12 +166,8 @@ class Scorer(nn.Module):
 
     @torch.no_grad()
     def score(self, ref: Tensor, views: Tensor) -> Tensor:
-        """`forward` in evaluation mode, without gradient, on the scorer's device: (B, V)."""
-        training = self.training
-        self.eval()
-        scores = self(ref.to(self.device), views.to(self.device))
-        self.train(training)
-        return scores
+        """`forward` without gradient, on the scorer's device. (There is no dropout to turn off.)"""
+        return self(ref.to(self.device), views.to(self.device))
 
     def save(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors."""

@@ -1,4 +1,4 @@
-"""One torch thread (on a busy machine two can be many times slower), and a tiny model that all tests share."""
+"""One torch thread (on a busy machine two can be many times slower), and a tiny model for all tests."""
 
 import os
 
