@@ -258,7 +258,8 @@ def no_object(views: Tensor) -> Tensor:  # (B, V, 3, S, S) -> (B,) bool
     """Two tricks that agree with themselves and show nothing: a filled frame, one picture in all views.
 
     Objects end at .9 of the frame: a true view leaves its edge white. Each of 713 true objects has a view
-    that differs from the front by 21 grey levels or more, on average where either shows it. The limit is 8. A copy with that much noise of its own is not found.
+    that differs from the front by 21 grey levels or more, on average where either shows it. The limit is 8:
+    a copy with more noise of its own in every view is not found.
     """
     seen = silhouettes(views)
     edge = torch.cat([seen[..., 0, :], seen[..., -1, :], seen[..., :, 0], seen[..., :, -1]], -1)
