@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from common import write_atomic
-from data import VIEWS
+from render import VIEWS
 
 
 def grid(

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import explained
-from data import CAMERAS, VIEWS
+from render import CAMERAS, VIEWS
 
 # --- images against the truth ---
 
@@ -258,7 +258,8 @@ def no_object(views: Tensor) -> Tensor:  # (B, V, 3, S, S) -> (B,) bool
     """Two tricks that agree with themselves and show nothing: a filled frame, one picture in all views.
 
     Objects end at .9 of the frame: a true view leaves its edge white. Each of 713 true objects has a view
-    that differs from the front by 21 grey levels, on average where either shows it. The limit is 8.
+    that differs from the front by 21 grey levels or more, on average where either shows it. The limit is 8:
+    a copy with more noise of its own in every view is not found.
     """
     seen = silhouettes(views)
     edge = torch.cat([seen[..., 0, :], seen[..., -1, :], seen[..., :, 0], seen[..., :, -1]], -1)
@@ -285,8 +286,8 @@ def geometry(
 
     The four alone have optima that nobody wants. All white has 0. A square, and noise that fills the frame,
     have 1: the last factor leaves them the share that the reference covers, and `no_object` makes a filled
-    frame, one picture in all views and so a copied reference 0. What stays: silhouettes see neither colour
-    nor hollows, and the reference's outline pushed straight through space is one object, too.
+    frame, and one picture in all views, 0. What stays: silhouettes see neither colour nor hollows, and the
+    reference's outline pushed straight through space is one object, too.
     """
     four = torch.stack([check(views) for check in GEOMETRY.values()]).mean(0)
     front, seen = torch.broadcast_tensors(silhouettes(views[:, 0]), silhouettes(ref))
@@ -328,8 +329,8 @@ def spoilt_views(truth: Tensor) -> dict[str, Tensor]:  # (N, V, 3, S, S), uint8 
         spoil("other", unseen, truth.roll(1, 0))
     spoil("mirrored", unseen, truth.flip(-1))
     spoil("shifted", unseen, truth.roll(pixels, -1))
-    spoilt["swapped"] = truth.clone()
-    spoilt["swapped"][:, [right, back]] = truth[:, [back, right]]
+    order = [{right: back, back: right}.get(v, v) for v in range(truth.shape[1])]
+    spoilt["swapped"] = truth[:, order]
     spoil("right_mirrored", [right], truth.flip(-1))
     spoil("right_lower", [right], truth.roll(pixels, -2))
     return spoilt

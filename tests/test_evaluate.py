@@ -1,19 +1,19 @@
-"""Metrics against scikit-image and hand-made voxel shapes; tables, pictures and the command line."""
+"""Tables, pictures and the command line: what is compared, what is refused, what is never overwritten."""
 
 import json
-import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-import data
 import evaluate
-from common import InputError, save_json
+import metrics
+from common import InputError, digest, save_json
+from data import SPLITS, VIEWS, load_views, make_toys, write_views
+from grid import grid
 from model import ModelConfig, MultiViewUNet
 from scorer import small_scorer
 
@@ -22,370 +22,283 @@ def rand(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def toys(n: int = 3, size: int = 64) -> torch.Tensor:  # (n, V, 3, size, size)
-    return data.make_toys(n, size, data.SPLITS["validation"]).float() / 255
+@pytest.fixture(scope="module")
+def toys() -> torch.Tensor:  # (18, V, 3, 64, 64): more than `measure` takes at a time
+    return make_toys(18, 64, SPLITS["validation"]).float() / 255
 
 
-# --- images against the truth ---
+class Judge:
+    """Stands for a scorer: how far is each view from the reference?"""
+
+    def score(self, ref: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
+        return (views - ref[:, None]).square().mean((2, 3, 4))  # 0 for the reference's own view
 
 
-def pairs() -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise, a shift of a picture on white, and a render against itself with a small stain."""
-    view = toys(2)[:, 0]
-    stained = view[1:].clone()
-    stained[:, :, 20:24, 20:24] = 0.5
-    x = torch.cat([rand(1, 3, 64, 64), view[:1], view[1:]])
-    return x, torch.cat([rand(1, 3, 64, 64, seed=1), view[:1].roll(1, -1), stained])
+JUDGES = {"contrastive": Judge()}
+
+# --- numbers ---
 
 
-def test_ssim_equals_scikit_image() -> None:
-    x, y = pairs()
-    got = evaluate.ssim(x, y)
-    for i in range(len(x)):
-        a, b = (image[i].double().permute(1, 2, 0).numpy() for image in (x, y))
-        _, full = structural_similarity(  # pyright: ignore[reportAssignmentType]
-            a,
-            b,
-            gaussian_weights=True,
-            sigma=1.5,
-            win_size=11,
-            use_sample_covariance=False,
-            data_range=1,
-            channel_axis=2,
-            full=True,
-        )
-        assert got[i].item() == pytest.approx(np.asarray(full)[5:-5, 5:-5].mean(), abs=1e-9)
-    assert torch.allclose(evaluate.ssim(x, x), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-12)
-
-
-def test_psnr_equals_scikit_image_and_is_capped() -> None:
-    x, y = pairs()
-    want = [
-        peak_signal_noise_ratio(a.double().numpy(), b.double().numpy(), data_range=1) for a, b in zip(x, y, strict=True)
-    ]
-    assert evaluate.psnr(x, y).tolist() == pytest.approx(want, abs=1e-9)
-    assert evaluate.psnr(x, x).tolist() == pytest.approx([58.92] * 3, abs=0.01)
-    rounded = (x * 255).round() / 255
-    assert evaluate.psnr(x[:1], rounded[:1]).item() == pytest.approx(58.92, abs=0.1)
-    assert torch.equal(evaluate.psnr(x, y[:1]), evaluate.psnr(x, y[:1].expand_as(x)))  # one truth, many candidates
-
-
-def test_gmsd_against_its_definition() -> None:
-    """Pixel by pixel in numpy; and more noise is worse."""
-    x, y = pairs()
-    for a, b, got in zip(x, y, evaluate.gmsd(x, y), strict=True):
-        lengths = []
-        for image in (a, b):
-            grey = np.tensordot([0.299, 0.587, 0.114], image.double().numpy(), 1)
-            half = (grey[::2, ::2] + grey[1::2, ::2] + grey[::2, 1::2] + grey[1::2, 1::2]) / 4
-            g = np.zeros((30, 30))
-            for r in range(30):
-                for c in range(30):
-                    part = half[r : r + 3, c : c + 3]
-                    across, down = part[:, 0].sum() - part[:, 2].sum(), part[0].sum() - part[2].sum()
-                    g[r, c] = np.hypot(across, down) / 3
-            lengths.append(g)
-        g, h = lengths
-        c = 170 / 255**2
-        assert got.item() == pytest.approx(((2 * g * h + c) / (g**2 + h**2 + c)).std(), abs=1e-5)
-    view, noise = toys(1)[:, 0], rand(1, 3, 64, 64)
-    none, little, much = (evaluate.gmsd(view, view + scale * noise).item() for scale in (0, 0.1, 0.5))
-    assert none == 0 < little < much
-
-
-def write_lpips(folder) -> dict[str, torch.Tensor]:
-    """Random weights under the published names; the heads are never negative there."""
-    torch.manual_seed(0)
-    trunk = {k: v for k, v in evaluate.Lpips().state_dict().items() if k.startswith("features.")}
-    heads = {f"lin{i}.model.1.weight": rand(1, c, 1, 1, seed=i) for i, c in enumerate((64, 192, 384, 256, 256))}
-    torch.save({**trunk, "classifier.1.weight": torch.zeros(2)}, folder / "alexnet-owt-7be5be79.pth")
-    torch.save(heads, folder / "alex.pth")
-    return {**trunk, **heads}
-
-
-def lpips_pairs() -> tuple[torch.Tensor, torch.Tensor]:
-    """Images by formula: noise, a ramp of colours mirrored, and the ramp with a tenth of noise."""
-    up, right = torch.meshgrid(torch.linspace(0, 1, 64), torch.linspace(0, 1, 64), indexing="ij")
-    ramp, noise = torch.stack([right, up, right * up]), rand(3, 64, 64)
-    return torch.stack([noise, ramp, ramp]), torch.stack(
-        [rand(3, 64, 64, seed=1), ramp.flip(-1), 0.9 * ramp + 0.1 * noise]
-    )
-
-
-def test_lpips_gives_the_published_packages_numbers(tmp_path) -> None:
-    """What lpips 0.1.4 (PyPI) says of these images with these weights, recorded 2026-11-22."""
-    trunk, heads = {}, {}
-    shapes = {0: (64, 3, 11, 11), 3: (192, 64, 5, 5), 6: (384, 192, 3, 3), 8: (256, 384, 3, 3), 10: (256, 256, 3, 3)}
-    for i, (layer, shape) in enumerate(shapes.items()):  # by uniform numbers of a seed, in no module's own order
-        bound = (6 / (shape[1] * shape[2] * shape[3])) ** 0.5
-        trunk[f"features.{layer}.weight"] = (2 * rand(*shape, seed=i) - 1) * bound
-        trunk[f"features.{layer}.bias"] = (2 * rand(shape[0], seed=10 + i) - 1) * 0.1
-        heads[f"lin{i}.model.1.weight"] = rand(1, shape[0], 1, 1, seed=20 + i)
-    torch.save(trunk, tmp_path / "alexnet-owt-7be5be79.pth")
-    torch.save(heads, tmp_path / "alex.pth")
-    distances = evaluate.Lpips.load(str(tmp_path))(*lpips_pairs())
-    torch.testing.assert_close(distances, torch.tensor([0.850650, 1.395388, 0.0307796]), rtol=1e-4, atol=0)
-
-
-@pytest.mark.weights
-def test_lpips_with_the_published_weights() -> None:
-    """The same package with its own weights. `LPIPS=FOLDER pytest -m weights`; else they come from the network."""
-    lpips = evaluate.Lpips.load(os.environ.get("LPIPS", "hub"))
-    distances = lpips(*lpips_pairs())
-    torch.testing.assert_close(distances, torch.tensor([0.121430, 0.379979, 0.134329]), rtol=1e-4, atol=0)
-
-
-def test_lpips_reads_the_published_files(tmp_path) -> None:
-    weights = write_lpips(tmp_path)
-    shapes = {i: tuple(weights[f"features.{i}.weight"].shape) for i in (0, 3, 6, 8, 10)}  # torchvision's AlexNet
-    assert shapes == {
-        0: (64, 3, 11, 11),
-        3: (192, 64, 5, 5),
-        6: (384, 192, 3, 3),
-        8: (256, 384, 3, 3),
-        10: (256, 256, 3, 3),
-    }
-    lpips = evaluate.Lpips.load(str(tmp_path))
-    x, y = pairs()
-    d = lpips(x, y)
-    assert (d > 0).all() and torch.equal(lpips(x, x), torch.zeros(3)) and torch.allclose(d, lpips(y, x), atol=1e-7)
-
-    # All five layers written out by hand, without the stack's indices.
-    total, a, b = torch.zeros(3), *((2 * z - 1 - lpips.shift) / lpips.scale for z in (x, y))
-    for i, (name, stride, padding, pool) in enumerate(
-        [(0, 4, 2, False), (3, 1, 2, True), (6, 1, 1, True), (8, 1, 1, False), (10, 1, 1, False)]
-    ):
-        w, bias = weights[f"features.{name}.weight"], weights[f"features.{name}.bias"]
-        a, b = (F.relu(F.conv2d(F.max_pool2d(z, 3, 2) if pool else z, w, bias, stride, padding)) for z in (a, b))
-        f, g = (z / (z.square().sum(1, keepdim=True).sqrt() + 1e-10) for z in (a, b))
-        total += ((f - g).square() * weights[f"lin{i}.model.1.weight"]).sum(1).mean((1, 2))
-    assert torch.allclose(d, total, rtol=1e-5)
-
-    torch.save({}, tmp_path / "alex.pth")
-    for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(InputError, match="(?s)--lpips .*expected the published file"):
-            evaluate.Lpips.load(str(folder))
-
-
-# --- the views against each other ---
-
-# Right and up of each image in world coordinates: the table of data.py written out once more, by hand.
-AXES = {
-    "front": ((1, 0, 0), (0, 1, 0)),
-    "right": ((0, 0, -1), (0, 1, 0)),
-    "back": ((-1, 0, 0), (0, 1, 0)),
-    "left": ((0, 0, 1), (0, 1, 0)),
-    "top": ((1, 0, 0), (0, 0, -1)),
-}
-
-
-def pixels(size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Row and column, by view, of each voxel (x, y, z) of a cube."""
-    axis = 2 * torch.arange(size) - size + 1  # centres of the cells, times two: -(size-1) .. size-1
-    world = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1)  # (x, y, z, 3)
-    result = []
-    for right, up in AXES.values():
-        column = ((world * torch.tensor(right)).sum(-1) + size - 1) // 2
-        row = (size - 1 - (world * torch.tensor(up)).sum(-1)) // 2
-        result.append((row, column))
-    return result
-
-
-def project(voxels: torch.Tensor) -> torch.Tensor:  # (x, y, z) bool -> (V, 3, S, S), black on white
-    views = torch.ones(5, 3, *voxels.shape[:2])
-    for view, (row, column) in zip(views, pixels(len(voxels)), strict=True):
-        view[:, row[voxels], column[voxels]] = 0
-    return views
-
-
-def shape(seed: int, size: int = 32) -> torch.Tensor:  # (x, y, z) bool
-    """A few boxes anywhere: no symmetry."""
-    voxels = torch.zeros(size, size, size, dtype=torch.bool)
-    for low, high in (rand(4, 2, 3, seed=seed) * 0.5 + torch.tensor([[[0.1], [0.4]]])).mul(size).long().tolist():
-        x, y, z = (slice(a, max(a + 1, b)) for a, b in zip(low, high, strict=True))
-        voxels[x, y, z] = True
-    return voxels
-
-
-def test_hull_is_1_for_any_object_and_less_for_spoilt_views() -> None:
-    views = torch.stack([project(shape(seed)) for seed in range(20)])
-    assert evaluate.hull_iou(views).tolist() == [1.0] * 20
-    for name, images in evaluate.corruptions(views):
-        assert (evaluate.hull_iou(images) < 1).float().mean() >= 0.95, name
-        assert evaluate.hull_iou(images).mean() < 0.96, name
-    for m in range(5):  # whichever view is of another object
-        mixed = views.clone()
-        mixed[:, m] = views[:, m].roll(1, 0)
-        assert (evaluate.hull_iou(mixed) < 1).all()
-    assert evaluate.hull_iou(torch.ones_like(views[:1])).item() == 0  # no object at all
-    assert evaluate.hull_iou(torch.zeros_like(views[:1])).item() == 1  # known: a filled frame is a consistent cube
-    apart = torch.ones(1, 5, 3, 8, 8)
-    apart[:, (0, 2), :, :2], apart[:, (1, 3), :, -2:], apart[:, 4, :, :2] = 0, 0, 0
-    assert evaluate.hull_iou(apart).item() == 0  # silhouettes that share no row: an empty hull
-
-
-def test_hull_equals_carving_voxels() -> None:
-    views = torch.stack([project(shape(seed, 16)) for seed in range(5)])
-    views[:, 1], views[:, 4] = views[:, 1].roll(1, 0), views[:, 4].roll(2, 0)  # inconsistent
-    for object_views, got in zip(views, evaluate.hull_iou(views), strict=True):
-        masks = evaluate.silhouettes(object_views)
-        hull = torch.stack([m[row, column] for m, (row, column) in zip(masks, pixels(16), strict=True)]).all(0)
-        drawn = evaluate.silhouettes(project(hull))
-        iou = (drawn & masks).sum((1, 2)) / (drawn | masks).sum((1, 2))
-        assert got.item() == pytest.approx(iou.mean().item(), abs=1e-6) and 0 < got < 1
-
-
-def test_hull_tells_real_toys_from_spoilt_ones() -> None:
-    truth = toys(24)
-    hull = evaluate.hull_iou(truth)
-    assert hull.min() > 0.9 and hull.mean() > 0.97
-    for name, images in evaluate.corruptions(truth):
-        assert images.shape == truth.shape and not torch.equal(images, truth)
-        assert evaluate.hull_iou(images).mean() < hull.mean() - 0.002, name
-
-
-# --- tables ---
-
-
-def test_bootstrap_interval_covers_the_mean() -> None:
-    samples = torch.randn(200, 40, generator=torch.Generator().manual_seed(0)) + 0.3
-    hits = [low < 0.3 < high for low, high in (evaluate.bootstrap_interval(s, seed=1, n=500) for s in samples)]
-    assert 0.88 <= sum(hits) / len(hits) <= 0.99
-    low, high = evaluate.bootstrap_interval(samples[0], seed=1)
-    assert (high - low) / 2 == pytest.approx(1.96 * samples[0].std().item() / 40**0.5, rel=0.1)
-    assert evaluate.bootstrap_interval(torch.full((5,), 2.0)) == (2.0, 2.0)
-
-
-def test_score_images_by_view_and_by_part(tmp_path) -> None:
-    truth = toys(18)  # more than one part
-    images = truth.clone()
+def test_measure_by_view_and_by_part(toys) -> None:
+    images = toys.clone()
     images[:, 1:] = 1.0  # the reference's view is right, the others are white
-    scores = evaluate.score_images(images, truth, truth[:, 0])
-    assert list(scores) == ["psnr", "psnr_unseen", "ssim", "ssim_unseen", "gmsd", "gmsd_unseen", "hull"]
-    one = evaluate.psnr(torch.ones(4, 3, 64, 64), truth[17, 1:])
-    assert scores["psnr_unseen"][17].item() == pytest.approx(one.mean().item())
-    assert scores["psnr"][17].item() == pytest.approx(
-        (one.sum().item() + evaluate.psnr(truth[:1], truth[:1]).item()) / 5
+    images[3] = toys[3]
+    got = evaluate.measure(images, toys, toys[:, 0], JUDGES, lambda x, y: (x - y).abs().mean((1, 2, 3)))  # pyright: ignore
+    plain = ["psnr", "psnr_unseen", "ssim", "ssim_unseen", "gmsd", "gmsd_unseen", "lpips", "lpips_unseen"]
+    assert list(got) == [*plain, "row", "mirror", "width", "hull", "geometry", "contradiction", "contrastive"]
+    white = metrics.psnr(torch.ones(4, 3, 64, 64), toys[17, 1:])
+    exact = metrics.psnr(toys[:1], toys[:1]).item()
+    assert got["psnr_unseen"][17].item() == pytest.approx(white.mean().item())
+    assert got["psnr"][17].item() == pytest.approx((white.sum().item() + exact) / 5)
+    assert torch.allclose(got["lpips"] * 5, got["lpips_unseen"] * 4)
+    assert got["contradiction"].tolist() == [1.0] * 3 + [0.0] + [1.0] * 14
+    assert torch.equal(got["hull"], metrics.hull_iou(images).double())
+    assert got["geometry"][3] > 0.99 and got["geometry"].sum() < 1.01
+    want = (images - toys[:, :1]).square().mean((2, 3, 4))[:, 1:].sum(1)
+    assert torch.allclose(got["contrastive"].float(), want)
+    images[0, 0, 0, 0, 0] = float("nan")
+    with pytest.raises(InputError, match="not finite"):
+        evaluate.measure(images, toys, toys[:, 0])
+
+
+def test_other_sizes_take_their_thresholds_from_the_truth() -> None:
+    truth = make_toys(20, 32, SPLITS["validation"]).float() / 255
+    lower = truth.clone()
+    lower[:, 1] = truth[:, 1].roll(1, -2)
+    rates = [evaluate.measure(x, truth, truth[:, 0])["contradiction"].mean().item() for x in (truth, lower)]
+    assert rates[0] <= 0.15 and rates[1] > 0.9
+
+
+def test_before_after_and_its_lines(toys, capsys) -> None:
+    truth = toys[:6]
+    before, after = truth * 0.8 + 0.2, truth * 0.9 + 0.1
+    table = evaluate.before_after(before, after, truth, JUDGES)  # pyright: ignore
+    old, new = (evaluate.measure(x, truth, truth[:, 0])["psnr_unseen"] for x in (before, after))
+    row = table["psnr_unseen"]
+    assert row["before"] == pytest.approx(old.mean().item()) and row["after"] == pytest.approx(
+        new.mean().item()
     )
+    assert row["difference"] == pytest.approx((new - old).mean().item()) and row["difference"] > 5
+    assert (row["low"], row["high"]) == metrics.bootstrap_interval(new - old)
+    change = (after - before).abs()
+    assert table["change"] == pytest.approx(
+        {
+            "grey_levels": change.mean().item() * 255,
+            "share": (change.amax(2) > 8 / 255).float().mean().item(),
+            "psnr": metrics.psnr(before, after).mean().item(),
+        }
+    )
+    evaluate.print_table(table, "contrastive")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 14 and all(len(line) <= 110 for line in lines)
+    assert [line.split()[0] for line in lines if "feedback itself" in line] == ["contrastive"]
+    shown = next(line for line in lines if line.startswith("psnr_unseen")).split()
+    assert [float(x) for x in shown[1:4]] == pytest.approx(
+        [row["before"], row["after"], row["difference"]], abs=1e-4
+    )
+    assert any(line.startswith("contradiction") for line in lines) and "grey levels" in lines[-1]
 
-    class Stub:
-        def score(self, ref: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
-            return (views - ref[:, None]).square().mean((2, 3, 4))  # 0 for the reference's own view
 
-    write_lpips(tmp_path)
-    lpips = evaluate.Lpips.load(str(tmp_path))
-    more = evaluate.score_images(images[:2], truth[:2], truth[:2, 0], {"contrastive": Stub()}, lpips)  # pyright: ignore
-    want = (1 - truth[:2, :1]).square().mean((1, 2, 3, 4)) * 4
-    assert torch.allclose(more["contrastive"].float(), want) and torch.equal(more["hull"], scores["hull"][:2])
-    assert torch.allclose(more["lpips"] * 5, more["lpips_unseen"] * 4, atol=1e-6)
-
-    table = evaluate.markdown({"ours": evaluate.summary(more), "white": evaluate.summary(scores)})
-    assert len(table.splitlines()) == 4 and len({line.count("|") for line in table.splitlines()}) == 1
+def test_markdown_hides_columns_with_view_0() -> None:
+    text = evaluate.markdown(
+        {"ours": {"psnr": 9, "psnr_unseen": 12.345, "hull": 0.5}, "white": {"psnr_unseen": 1, "hull": 0}}
+    )
+    assert [c.strip() for c in text.splitlines()[0].split("|")] == ["", "", "psnr_unseen", "hull", ""]
+    assert [c.strip() for c in text.splitlines()[2].split("|")] == ["", "ours", "12.35", "0.5000", ""]
+    assert len({line.count("|") for line in text.splitlines()}) == 1
 
 
 def test_grid_shows_each_image_where_it_belongs(tmp_path) -> None:
     images = rand(3, 5, 3, 64, 64)
-    evaluate.grid(tmp_path / "grid.png", {"truth": images, "ours": images.flip(0)[:2]}, images[:, 0])
+    grid(tmp_path / "grid.png", {"truth": images, "ours": images.flip(0)[:2]}, images[:, 0])
     picture = np.asarray(Image.open(tmp_path / "grid.png")).astype(float) / 255
-    assert picture.shape == (64 + 2 * 128, 128 + 2 * (12 + 5 * 128), 3)
-    tile = picture[64 + 128 :, 128 + 12 + 3 * 128 :][:128:2, :128:2]  # second object, truth, left
-    assert np.abs(tile - images[1, 3].permute(1, 2, 0).numpy()).max() < 0.003
-    tile = picture[64:, -128:][:128:2, ::2]  # first row, ours, top
-    assert np.abs(tile - images[2, 4].permute(1, 2, 0).numpy()).max() < 0.003
-    assert picture[:64].min() < 0.1  # labels
+    assert picture.shape == (64 + 3 * 128, 128 + 2 * (12 + 5 * 128), 3)
+
+    def at(row: int, x: int) -> torch.Tensor:
+        return torch.tensor(picture[64 + row * 128 :, x:][:128:2, :128:2]).permute(2, 0, 1).float()
+
+    torch.testing.assert_close(at(1, 0), images[1, 0], atol=0.003, rtol=0)  # the reference
+    torch.testing.assert_close(at(1, 128 + 12 + 3 * 128), images[1, 3], atol=0.003, rtol=0)  # truth, left
+    torch.testing.assert_close(at(0, picture.shape[1] - 128), images[2, 4], atol=0.003, rtol=0)  # ours, top
+    assert picture[:64].min() < 0.1 and picture[64 + 2 * 128 :, -640:].min() == 1  # labels; a shorter column
+
+    grid(tmp_path / "sheet.png", {"": images}, names={"": ["chair", "table", "lamp"]}, side=64)
+    picture = np.asarray(Image.open(tmp_path / "sheet.png")).astype(float) / 255
+    assert picture.shape == (32 + 3 * (10 + 64), 5 * 64, 3) and picture[32:42].min() < 0.7  # a name
+    tile = torch.tensor(picture[32 + 74 + 10 :, 64:][:64, :64]).permute(2, 0, 1).float()
+    torch.testing.assert_close(tile, images[1, 1], atol=0.003, rtol=0)
 
 
 # --- command line ---
 
 
 @pytest.fixture
-def folder(tmp_path):
-    for i, views in enumerate(toys(3)):
-        data.write_views(tmp_path / "data" / f"object{i}", views)
+def folder(tmp_path, toys) -> Path:
+    for i, views in enumerate(toys[:3]):
+        write_views(tmp_path / "data" / f"object{i}", views)
+        write_views(tmp_path / "pale" / f"object{i}", views * 0.9 + 0.1)
+    write_views(tmp_path / "pale" / "more", toys[3])
     return tmp_path
 
 
+def config(folder: Path, **changes) -> evaluate.Config:
+    data = str(folder / "data")
+    base = evaluate.Config(images=data, data=data, split="all", out=str(folder / "a.json"), known_rows=False)
+    return replace(base, **changes)
+
+
 def test_folder_of_views(folder, capsys) -> None:
-    common = {"data": str(folder / "data"), "split": "all", "size": 64, "device": "cpu"}
-    cfg = evaluate.Config(images=str(folder / "data"), out=str(folder / "a.json"), grid=str(folder / "a.png"), **common)
-    result = evaluate.main(cfg)
-    assert result["rows"][cfg.images] == result["rows"]["truth"] and result["rows"]["truth"]["psnr"] == pytest.approx(
-        58.92, abs=0.01
-    )
-    assert result["rows"]["all white"]["hull"] == 0 and len(result["rows"]) == 8 and (folder / "a.png").is_file()
-    assert "| truth, right mirrored" in capsys.readouterr().out
+    cfg = config(folder, grid=str(folder / "a.png"), known_rows=True)
+    rows = evaluate.main(cfg)["rows"]
+    assert rows[cfg.images] == rows["truth"] and rows["truth"]["psnr"] == pytest.approx(58.92, abs=0.01)
+    assert rows["all white"]["hull"] == 0 and rows["truth, shifted"]["contradiction"] == 1 and len(rows) == 10
+    assert rows["reference copied"]["psnr"] > rows["reference copied"]["psnr_unseen"]
+    assert (folder / "a.png").is_file() and "| truth, right_mirrored" in capsys.readouterr().out
 
-    for i, views in enumerate(toys(3)):  # another model: paler, and with more objects than asked for
-        data.write_views(folder / "pale" / f"object{i}", views * 0.9 + 0.1)
-        data.write_views(folder / "pale" / f"other{i}", views)
     pale = evaluate.main(
-        evaluate.Config(images=str(folder / "pale"), against=cfg.out, out=str(folder / "b.json"), **common)
+        config(folder, images=str(folder / "pale"), against=cfg.out, out=str(folder / "b.json"))
     )
-    assert -45 < pale["difference"]["psnr"]["low"] <= pale["difference"]["psnr"]["high"] < -10
-    assert pale["difference"]["psnr"]["mean"] == pytest.approx(
-        pale["rows"][str(folder / "pale")]["psnr"] - 58.9226, abs=1e-3
-    )
-    assert json.loads((folder / "b.json").read_text())["ids"] == ["object0", "object1", "object2"]
+    own = pale["rows"][str(folder / "pale")]["psnr"]
+    assert pale["difference"]["psnr"]["difference"] == pytest.approx(own - 58.9226, abs=1e-3)
+    assert pale["difference"]["psnr"]["low"] <= own - 58.9226 <= pale["difference"]["psnr"]["high"] < -10
+    written = json.loads((folder / "b.json").read_text())
+    assert written["ids"] == ["object0", "object1", "object2"] and written["size"] == 64  # the pictures' own
+    assert np.mean(written["objects"]["psnr"]) == pytest.approx(own)
 
 
-def test_only_what_is_comparable_is_compared(folder) -> None:
-    small_scorer("bilinear", 64, 16, 32, 1, 2).save(folder / "one")
-    small_scorer("bilinear", 64, 16, 32, 1, 2).save(folder / "two")
-    common = {"data": str(folder / "data"), "images": str(folder / "data"), "split": "all", "known_rows": False}
-    first = evaluate.Config(scorer=(str(folder / "one"),), out=str(folder / "a.json"), **common)
-    assert evaluate.main(first)["size"] == 64  # the pictures' own
+def test_a_single_object_has_no_other(folder) -> None:
+    rows = evaluate.main(config(folder, n=1, known_rows=True))["rows"]
+    assert "truth, mirrored" in rows and not [name for name in rows if "other" in name]
+
+
+def test_only_what_is_comparable_is_compared(folder, toys) -> None:
+    for name in ("one", "two"):
+        small_scorer("bilinear", 64, 16, 32, 1, 2).save(folder / name)
+    first = config(folder, scorer=(str(folder / "one"),))
+    evaluate.main(first)
     again = replace(first, against=first.out, out=str(folder / "b.json"))
     assert set(evaluate.main(again)["difference"]) >= {"psnr", "contrastive"}
-    with pytest.raises(InputError, match="made at 64 pixels, not 96"):
-        evaluate.main(replace(again, size=96, scorer=()))
-    with pytest.raises(InputError, match="column contrastive is another scorer's"):
-        evaluate.main(replace(again, scorer=(str(folder / "two"),)))
     assert "contrastive" not in evaluate.main(replace(again, scorer=()))["difference"]
+    stranger = folder / "stranger.json"
+    save_json(stranger, {"ids": ["chair"], "objects": {}})
+    for change, message in [
+        ({"size": 96, "scorer": ()}, "made at 64 pixels, not 96"),
+        ({"scorer": (str(folder / "two"),)}, "column contrastive is by other weights"),
+        ({"n": 2}, "other objects"),
+        ({"against": str(stranger)}, "not an evaluation"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            evaluate.main(replace(again, **change))
+    write_views(folder / "data" / "object1", toys[5])  # the same name, another object
+    with pytest.raises(InputError, match="same names differ"):
+        evaluate.main(again)
 
 
-def test_model(tmp_path) -> None:
+def test_model_over_seeds(tmp_path) -> None:
     torch.manual_seed(0)
     MultiViewUNet(ModelConfig(channels=(32, 32), depth=1)).save(tmp_path / "model")
-    cfg = evaluate.Config(model=str(tmp_path / "model"), n=2, seeds=2, num_steps=2, out=str(tmp_path / "a.json"))
-    result = evaluate.main(cfg)
-    assert len(result["seeds"]) == 2 and result["seeds"][0] != result["seeds"][1]
-    mean = sum(one["psnr"] for one in result["seeds"]) / 2
-    assert result["rows"][cfg.model]["psnr"] == pytest.approx(mean) and mean < 30
-    with pytest.raises(InputError, match="--size 32"):
-        evaluate.main(evaluate.Config(model=cfg.model, size=32))
+    cfg = evaluate.Config(
+        model=str(tmp_path / "model"),
+        n=2,
+        seeds=2,
+        num_steps=2,
+        known_rows=False,
+        out=str(tmp_path / "a.json"),
+    )
+    result = evaluate.main(replace(cfg, images_out=str(tmp_path / "views"), data="toys"))
+    psnr = torch.tensor(result["objects"]["psnr"])
+    assert psnr.shape == (2, 2) and (psnr[0] != psnr[1]).all()
+    assert result["rows"][cfg.model]["psnr"] == pytest.approx(psnr.mean().item()) and psnr.max() < 30
+
+    # the first seed's views are on disk, and give the first seed's numbers
+    names, views = load_views(tmp_path / "views", 64)
+    truth = make_toys(2, 64, SPLITS["validation"]).float() / 255
+    stored = torch.stack([views[names.index(name)] for name in result["ids"]]).float() / 255
+    one = evaluate.measure(stored, truth, truth[:, 0])["psnr"]
+    assert one.tolist() == pytest.approx(result["objects"]["psnr"][0], abs=1e-4)
+
+    again = replace(cfg, data="toys", against=cfg.out, out=str(tmp_path / "b.json"))
+    assert evaluate.main(again)["difference"]["psnr"]["low"] == 0
+    for change in ({"seed": 1}, {"seeds": 1}, {"num_steps": 3}):
+        with pytest.raises(InputError, match="sampled by"):
+            evaluate.main(replace(again, **change))
+
+
+def test_nothing_is_overwritten(folder) -> None:
+    data, model = folder / "data", folder / "model"
+    MultiViewUNet(ModelConfig(channels=(32, 32), depth=1)).save(model)
+    earlier = config(folder, out=str(folder / "earlier.json"))
+    evaluate.main(earlier)
+    save_json(folder / "notes.json", {"mine": 1})
+    (folder / "mine").mkdir()
+    (folder / "mine" / "letter.txt").write_text("dear")
+    (folder / "file").write_text("a file")
+    sampled = {"model": str(model), "images": "", "num_steps": 1}
+    before = {p: digest(p) for p in folder.rglob("*") if p.is_file()}
+    for change, message in [
+        ({"images_out": str(data)}, "--images_out .*is read"),
+        ({"images_out": str(folder / "mine")}, "holds other pictures"),
+        ({"images_out": str(folder / "file")}, "cannot be written"),
+        ({"out": str(model / "model.safetensors"), **sampled}, r"expected the name of a \.json"),
+        ({"out": str(model / "config.json"), **sampled}, "--out .*is read"),
+        ({"out": str(data / "object0" / "top.png")}, r"expected the name of a \.json"),
+        ({"out": str(folder / "notes.json")}, "is no evaluation"),
+        ({"out": earlier.out, "against": earlier.out}, "is --against itself"),
+        ({"out": str(folder / "file" / "x.json")}, "cannot be written"),
+        ({"out": str(folder / ("n" * 300 + ".json"))}, "cannot be written"),
+        ({"out": ""}, r"expected the name of a \.json"),
+        ({"grid": "g"}, r"expected the name of a \.png"),
+        ({"grid": str(data / "object0" / "top.png")}, "--grid .*is read"),
+    ]:
+        with pytest.raises(InputError, match=message) as error:
+            evaluate.main(config(folder, **change))
+        assert "\n" not in str(error.value)
+    assert {p: digest(p) for p in before} == before
+
+
+def test_images_out_holds_one_run(folder) -> None:
+    cfg = config(folder, images=str(folder / "pale"), images_out=str(folder / "views"))
+    evaluate.main(cfg)
+    top = folder / "views" / "object1" / "top.png"
+    want = top.read_bytes()
+    for killed in (folder / "views" / ".object2.partial", folder / "views" / ".object1.partial"):
+        killed.mkdir()  # what a killed run may leave
+        (killed / "front.png").write_bytes(b"half")
+    top.unlink()
+    evaluate.main(cfg)
+    assert top.read_bytes() == want
+    with pytest.raises(InputError, match="holds other pictures"):
+        evaluate.main(replace(cfg, images=str(folder / "data")))
 
 
 def test_wrong_input_is_one_line_before_any_work(folder) -> None:
-    good = {
-        "data": str(folder / "data"),
-        "images": str(folder / "data"),
-        "split": "all",
-        "size": 64,
-        "out": str(folder / "o" / "x.json"),
-    }
-    save_json(folder / "other.json", {"ids": ["chair"], "objects": {}})
-    (folder / "data2" / "object0").mkdir(parents=True)
-    (folder / "data3" / "object7").mkdir(parents=True)
-    for view in data.VIEWS:
-        Image.new("RGB", (64, 64)).save(folder / "data3" / "object7" / f"{view}.png")
-        if view != "top":
-            Image.new("RGB", (64, 64)).save(folder / "data2" / "object0" / f"{view}.png")
+    for name, missing in (("data2", "top"), ("data3", "")):
+        (folder / name / "object7").mkdir(parents=True)
+        for view in VIEWS:
+            if view != missing:
+                Image.new("RGB", (64, 64)).save(folder / name / "object7" / f"{view}.png")
+    none, out = str(folder / "none"), folder / "o" / "x.json"
+    for name in ("a/s", "b/s"):
+        small_scorer("bilinear", 64, 16, 32, 1, 2).save(folder / name)
+    twins = (str(folder / "a/s"), str(folder / "a/s"), str(folder / "b/s"))
     for change, message in [
         ({"images": ""}, "--model and --images"),
         ({"model": "m"}, "--model and --images"),
-        ({"images": "", "model": str(folder / "none")}, "none"),
-        ({"images": str(folder / "none")}, "no such folder"),
+        ({"images": "", "model": none}, "none"),
+        ({"images": none}, "no such folder"),
         ({"images": str(folder / "data2")}, "expected top too"),
-        ({"images": str(folder / "data3")}, r"3 objects of --data are missing \(first: object0\)"),
-        ({"data": str(folder / "none")}, "no such folder"),
-        ({"n": 0}, "at least 1"),
-        ({"size": 16}, "at least 32"),
-        ({"scorer": (str(folder / "none"),)}, "none"),
-        ({"lpips": str(folder / "none")}, "--lpips"),
+        ({"images": str(folder / "data3")}, r"lacks 3 objects of --data \(first: object0\)"),
+        ({"data": none}, "no such folder"),
+        ({"data": "toys"}, "--split all"),
+        ({"n": 0}, "--n 0"),
+        ({"seeds": 0}, "--seeds 0"),
+        ({"seed": -1}, "--seed -1"),
+        ({"size": 16}, "32 or more"),
+        ({"scorer": (none,)}, "none"),
+        ({"scorer": twins}, "two have one name"),
+        ({"lpips": none}, "--lpips"),
         ({"against": str(folder / "none.json")}, "not readable"),
-        ({"against": str(folder / "other.json")}, "was not made on these 3 objects"),
-        ({"images": str(folder / "none"), "size": 0}, "no such folder"),
     ]:
         with pytest.raises(InputError, match=message):
-            evaluate.main(evaluate.Config(**{**good, **change}))
-    assert not (folder / "o").exists()
+            evaluate.main(config(folder, **{"out": str(out), **change}))
+    assert not out.parent.exists()
