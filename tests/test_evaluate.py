@@ -196,7 +196,7 @@ def test_only_what_is_comparable_is_compared(folder, toys) -> None:
 
 def test_model_over_seeds(tmp_path) -> None:
     torch.manual_seed(0)
-    MultiViewUNet(ModelConfig(channels=(32, 32), depth=1)).save(tmp_path / "model")
+    MultiViewUNet(ModelConfig(channels=32)).save(tmp_path / "model")
     cfg = evaluate.Config(
         model=str(tmp_path / "model"),
         n=2,
@@ -226,7 +226,7 @@ def test_model_over_seeds(tmp_path) -> None:
 
 def test_nothing_is_overwritten(folder) -> None:
     data, model = folder / "data", folder / "model"
-    MultiViewUNet(ModelConfig(channels=(32, 32), depth=1)).save(model)
+    MultiViewUNet(ModelConfig(channels=32)).save(model)
     earlier = config(folder, out=str(folder / "earlier.json"))
     evaluate.main(earlier)
     save_json(folder / "notes.json", {"mine": 1})

@@ -1,38 +1,30 @@
-"""Training of the scorer: the loss and AUC by hand, data, resumption."""
+"""Training of the scorer: its losses by hand, whose objects it sees, batches, negatives, resuming."""
 
-
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import random_model
 
-import sample
+import common
 import scorer as scorer_module
-import train_scorer
-from common import InputError, load_tensors, save_tensors
-from data import VIEWS, make_toys, pack, render_primitives, write_views
-from model import ModelConfig, MultiViewUNet
-from train_scorer import Config, auc, loss_fn
+import train_scorer as T
+from common import InputError, load_tensors
+from data import (
+    MIRRORED_ORDER,
+    VIEWS,
+    load_references,
+    load_split,
+    make_toys,
+    pack,
+    render_primitives,
+    write_views,
+)
+from metrics import hull_iou
+from sample import sample
 
-# --- loss and AUC by hand ---
-
-
-def test_loss_by_hand():
-    f_true, f_fake = torch.tensor([[1.0, 0.5], [0.0, 2.0]]), torch.tensor([[0.0, 1.0], [-2.0, 0.5]])
-    assert loss_fn(f_true, f_fake).item() == pytest.approx((0 + 0.25 + 1 + 1) / 4 + (0 + 1 + 4 + 0.25) / 4)
-    assert loss_fn(torch.ones(3, 4), torch.zeros(3, 4)).item() == 0
-
-
-def test_auc_by_hand():
-    # pairs: .8 > .3, .8 > .5, .8 > .1;  .5 > .3, .5 = .5 (half), .5 > .1
-    assert auc(torch.tensor([0.8, 0.5]), torch.tensor([0.3, 0.5, 0.1])) == pytest.approx(5.5 / 6)
-    assert auc(torch.tensor([1.0, 2.0]), torch.tensor([0.0])) == 1
-    assert auc(torch.zeros(3), torch.zeros(4)) == 0.5
-
-
-# --- training ---
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -45,93 +37,135 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def config(folders: Path, out: Path) -> Config:
-    return Config(
-        data=str(folders / "true"),
-        negatives=str(folders / "fake"),
-        num_objects=4,
-        num_val=2,
-        image_size=16,
-        shrink=2,
-        patch_size=4,
-        hidden_size=16,
-        num_layers=1,
-        num_heads=2,
-        steps=6,
-        batch_size=2,
-        save_every=2,
-        eval_every=4,
-        log_every=1,
-        device="cpu",
-        out=str(out),
-    )
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # toys are cached under ./out/data
 
 
-def test_scorer_sees_images_shrunk(folders: Path, tmp_path: Path):
-    """Fine stripes (mean grey) look grey to it, broad ones do not; images of any size are taken."""
-    scorer = train_scorer.new_scorer(replace(config(folders, tmp_path), image_size=64, shrink=4, patch_size=4))
-    fine, broad = (
-        torch.arange(64)[:, None].div(n, rounding_mode="floor").remainder(2).expand(1, 3, 64, 64) for n in (1, 16)
-    )
-    grey = scorer.embed(torch.full((1, 3, 64, 64), 0.5))
-    assert scorer.cfg.image_size == 16
-    assert (scorer.embed(fine.float()) - grey).norm() < 0.1 * (scorer.embed(broad.float()) - grey).norm()
-    assert torch.allclose(scorer.embed(torch.full((1, 3, 128, 128), 0.5)), grey, atol=1e-5)
+def config(folders: Path, out: Path, **changes) -> T.Config:
+    small = dict(num_references=4, num_val=2, image_size=16, patch_size=4, hidden_size=16, num_layers=1, num_heads=2)
+    small |= dict(steps=6, batch_size=2, eval_every=4, device="cpu", bf16="off", twins=False)
+    return T.Config(data=str(folders / "true"), negatives=str(folders / "fake"), out=str(out), **{**small, **changes})
 
 
-def test_training_runs_is_reused_and_resumes_bitwise(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    whole, pieces = config(folders, tmp_path / "whole"), config(folders, tmp_path / "pieces")
-    results = train_scorer.main(whole)
-    assert {"auc_generated", "auc_other", "auc_mirrored", "auc_swapped"} <= results["metrics"].keys()
-    assert results["metrics"]["auc_swapped"] == 0.5  # f does not see which view it scores
-    before = os.stat(tmp_path / "whole" / "model.safetensors").st_mtime_ns
-    assert train_scorer.main(whole)["metrics"] == results["metrics"]
-    assert os.stat(tmp_path / "whole" / "model.safetensors").st_mtime_ns == before
-
-    # killed in step 5, after the state of step 4 was written
-    real = train_scorer.make_batch
-
-    def killed(cfg, truth, fake, step):
-        if step == 5:
-            raise KeyboardInterrupt
-        return real(cfg, truth, fake, step)
-
-    monkeypatch.setattr(train_scorer, "make_batch", killed)
-    with pytest.raises(KeyboardInterrupt):
-        train_scorer.main(pieces)
-    monkeypatch.setattr(train_scorer, "make_batch", real)
-    with pytest.raises(InputError, match="made with lr"):
-        train_scorer.main(replace(pieces, lr=0.5))
-    again = train_scorer.main(pieces)
-    assert again["metrics"] == results["metrics"]
-    a, b = (Path(f"{tmp_path}/{name}/model.safetensors").read_bytes() for name in ("whole", "pieces"))
-    assert a == b
-    logs = [(tmp_path / name / "log.jsonl").read_text().count('"step"') for name in ("whole", "pieces")]
-    assert logs[0] == logs[1]  # no step is logged twice
+# --- losses ---
 
 
-def test_training_learns(folders: Path, tmp_path: Path):
-    results = train_scorer.main(replace(config(folders, tmp_path), steps=60, lr=3e-3))
-    assert results["metrics"]["accuracy_generated"] == 1
-    assert results["metrics"]["score_true"] > results["metrics"]["score_generated"] + 1
-    # the command line reads what was written
-    paths = {"ref": f"{folders}/true/object_5/front.png", "views": f"{folders}/true/object_5"}
-    scores = scorer_module.main(scorer_module.Config(scorer=str(tmp_path), device="cpu", **paths))
-    assert set(scores) == {*VIEWS, "sum"}
-    assert scores["sum"] == pytest.approx(sum(scores[v] for v in VIEWS[1:]), abs=1e-5)
+def test_loss_by_hand():
+    f_true, f_fake = torch.tensor([[1.0, 0.5], [0.0, 2.0]]), torch.tensor([[0.0, 1.0], [-2.0, 0.5]])
+    assert T.consistency_loss(f_true, f_fake).item() == pytest.approx((0 + 0.25 + 1 + 1) / 4 + (0 + 1 + 4 + 0.25) / 4)
+    assert T.consistency_loss(torch.ones(3, 4), torch.zeros(3, 4)).item() == 0
 
 
-def test_augmentation_keeps_truth_and_generated_alike(folders: Path, tmp_path: Path):
+def test_auc_by_hand():
+    # pairs: .8 > .3, .8 > .5, .8 > .1;  .5 > .3, .5 = .5 (half), .5 > .1
+    assert T.auc(torch.tensor([0.8, 0.5]), torch.tensor([0.3, 0.5, 0.1])) == pytest.approx(5.5 / 6)
+    assert T.auc(torch.tensor([1.0, 2.0]), torch.tensor([0.0])) == 1
+    assert T.auc(torch.zeros(3), torch.zeros(4)) == 0.5
+
+
+def test_own_and_other_views_go_into_their_own_terms(folders, tmp_path):
+    """The three terms against one call of the scorer for every pair of a reference and a view."""
+    scorer = T.new_scorer(config(folders, tmp_path))
+    torch.nn.init.normal_(scorer.linear.weight, std=0.1)
+    torch.nn.init.normal_(scorer.W, std=0.1)  # type: ignore
+    images = torch.rand(3, 9, 3, 16, 16)
+    loss, mismatch = T.scorer_loss(scorer, images)
+    f = lambda i, j, m: scorer.score(images[i : i + 1, 0], images[j : j + 1, m : m + 1]).item()  # noqa: E731
+    own = [(f(i, i, m) - 1) ** 2 for i in range(3) for m in range(1, 5)]
+    fake = [f(i, i, m) ** 2 for i in range(3) for m in range(5, 9)]
+    other = [f(i, j, m) ** 2 for i in range(3) for j in range(3) for m in range(1, 5) if i != j]
+    assert loss.item() == pytest.approx(sum(own) / 12 + sum(fake) / 12, rel=1e-4)
+    assert mismatch.item() == pytest.approx(sum(other) / 24, rel=1e-4)
+
+
+@pytest.mark.parametrize("mismatch", [0.0, 2.0])
+def test_the_gradient_is_that_of_all_terms(folders, tmp_path, monkeypatch, mismatch):
+    cfg = config(folders, tmp_path / "out", mismatch=mismatch, steps=2)
+    seen = []
+
+    def spy(optimizers, parameters, rate, step, clip=1.0):
+        seen.append((rate, [p.grad.clone() for p in parameters], [g["lr"] for g in optimizers[0].param_groups]))
+        return common.optimizer_step(optimizers, parameters, rate, step, clip)
+
+    monkeypatch.setattr(T, "optimizer_step", spy)
+    T.main(cfg)
+    truth, fake, n = T.make_pairs(cfg, CPU)
+    scorer = T.new_scorer(cfg)
+    loss, other = T.scorer_loss(scorer, T.make_batch(cfg, truth[:n], fake[:n], 0))
+    grads = torch.autograd.grad(loss + mismatch * other, list(scorer.parameters()), allow_unused=True)
+    for got, want in zip(seen[0][1], grads):
+        torch.testing.assert_close(got, torch.zeros_like(got) if want is None else want, rtol=1e-4, atol=1e-6)
+    assert seen[0][0] == pytest.approx(1 / 20) and seen[1][0] == pytest.approx(2 / 20 / 2)  # warm-up times cosine
+    assert any((a - b).abs().max() > 1e-6 for a, b in zip(seen[0][1], seen[1][1]))  # another batch
+
+
+# --- objects and batches ---
+
+
+def test_it_trains_on_preference_objects_and_validates_on_others(folders, tmp_path, monkeypatch):
+    random_model().save(tmp_path / "model")
+    cfg = config(folders, tmp_path / "out", data="toys", negatives=str(tmp_path / "model"), num_steps=2)
+    truth, fake, n = T.make_pairs(cfg, CPU)
+    assert n == 4 and truth.shape == fake.shape == (6, 5, 3, 16, 16)
+    assert torch.equal(truth[:4], load_references("toys", 4, 16, 0)) and torch.equal(truth[4:], make_toys(2, 16, 2))
+    trained_on, judged_on = [], []
+    batch, judge = T.make_batch, T.evaluate
+    monkeypatch.setattr(T, "make_batch", lambda c, x, y, s: trained_on.append((x, y)) or batch(c, x, y, s))
+    monkeypatch.setattr(T, "evaluate", lambda s, x, y: judged_on.append((x, y)) or judge(s, x, y))
+    T.main(cfg)
+    assert all(torch.equal(x, truth[:4]) and torch.equal(y, fake[:4]) for x, y in trained_on) and len(trained_on) == 6
+    assert all(torch.equal(x, truth[4:]) and torch.equal(y, fake[4:]) for x, y in judged_on) and len(judged_on) == 2
+
+
+def test_negatives_are_the_generators_own_and_made_once(folders, tmp_path, monkeypatch):
+    random_model().save(tmp_path / "model")
+    cfg = config(folders, tmp_path / "out" / "scorer", data="toys", negatives=str(tmp_path / "model"), num_steps=3)
+    truth, fake, _ = T.make_pairs(cfg, CPU)
+    seeds = [T.key_seed(0, 9, i) for i in range(6)]
+    images = sample(random_model(), truth[:, 0].float() / 255, seeds, 3).images
+    assert ((images * 255).round() - fake.float()).abs().max() <= 1
+    evaluation = sample(random_model(), truth[:, 0].float() / 255, [T.key_seed(0, i) for i in range(6)], 3)
+    assert (evaluation.images * 255 - fake.float()).abs().mean() > 1  # other noise than in evaluation
+    calls = []
+    monkeypatch.setattr(T, "sample", lambda *args, **kw: calls.append(0))
+    assert torch.equal(T.make_pairs(cfg, CPU)[1], fake) and not calls
+    (path,) = (tmp_path / "out").glob("negatives-*/000000.safetensors")
+    assert torch.equal(load_tensors(path)["views"], fake)
+    with pytest.raises(InputError, match="makes images of 16 px"):
+        T.make_pairs(replace(cfg, image_size=32), CPU)
+
+
+def test_another_models_folder_is_split_like_the_truth(folders, tmp_path):
     cfg = config(folders, tmp_path)
-    truth = make_toys(6, 16, seed=7)
-    seen = set()
-    for step in range(8):
-        batch = train_scorer.make_batch(cfg, truth, truth, step)  # "generated" = truth: must stay equal
-        assert torch.equal(batch[:, 1:5], batch[:, 5:])
-        plain = train_scorer.make_batch(replace(cfg, augment=False), truth, truth, step)
-        seen.add(torch.equal(batch, plain))
-        assert torch.equal(batch, train_scorer.make_batch(cfg, truth, truth, step))
-    assert False in seen
+    truth, fake, n = T.make_pairs(cfg, CPU)
+    assert torch.equal(fake, 255 - truth)
+    assert torch.equal(truth[n:], load_split(cfg.data, "validation", 2, 16))
+    with pytest.raises(InputError, match="10 objects are only there"):
+        T.make_pairs(replace(cfg, data="toys"), CPU)
+
+
+def test_augmentation_keeps_truth_and_generated_alike(folders, tmp_path):
+    cfg, truth = config(folders, tmp_path, batch_size=6), make_toys(6, 16, seed=7)
+    batches = [T.make_batch(cfg, truth, truth, step) for step in range(8)]  # "generated" = truth: must stay equal
+    assert all(torch.equal(b[:, 1:5], b[:, 5:]) for b in batches)
+    assert torch.equal(batches[3], T.make_batch(cfg, truth, truth, 3))
+    assert not torch.equal(batches[3], T.make_batch(replace(cfg, seed=1), truth, truth, 3))
+    mirrored = truth[:, MIRRORED_ORDER].flip(-1)
+    versions = [x[:, list(p)] for x in (*truth, *mirrored) for p in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))]
+    whole = {v.numpy().tobytes() for v in versions}
+    found = [(b[0, :5] * 255).round().to(torch.uint8).numpy().tobytes() for b in batches]
+    assert all(f in whole for f in found) and len(set(found)) > 2
+
+
+def test_twins_are_the_same_object_in_other_proportions(folders, tmp_path):
+    cfg, truth = config(folders, tmp_path, batch_size=4, twins=True), make_toys(6, 64, seed=7)
+    batch = T.make_batch(cfg, truth, truth, 0)
+    assert batch.shape == (4, 9, 3, 64, 64) and torch.equal(batch[2:, 1:5], batch[2:, 5:])
+    assert (batch[:2] - batch[2:]).abs().flatten(1).mean(1).min() > 0.01
+    assert hull_iou(batch[2:, :5]).min() > 0.95  # true views: they fit one object
+    mixed = torch.cat([batch[:2, :1], batch[2:, 1:5]], 1)
+    assert hull_iou(mixed).max() < hull_iou(batch[:2, :5]).min()  # and not the other one's reference
 
 
 def test_mirroring_the_world_is_what_a_mirrored_object_shows():
@@ -142,54 +176,73 @@ def test_mirroring_the_world_is_what_a_mirrored_object_shows():
     mirrored = [dict(p, center=(-p["center"][0], *p["center"][1:])) for p in plain]
     light = torch.tensor([0.0, 0.8, 0.6])  # the light would have to be mirrored too
     a, b = (render_primitives([pack(p)], 32, light=light)[0] for p in (plain, mirrored))
-    assert torch.equal(a[train_scorer.MIRRORED_ORDER].flip(-1), b)
+    assert torch.equal(a[MIRRORED_ORDER].flip(-1), b)
 
 
-def test_wrong_inputs_to_training_give_one_line(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)  # the toys' cache
-    cfg = config(folders, tmp_path / "out")
-    for change, text in (
-        ({"num_objects": 1}, "got 1 objects to train on"),
-        ({"batch_size": 1}, "batches of 1; expected 2 or more"),
-        ({"data": "toys"}, "10 objects are only there"),
-        ({"negatives": "zero123", "zero123": str(tmp_path / "none")}, "expected a file of weights"),
-        ({"head": "deep"}, "expected one of bilinear, concat"),
-    ):
-        with pytest.raises(InputError, match=text):
-            train_scorer.main(replace(cfg, **change))
-    assert not (tmp_path / "out" / "config.json").exists()
+# --- the script ---
 
 
-def test_negatives_are_made_once_and_again_when_the_model_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    torch.manual_seed(0)
-    shape = ModelConfig(image_size=16, patch=2, channels=(32, 32), depth=1, head_dim=16)
-    MultiViewUNet(shape).save(tmp_path / "model")
-    cfg = replace(
-        config(tmp_path, tmp_path / "out"),
-        data="toys",
-        negatives="zero123",
-        zero123=f"{tmp_path}/model",
-        num_steps=2,
-    )
-    cpu, calls, real = torch.device("cpu"), [], sample.sample
+def test_training_learns_is_reused_and_can_be_asked(folders, tmp_path):
+    cfg = config(folders, tmp_path / "scorer", steps=60, lr=3e-3)
+    results = T.main(cfg)
+    assert results["metrics"]["accuracy_generated"] == 1
+    assert results["metrics"]["reward_truth"] > results["metrics"]["reward_generated"] + 1
+    assert results["metrics"]["auc_swapped"] == 0.5  # f does not see which view it rates
+    assert T.main(cfg) == results  # reused
+    paths = {"ref": f"{folders}/true/object_5/front.png", "views": f"{folders}/true/object_5"}
+    scores = scorer_module.main(scorer_module.Config(scorer=results["folder"], device="cpu", **paths))
+    assert set(scores) == {*VIEWS, "sum"}
+    assert scores["sum"] == pytest.approx(sum(scores[v] for v in VIEWS[1:]), abs=1e-5)
 
-    def counted(model, ref, seeds, **kwargs):
-        calls.append(seeds)
-        return real(model, ref, seeds, **kwargs)
 
-    monkeypatch.setattr(sample, "sample", counted)
-    monkeypatch.chdir(tmp_path)  # the toys' cache
-    truth, fake, n = train_scorer.make_pairs(cfg, cpu)
-    assert n == 4
-    assert fake.dtype == torch.uint8 and fake.shape == truth.shape == (6, 5, 3, 16, 16) and len(calls) == 3
-    assert torch.equal(train_scorer.make_pairs(cfg, cpu)[1], fake) and len(calls) == 3  # reused
+def test_resumed_equals_uninterrupted(folders, tmp_path, monkeypatch):
+    whole = Path(T.main(config(folders, tmp_path / "whole"))["folder"])
+    pieces = config(folders, tmp_path / "pieces")
+    monkeypatch.setattr(common, "SAVE_SECONDS", 0)
+    real = T.make_batch
 
-    # a run killed after the first batch makes only what is missing, and the same
-    save_tensors(tmp_path / "out" / "negatives.safetensors", {"views": fake[:2]})
-    assert torch.equal(train_scorer.make_pairs(cfg, cpu)[1], fake) and len(calls) == 5
+    def killed(cfg, truth, fake, step):
+        if step == 5:
+            raise KeyboardInterrupt
+        return real(cfg, truth, fake, step)
 
-    MultiViewUNet(shape).save(tmp_path / "model")  # other weights
-    assert not torch.equal(train_scorer.make_pairs(cfg, cpu)[1], fake) and len(calls) == 8
-    with pytest.raises(InputError, match="makes images of 16 px"):
-        train_scorer.make_pairs(replace(cfg, image_size=32), cpu)
-    assert len(load_tensors(tmp_path / "out" / "negatives.safetensors")["views"]) == 6  # left as it was
+    monkeypatch.setattr(T, "make_batch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        T.main(pieces)
+    monkeypatch.setattr(T, "make_batch", real)
+    again = Path(T.main(pieces)["folder"])
+    assert (whole / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+    lines = [[x.split('"seconds"')[0] for x in (f / "log.jsonl").read_text().splitlines()] for f in (whole, again)]
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("what", ["truth", "fake"])
+def test_changed_data_is_another_scorer(folders, tmp_path, what):
+    first = T.main(config(folders, tmp_path / "scorer"))["folder"]
+    file = next((folders / what).glob("*/top.png"))
+    before = file.read_bytes()
+    write_views(file.parent, make_toys(1, 16, seed=9)[0])
+    try:
+        assert T.main(config(folders, tmp_path / "scorer"))["folder"] != first
+    finally:
+        file.write_bytes(before)
+        write_views(file.parent, make_toys(10, 16, seed=7)[int(file.parent.name[-1])] if what == "truth" else
+                    255 - make_toys(10, 16, seed=7)[int(file.parent.name[-1])])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_references": 1}, "--num_references 1: expected 2 or more"),
+        ({"batch_size": 1}, "--batch_size"),
+        ({"steps": 0}, "--steps"),
+        ({"mismatch": float("inf")}, "--mismatch"),
+        ({"negatives": "nowhere"}, "nowhere: no such folder"),
+        ({"hidden_size": 15}, "hidden_size|width"),
+        ({"image_size": 15}, "patch"),
+    ],
+)
+def test_wrong_input_is_one_line(folders, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        T.main(config(folders, tmp_path / "out" / "scorer", **changes))
+    assert not list((tmp_path / "out").glob("scorer*/config.json"))

@@ -1,86 +1,134 @@
-"""L_simple-MV: its weight, its batches, two steps of the real script, resuming, wrong input."""
+"""L_simple-MV: the loss by hand, batches, averaged weights, rates, the real script, resuming, wrong input."""
 
 import json
+import math
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import random_model
 
+import common
 import train_sft as T
 from common import InputError
-from data import make_toys
+from data import augment, load_furniture, make_toys, relative_views
 from model import load
-from sample import Schedule
+from muon import Muon
+from sample import Schedule, forward_noise, noised_reference
+
+CPU = torch.device("cpu")
 
 
 def config(tmp_path, **changes) -> T.Config:
-    random_model().save(tmp_path / "init")
-    defaults = {
-        "init": str(tmp_path / "init"),
-        "out": str(tmp_path / "out"),
-        "num_objects": 4,
-        "eval_objects": 2,
-    }
-    small = {
-        "steps": 2,
-        "batch_size": 2,
-        "eval_every": 1,
-        "log_every": 1,
-        "num_steps": 2,
-        "bf16": "off",
-        "warmup": 1,
-    }
-    return T.Config(**{**defaults, **small, **changes})
+    if not (tmp_path / "init").exists():
+        random_model().save(tmp_path / "init")
+    small = dict(init=str(tmp_path / "init"), out=str(tmp_path / "out" / "sft"), num_objects=4, eval_objects=2, warmup=1)
+    small |= dict(steps=2, batch_size=2, eval_every=1, num_steps=2, bf16="off")
+    return T.Config(**{**small, **changes})
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # toys are cached under ./out/data
 
 
-def test_the_weight_makes_it_the_v_prediction_loss():
-    model, views = random_model(), make_toys(2, 16, 0)
+# --- the loss and its batches ---
+
+
+@pytest.mark.parametrize("prediction", ["x0", "epsilon", "v"])
+def test_the_loss_is_the_squared_error_of_what_is_predicted(prediction):
+    """x0 is weighted as v would be; epsilon and v are plain. All three from one plain formula for v and epsilon."""
+    model = random_model(prediction=prediction)
     schedule = Schedule(model.cfg)
-    latents, y, t, noise, ref_noise = T.training_batch(model, schedule, views, 2, 0, 0, torch.device("cpu"))
+    latents, y, t, noise, ref_noise = T.training_batch(model, schedule, [make_toys(2, 16, 0)], 2, 0, 0, CPU)
     with torch.no_grad():
         got = T.simple_loss(model, schedule, latents, y, t, noise, ref_noise)
-        ab = schedule.ab(t)
+        ab = schedule.alpha_bar[t].float().view(-1, 1, 1, 1, 1)
         x_t = ab.sqrt() * latents + (1 - ab).sqrt() * noise
         r, ab_y = model.cfg.ref_scale, ab[:, 0]
         y_t = (ab_y.sqrt() * r * y + (1 - ab_y).sqrt() * ref_noise) / (ab_y * r**2 + 1 - ab_y).sqrt()
-        x0 = model(x_t, t, y_t)
-        eps = (x_t - ab.sqrt() * x0) / (1 - ab).sqrt()
-        v_error = (ab.sqrt() * eps - (1 - ab).sqrt() * x0) - (ab.sqrt() * noise - (1 - ab).sqrt() * latents)
-    torch.testing.assert_close(got, v_error.square().flatten(1).mean(1), rtol=1e-3, atol=1e-5)
+        output = model(x_t, t, y_t)
+        v = ab.sqrt() * noise - (1 - ab).sqrt() * latents
+        if prediction == "x0":  # the v that goes with this x0
+            output = ab.sqrt() * (x_t - ab.sqrt() * output) / (1 - ab).sqrt() - (1 - ab).sqrt() * output
+    want = (output - (noise if prediction == "epsilon" else v)).square().flatten(1).mean(1)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+
+
+def test_the_loss_shows_the_noised_reference_and_one_noise_a_view(monkeypatch):
+    model, seen = random_model(), []
+    monkeypatch.setattr(type(model), "forward", lambda self, x_t, t, ref_t: seen.append((x_t, ref_t)) or torch.zeros_like(x_t))
+    schedule = Schedule(model.cfg)
+    latents, y, t, noise, ref_noise = T.training_batch(model, schedule, [make_toys(2, 16, 0)], 2, 0, 3, CPU)
+    T.simple_loss(model, schedule, latents, y, t, noise, ref_noise)
+    assert torch.equal(seen[0][0], forward_noise(schedule, latents, t, noise))
+    assert torch.equal(seen[0][1], noised_reference(schedule, model.cfg, y, t, ref_noise))
+    rows = torch.cat([noise.flatten(0, 1), ref_noise]).flatten(1)  # views and reference: noises of their own
+    assert (torch.corrcoef(rows) - torch.eye(len(rows))).abs().max() < 0.25
 
 
 def test_batches_depend_on_seed_and_step_alone():
     model, views = random_model(), make_toys(3, 16, 0)
-    draw = lambda seed, step: T.training_batch(model, Schedule(model.cfg), views, 4, seed, step, torch.device("cpu"))  # noqa: E731
-    assert all(torch.equal(a, b) for a, b in zip(draw(0, 5), draw(0, 5), strict=True))
-    assert not torch.equal(draw(0, 5)[3], draw(0, 6)[3]) and not torch.equal(draw(0, 5)[3], draw(1, 5)[3])
+    draw = lambda seed, step: T.training_batch(model, Schedule(model.cfg), [views], 4, seed, step, CPU)  # noqa: E731
+    assert all(torch.equal(a, b) for a, b in zip(draw(0, 5), draw(0, 5)))
+    for other in (draw(0, 6), draw(1, 5)):
+        assert not torch.equal(draw(0, 5)[3], other[3]) and not torch.equal(draw(0, 5)[0], other[0])
     latents, y, t, _, _ = draw(0, 5)
     assert torch.equal(y, latents[:, 0])  # the reference is the relative front
     assert (t >= 1).all() and (t < 1000).all()
     assert sorted((t * 4 // 1000).tolist()) == [0, 1, 2, 3]  # stratified
 
 
-def test_two_steps_write_everything_and_move_the_weights(tmp_path):
-    result = T.main(config(tmp_path))
-    out = tmp_path / "out"
-    for name in ("config.json", "model.safetensors", "log.jsonl", "run.json", "grid.png", "state.pt"):
-        assert (out / name).stat().st_size > 0
-    assert {"psnr", "psnr_unseen", "psnr_unseen_white", "hull"} <= result.keys()
-    assert any("loss" in json.loads(line) for line in (out / "log.jsonl").read_text().splitlines())
-    before, after = load(tmp_path / "init").state_dict(), load(out).state_dict()
-    assert any(not torch.equal(before[k], after[k]) for k in before)
+def test_every_side_becomes_the_reference_and_views_are_renamed():
+    model, views = random_model(), make_toys(2, 16, 0)
+    frames = [model.encode(relative_views(v, r).float() / 255) for v in views for r in range(4)]
+    found = set()
+    for step in range(20):
+        for latents in T.training_batch(model, Schedule(model.cfg), [views], 2, 0, step, CPU)[0]:
+            found.add(next(i for i, f in enumerate(frames) if torch.equal(f, latents)))
+    assert found == set(range(8))
 
 
-def test_attention_only_leaves_the_rest_alone(tmp_path):
-    T.main(config(tmp_path, attention_only=True))
-    before, after = load(tmp_path / "init").state_dict(), load(tmp_path / "out").state_dict()
-    moved = {k for k in before if not torch.equal(before[k], after[k])}
-    assert moved and all(".attn1." in k for k in moved)
+def test_sources_take_turns_and_augmentation_is_asked_for():
+    model, schedule = random_model(), Schedule(random_model().cfg)
+    black, grey = torch.zeros(3, 5, 3, 16, 16, dtype=torch.uint8), torch.full((3, 5, 3, 16, 16), 51, dtype=torch.uint8)
+    latents = T.training_batch(model, schedule, [black, grey, grey], 5, 0, 0, CPU)[0]
+    torch.testing.assert_close(latents[:, 0, 0, 0, 0], torch.tensor([-1.0, -0.6, -0.6, -1.0, -0.6]))
+    augmented = T.training_batch(model, schedule, [black], 4, 0, 0, CPU, True)[0]
+    assert (augmented == 1).any() and (augmented.flatten(1).mean(1).unique().numel() == 4)  # each shrunk by itself
+
+
+# --- averaged weights, rates, optimizers ---
+
+
+def test_the_average_by_hand():
+    ema, weights = {"w": torch.tensor([0.0])}, {"w": torch.tensor([1.0])}
+    T.average(ema, weights, 0.9, step=0)  # decay min(.9, 1/10)
+    assert ema["w"].item() == pytest.approx(0.9)
+    T.average(ema, {"w": torch.tensor([0.0])}, 0.9, step=1000)  # decay .9
+    assert ema["w"].item() == pytest.approx(0.81)
+
+
+def test_saved_are_the_averaged_weights_and_training_goes_on_with_the_raw_ones(tmp_path, monkeypatch):
+    raw, rates = [], []
+
+    def spy(optimizers, parameters, rate, step, clip=1.0):
+        norm = common.optimizer_step(optimizers, parameters, rate, step, clip)
+        raw.append([p.detach().clone() for p in parameters])
+        rates.append(rate)
+        return norm
+
+    monkeypatch.setattr(T, "optimizer_step", spy)
+    folder = T.main(config(tmp_path, steps=4, warmup=2, ema=0.9, optimizer="adamw"))["folder"]
+    # warm-up over two steps times a cosine
+    assert rates == pytest.approx([min(1, (k + 1) / 2) * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)])
+    average = [p.detach().clone() for p in load(config(tmp_path).init).parameters()]
+    for step, weights in enumerate(raw):
+        d = min(0.9, (1 + step) / (10 + step))
+        average = [d * a + (1 - d) * w for a, w in zip(average, weights)]
+    for saved, want, last in zip(load(folder).parameters(), average, raw[-1]):
+        torch.testing.assert_close(saved, want, rtol=1e-4, atol=1e-6)
+    assert any((s - w).abs().max() > 1e-5 for s, w in zip(load(folder).parameters(), raw[-1]))
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (40, 8), (8, 4, 3, 3)])
@@ -89,69 +137,121 @@ def test_muon_moves_every_direction_equally_far(shape):
     g = torch.randn(shape).flatten(1)
     u, s, v = torch.linalg.svd(g, full_matrices=False)
     p.grad = (u * torch.logspace(0, -1, len(s)) @ v).view(shape)  # singular values 1 to .1
-    T.Muon([p], lr=0.1).step()
+    Muon([p], lr=0.1).step()
     moved = torch.linalg.svdvals(p.detach().flatten(1)) / (0.1 * max(1, g.shape[0] / g.shape[1]) ** 0.5)
     assert (moved > 0.6).all() and (moved < 1.3).all()
     assert (p * p.grad).sum() < 0  # downhill
 
 
-def test_muon_is_for_networks_from_nothing_only(tmp_path, monkeypatch):
-    made = []
+def test_muon_is_for_networks_from_nothing_unless_asked_for(tmp_path):
+    model = random_model()
+    parameters = list(model.parameters())
+    kinds = lambda **changes: [type(o).__name__ for o in T.new_optimizers(model, parameters, config(tmp_path, **changes))]  # noqa: E731
+    assert kinds() == kinds(init="", optimizer="adamw") == ["AdamW"]
+    assert kinds(init="") == kinds(optimizer="muon") == ["AdamW", "Muon"]
+    adamw, muon = T.new_optimizers(model, parameters, config(tmp_path, init="", lr=1e-3, muon_lr=0.02))
+    groups = [{id(p) for p in o.param_groups[0]["params"]} for o in (adamw, muon)]
+    assert not groups[0] & groups[1] and len(groups[0] | groups[1]) == len(parameters)
+    assert {p.ndim for p in muon.param_groups[0]["params"]} == {2, 4} and muon.param_groups[0]["lr"] == 0.02
 
-    class Spy(T.Muon):
-        def __init__(self, params, lr):
-            made.append([p.ndim for p in params])
-            super().__init__(params, lr)
 
-    monkeypatch.setattr(T, "Muon", Spy)
-    T.main(config(tmp_path, steps=1))
-    assert not made
-    monkeypatch.setitem(T.PRESETS, "toy", random_model().cfg)
-    T.main(config(tmp_path, steps=1, init="", out=str(tmp_path / "new")))
-    assert {2, 4} == set(made[0])
+# --- the script ---
+
+
+def test_two_steps_write_everything_and_are_reused(tmp_path, capsys):
+    result = T.main(config(tmp_path))
+    folder = Path(result["folder"])
+    for name in ("config.json", "model.safetensors", "log.jsonl", "results.json", "grid.png", "made_by.json"):
+        assert (folder / name).stat().st_size > 0
+    assert not (folder / "state.pt").exists() and (tmp_path / "out" / "sft").resolve() == folder.resolve()
+    assert {"psnr", "psnr_unseen", "psnr_unseen_white", "hull"} <= result["metrics"].keys()
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "val_psnr" in line] == [1, 2] and "loss" in lines[-2]
+    before, after = load(tmp_path / "init").state_dict(), load(folder).state_dict()
+    assert any(not torch.equal(before[k], after[k]) for k in before)
+    assert T.main(config(tmp_path)) == result and "reused" in capsys.readouterr().out
+    assert T.main(config(tmp_path, lr=1e-5))["folder"] != str(folder)
+    random_model(ref_scale=3.0).save(tmp_path / "init")
+    assert T.main(config(tmp_path))["folder"] != str(folder)  # the start counts by its content
+
+
+def test_the_evaluation_by_hand(tmp_path, monkeypatch):
+    views = make_toys(2, 16, 2)
+    monkeypatch.setattr(T, "sample_images", lambda model, ref, *args: (views.float() / 255 + 0.1).clamp(0, 1))
+    result = T.evaluate(random_model(), views, config(tmp_path), CPU, tmp_path / "grid.png")
+    noisy = (views.float() / 255 + 0.1).clamp(0, 1) - views.float() / 255
+    mean = lambda d: (-10 * d.square().flatten(2).mean(2).log10()).mean().item()  # noqa: E731
+    assert result["psnr"] == pytest.approx(mean(noisy), rel=1e-4)
+    assert result["psnr_unseen"] == pytest.approx(mean(noisy[:, 1:]), rel=1e-4)
+    white = 1 - views[:, 1:].float() / 255
+    assert result["psnr_unseen_white"] == pytest.approx(mean(white), rel=1e-4)
+    copied = views[:, :1].float() / 255 - views[:, 1:].float() / 255
+    assert result["psnr_unseen_copied_reference"] == pytest.approx(mean(copied), rel=1e-4)
+
+
+def test_a_network_that_looks_at_its_reference_has_two_errors(monkeypatch):
+    model = random_model()
+    model.cfg.__dict__["ref_scale"] = 1e4  # then Y_t is the reference, scaled to unit size... up to its length
+    monkeypatch.setattr(type(model), "forward", lambda self, x_t, t, ref_t: ref_t[:, None].expand_as(x_t))
+    views = make_toys(3, 16, 2)[:, :1].expand(-1, 5, -1, -1, -1)  # all views equal the reference
+    errors = T.reference_use(model, views, CPU, 2)
+    assert errors["x0_error_t500_wrong_ref"] > 2 * errors["x0_error_t500_right_ref"]
 
 
 @pytest.mark.parametrize("start", ["from_nothing", "from_a_model", "lora"])
 def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, start):
     monkeypatch.setitem(T.PRESETS, "toy", random_model().cfg)
     changes = {"from_nothing": {"init": ""}, "from_a_model": {}, "lora": {"lora": 2}}[start]
-    T.main(config(tmp_path, out=str(tmp_path / "whole"), steps=4, **changes))
-    whole = load(tmp_path / "whole").state_dict()
-    killed = config(tmp_path, out=str(tmp_path / "parts"), steps=4, **changes)
-    original = T.simple_loss
-    calls = []
+    whole = T.main(config(tmp_path, out=str(tmp_path / "whole"), steps=4, eval_every=3, **changes))["folder"]
+    killed = config(tmp_path, out=str(tmp_path / "parts"), steps=4, eval_every=3, **changes)
+    monkeypatch.setattr(common, "SAVE_SECONDS", 0)
+    original, calls = T.simple_loss, []
 
     def dies(*args):
         calls.append(0)
-        if len(calls) == 4:
+        if len(calls) == 3:
             raise KeyboardInterrupt
         return original(*args)
 
-    T.simple_loss = dies
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            T.main(killed)
-    finally:
-        T.simple_loss = original
-    T.main(killed)
-    parts = load(tmp_path / "parts").state_dict()
-    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    monkeypatch.setattr(T, "simple_loss", dies)
+    with pytest.raises(KeyboardInterrupt):
+        T.main(killed)
+    pieces = T.main(killed)["folder"]
+    assert len(calls) == 5
+    whole, pieces = load(whole).state_dict(), load(pieces).state_dict()
+    assert all(torch.equal(whole[k], pieces[k]) for k in whole)
 
 
-def test_another_config_is_not_resumed(tmp_path):
-    T.main(config(tmp_path))
-    with pytest.raises(InputError, match="made with lr 0.001; expected lr 1e-05"):
-        T.main(config(tmp_path, lr=1e-5))
+def test_attention_only_leaves_the_rest_alone(tmp_path):
+    folder = T.main(config(tmp_path, attention_only=True))["folder"]
+    before, after = load(tmp_path / "init").state_dict(), load(folder).state_dict()
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    assert moved and all(".attn1." in k for k in moved)
 
 
-def test_wrong_input_is_one_line(tmp_path):
-    with pytest.raises(InputError, match="--preset huge"):
-        T.main(config(tmp_path, preset="huge"))
-    with pytest.raises(InputError, match="--base x: --preset toy starts from nothing"):
-        T.main(config(tmp_path, init="", base="x"))
-    with pytest.raises(InputError, match="made with True and 16"):
-        T.main(config(tmp_path, cross_view=False))
-    with pytest.raises(InputError, match="--split test"):
-        T.main(config(tmp_path, split="test"))
-    with pytest.raises(InputError):
-        T.main(config(tmp_path, data=str(tmp_path / "nowhere")))
+def test_furniture_trains_on_its_training_split(tmp_path, monkeypatch):
+    random_model(image_size=64, patch=8).save(tmp_path / "init64")
+    seen, original = [], T.training_batch
+    monkeypatch.setattr(T, "training_batch", lambda *args: seen.append(args) or original(*args))
+    T.main(config(tmp_path, init=str(tmp_path / "init64"), data=("furniture", "toys"), augment=True, steps=1))
+    furniture, toys = seen[0][2]
+    assert torch.equal(furniture, load_furniture("train", 64)[1][:4]) and torch.equal(toys, make_toys(4, 64, 0))
+    assert seen[0][-1] is True and augment(furniture[0], common.keyed_generator(0)).shape == (5, 3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"init": "", "base": "x"}, "--base x: --preset toy starts from nothing"),
+        ({"cross_view": False}, "made with True and 16"),
+        ({"data": ("nowhere",)}, "nowhere: no such folder"),
+        ({"steps": 0}, "--steps"),
+        ({"lr": float("nan")}, "--lr"),
+        ({"num_steps": 1000}, "--num_steps 1000"),
+        ({"init": "nowhere"}, "nowhere: no config.json"),
+    ],
+)
+def test_wrong_input_is_one_line_before_any_work(tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        T.main(config(tmp_path, **changes))
+    assert not list((tmp_path / "out").glob("sft*"))
