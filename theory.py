@@ -250,9 +250,7 @@ def check_assumptions(seed: int) -> list[Check]:
     return [
         Holds("Sec. 4", "PCA finds the a_i if Sigma is diagonal and distinct", [diagonal], 1e-9),
         Refuted("Sec. 4", '"each view is an eigenvector": 1 - |cos|', mixed, 0.01, "needs Sigma diagonal"),
-        Refuted(
-            "Sec. 4", '"y is the upper bound": share above 3 sd', beyond, 5e-4, "has none; alpha1 < 0 then"
-        ),
+        Refuted("Sec. 4", '"y is the upper bound": share beyond 3 sd', beyond, 5e-4, "a Gaussian has none"),
     ]
 
 
