@@ -5,8 +5,8 @@ its laws, the exact condition under which the negative term helps, a comparison 
 random models. The sampler's moments propagate exactly, so no number below has a sampling error.
 
 Run from the repository's folder:
-    python -m runs.theory_extra           # all checks and the table; exit status 1 if a line fails
-    python -m runs.theory_extra --plot    # also draws Figure 3
+    python -m runs.theory_extra                         # checks and table; exit status 1 if a line fails
+    python -m runs.theory_extra --out results/theory    # also draws Figure 3
 
 Letters beyond theory.py's: data are N(mu, C) in R^D; Q = I - a a^T takes the part off target.
 """
@@ -31,8 +31,7 @@ class Config:
     """Options of `python -m runs.theory_extra`."""
 
     seed: int = 0  # draws the random models; every seed has to pass
-    plot: bool = False  # draw Figure 3 to figure3.png in the folder `out`
-    out: str = "results/theory"  # folder of the figure
+    out: str = ""  # draw Figure 3 to figure3.png in this folder; empty: no figure
 
 
 # --- the sampler ---
@@ -401,7 +400,7 @@ def main(cfg: Config) -> int:
     failed, laws = theory.run_checks(CHECKS, cfg.seed), matched_laws()
     cosines = torch.stack([mean_cosine(law, A1) for law in laws.values()], 1)  # (models, columns)
     print_table(dict(zip(MODELS, cosines.tolist(), strict=True)))
-    if cfg.plot:
+    if cfg.out:
         print(f"\nfigure: {plot_figure(laws, Path(cfg.out))}")
     return failed
 
