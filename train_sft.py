@@ -344,9 +344,7 @@ def main(cfg: Config) -> dict:
         frozen_bf16 = made_by["bf16"] and model.cfg.is_sdxl and (cfg.attention_only or cfg.lora > 0)
         if cfg.lora:
             model.add_lora(cfg.lora)
-        parameters = model.train().freeze(
-            cfg.attention_only, cfg.lora, frozen_bf16, view_embedding=not cfg.init
-        )
+        parameters = model.train().freeze(cfg.attention_only, frozen_bf16, view_embedding=not cfg.init)
         model.to(device)  # after what is frozen has lost half its size
         if cfg.checkpointing:
             model.unet.enable_gradient_checkpointing()
