@@ -1,221 +1,275 @@
-"""What runs/table1.sh measured, as a table, a picture and curves.
+"""Table 1 on furniture: every row trained and measured on held-out objects by other hands (paper Sec. 6).
 
-Reads the evaluations OUT/eval/<row>_<seed>.json and the training logs OUT/seed0/<row>/log.jsonl. An object's number is
-the mean over seeds, a row's the mean over objects; +- is the standard deviation between the seeds' means, and [a, b] a
-95 % bootstrap interval over objects, of differences paired by object and noise.
+One command does all of it, and goes on where it stopped: every stage is found by its content (common.cached). Rows share
+candidates; all have the same references, batches and number of steps. The held-out objects are looked at here only.
 
 Run:
-    python -m runs.table1 --out out/table1 --results results/table1
+    python -m runs.table1                       # results/table1/{table.md, table.json, grid.png, curves.png}
+    python -m runs.table1 --seeds 0             # one seed; two shells may share the work, then once with all
+    python -m runs.table1 --small True          # the same path in minutes, on numbers too small to mean anything
+
+Numbers are of the four unseen views where a metric has them. An interval is a 95 % bootstrap over seeds and objects.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from common import cli, load_json, save_json, write_atomic
-from data import load_views
-from evaluate import bootstrap_interval, grid
+import train_d3po as D
+import train_scorer as S
+from common import (
+    cached,
+    cli,
+    digest,
+    get_device,
+    key_seed,
+    load_tensors,
+    located,
+    provenance,
+    save_json,
+    save_tensors,
+    use_bf16,
+    write_atomic,
+)
+from data import load_split
+from evaluate import measure
+from grid import grid
+from metrics import Lpips, bootstrap_interval, grey_levels_changed
+from model import load
+from sample import sample, sample_images
+from scorer import Scorer, contrastive_reward
 
-ROWS = {  # file name -> label in the table
-    "pre": "pre-trained",
-    "sft_all": "SFT",
-    "m_all": "MV-D3PO-M",
-    "c_pre_all": "MV-D3PO-C (pre)",
-    "c_all": "MV-D3PO-C",
-    "c_nine_all": "MV-D3PO-C, nine candidates",
-    "hull_all": "MV-D3PO, hull feedback (ours)",
-    "ns_all": "control: the less noised reference wins",
-    "sft": "attention layers: SFT",
-    "sft_low": "attention layers: SFT, learning rate 2e-5",
-    "m": "attention layers: MV-D3PO-M",
-    "c_pre": "attention layers: MV-D3PO-C (pre)",
-    "c": "attention layers: MV-D3PO-C",
-    "hull": "attention layers: hull feedback",
-    "independent": "independent views (Zero123-style), from a folder",
+ROWS = {  # row -> label; what changes in the config of train_d3po.py, if it is trained at all
+    "pre": ("pre-trained", None),
+    "sft": ("SFT", {"feedback": "none"}),
+    "random": ("control: random preferences", {"feedback": "random"}),
+    "m": ("MV-D3PO-M", {"feedback": "matching"}),
+    "c_pre": ("MV-D3PO-C (pre)", {"feedback": "contrastive"}),
+    "c": ("MV-D3PO-C", {"feedback": "contrastive"}),
+    "geometry": ("MV-D3PO, geometry (ours)", {"feedback": "geometry"}),
+    "oracle": ("control: oracle preferences", {"feedback": "oracle"}),
+    "best": ("best of five by the scorer, no training", None),
+    "truth": ("ground truth", None),
 }
-BASES = {  # differences are shown to these rows, for these rows
-    "sft_all": ("pre", "m_all", "c_pre_all", "c_all", "c_nine_all", "hull_all", "ns_all", "independent"),
-    "pre": tuple(row for row in ROWS if row != "pre"),
-    "m_all": ("c_pre_all", "c_all", "c_nine_all", "hull_all", "ns_all"),
-    "ns_all": ("c_pre_all", "c_all", "c_nine_all"),
-    "c_all": ("c_pre_all", "c_nine_all"),
-    "sft": ("pre", "sft_low", "m", "c_pre", "c", "hull"),
-    "sft_low": ("m", "c_pre", "c", "hull"),
-    "m": ("c_pre", "c", "hull"),
+METRICS = {  # column -> heading, digits, whether it is a percentage
+    "psnr_unseen": ("PSNR, dB", 2, 1),
+    "ssim_unseen": ("SSIM", 3, 1),
+    "lpips_unseen": ("LPIPS (lower)", 3, 1),
+    "contradiction": ("contradictions, % (lower)", 1, 100),
+    "geometry": ("geometry", 3, 1),
+    "hull": ("hull IoU", 3, 1),
+    "contrastive": ("contrastive score", 2, 1),
+    "contrastive_pre": ("score of C (pre)", 2, 1),
+    "judge": ("score of a third scorer", 2, 1),
+    "grey_levels": ("changed, grey levels", 1, 1),
 }
-METRICS = {  # column -> heading, digits (of differences one more)
-    "psnr": ("PSNR, dB", 2),
-    "ssim": ("SSIM", 3),
-    "lpips": ("LPIPS (lower is better)", 3),
-    "gmsd": ("GMSD (lower is better)", 3),
-    "contrastive": ("contrastive score", 2),
-    "contrastive_scorer_pre": ("score of C (pre)", 2),
-    "hull": ("silhouette consistency", 3),
-}
-FEEDBACK = {  # the column a row was trained on
-    "c_pre_all": "contrastive_scorer_pre",
-    "c_all": "contrastive",
-    "c_nine_all": "contrastive",
-    "hull_all": "hull",
-    "c_pre": "contrastive_scorer_pre",
+OWN = {
+    "c_pre": "contrastive_pre",
     "c": "contrastive",
-    "hull": "hull",
-}
-SHOWN = ("sft_all", "m_all", "c_all", "ns_all")  # in the picture
+    "geometry": "geometry",
+    "best": "contrastive",
+}  # own reward
 
 
 @dataclass(frozen=True)
 class Config:
-    """Where the measurements are, and where the table goes."""
+    """Where, and how much."""
 
-    out: str = "out/table1"
-    results: str = "results/table1"
+    seeds: tuple[int, ...] = (0, 1, 2)  # of candidates, batches and samples; scorers are shared
+    rows: tuple[str, ...] = tuple(ROWS)  # which rows
+    rates: tuple[float, ...] = (
+        2e-5,
+        5e-5,
+        1e-4,
+    )  # of SFT: the best on validation objects stands in the table
+    n: int = 96  # held-out objects
+    lpips: str = ""  # "hub", or a folder with the two published files: adds that column
+    small: bool = False  # tiny numbers: does everything fit together?
+    out: str = "out/table1"  # where the runs go
+    results: str = "results/table1"  # where the table goes
+    device: str = "auto"  # auto, cpu or cuda
 
 
-def read(out: Path, row: str, seeds: list[int]) -> dict[str, Tensor]:  # metric -> (seeds, N)
-    """The numbers of every object and seed."""
-    files = [load_json(out / "eval" / f"{row}_{seed}.json") for seed in seeds]
-    return {k: torch.tensor([f["objects"][k] for f in files], dtype=torch.float64) for k in files[0]["objects"]}
+def base_config(cfg: Config) -> D.Config:
+    """The main job's, or a tiny one."""
+    tiny = {"num_references": 4, "eval_objects": 2, "steps": 2, "num_candidates": 3, "num_steps": 4}
+    tiny |= {"trained_calls": (0, 1)}
+    return D.Config(out=cfg.out, device=cfg.device, **(tiny if cfg.small else {}))
 
 
-def table(scores: dict[str, dict[str, Tensor]], names: list[str], known: dict[str, dict[str, float]]) -> list[str]:
-    """Markdown lines: means +- spread between seeds, then the rows of known quality."""
-    heads = [METRICS[n.removesuffix("_unseen")][0] for n in names]
-    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(names) + 1) + "|"]
-    for row, values in scores.items():
+def make_scorers(cfg: Config) -> dict[str, str]:
+    """C's, C (pre)'s, and a judge that no row is trained on: other seed, larger patches, no twins."""
+    base = base_config(cfg)
+    shared: dict[str, Any] = {
+        "num_references": base.num_references,
+        "num_steps": base.num_steps,
+        "device": cfg.device,
+    }
+    shared |= {"num_val": 4, "steps": 4} if cfg.small else {}
+    kinds: dict[str, dict[str, Any]] = {"contrastive": {"out": f"{cfg.out}/scorer"}}
+    kinds["contrastive_pre"] = {"negatives": base.model, "out": f"{cfg.out}/scorer_pre"}
+    kinds["judge"] = {"patch_size": 16, "twins": False, "seed": 1, "out": f"{cfg.out}/scorer_judge"}
+    return {name: S.main(S.Config(**{**shared, **changes}))["folder"] for name, changes in kinds.items()}
+
+
+def train_row(row: str, seed: int, scorers: dict[str, str], cfg: Config) -> Path:
+    """The model of a row."""
+    changes = ROWS[row][1]
+    base = base_config(cfg)
+    if changes is None:
+        return located(base.model)
+    scorer = scorers["contrastive_pre" if row == "c_pre" else "contrastive"]
+    options = replace(base, seed=seed, scorer=scorer, **changes)
+    if row != "sft":
+        return Path(D.main(options)["folder"])
+    runs = [D.main(replace(options, lr=rate)) for rate in cfg.rates]
+    return Path(max(runs, key=lambda r: r["table"]["psnr_unseen"]["after"])["folder"])
+
+
+def draw(row: str, model: Path, seed: int, truth: Tensor, scorers: dict[str, str], cfg: Config) -> Tensor:
+    """The row's images of the held-out objects (N, V, 3, S, S), from the front view."""
+    device, base = get_device(cfg.device), base_config(cfg)
+    bf16 = use_bf16("auto", device)
+    ref = truth[:, 0]
+
+    def make(folder: Path) -> None:
+        policy = load(model, device, half=bf16)
+        if row != "best":
+            images = sample_images(policy, ref, seed, base.num_steps, 8, row, bf16)
+        else:  # five samples with noises of their own; the scorer takes one
+            scorer, chosen = Scorer.load(scorers["contrastive"], device), []
+            for i, y in enumerate(ref.to(device)):
+                five = y.expand(5, -1, -1, -1)
+                seeds = [key_seed(seed, i)] * 5
+                drawn = sample(policy, five, seeds, base.num_steps, list(range(5)), bf16=bf16).images
+                chosen.append(drawn[contrastive_reward(scorer, five, drawn).argmax()].cpu())
+            images = torch.stack(chosen)
+        save_tensors(folder / "images.safetensors", {"images": (images * 255).round().to(torch.uint8)})
+
+    if row == "truth":
+        return truth
+    made_by = {
+        "model": digest(model),
+        "ref": digest(ref),
+        "seed": seed,
+        "num_steps": base.num_steps,
+        "bf16": bf16,
+    }
+    made_by |= {"scorer": digest(Path(scorers["contrastive"]))} if row == "best" else {}
+    folder = cached(cfg.out, f"heldout_{row}", made_by, make)
+    return load_tensors(folder / "images.safetensors")["images"].float() / 255
+
+
+def statistics(values: Tensor) -> dict[str, float]:  # (seeds, N)
+    """Mean, and its interval over seeds and objects."""
+    low, high = bootstrap_interval(values)
+    return {"mean": values.double().mean().item(), "low": low, "high": high}
+
+
+def markdown(rows: dict, columns: list[str], sign: str = "") -> list[str]:
+    """A table: a row for each, with intervals; bold if an interval of a difference leaves out 0."""
+    lines = ["| | " + " | ".join(METRICS[c][0] for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for row, values in rows.items():
         cells = []
-        for n in names:
-            digits, seeds = METRICS[n.removesuffix("_unseen")][1], values[n].mean(1)
-            spread = f" ± {seeds.std().item():.{digits}f}" if len(seeds) > 1 else ""
-            cells.append(f"{seeds.mean().item():.{digits}f}{spread}{' *' * (FEEDBACK.get(row) == n)}")
-        lines.append(f"| {ROWS[row]} | " + " | ".join(cells) + " |")
-    for label, values in known.items():
-        cells = [f"{values[n]:.{METRICS[n.removesuffix('_unseen')][1]}f}" for n in names]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        for c in columns:
+            _, digits, factor = METRICS[c]
+            mean, low, high = (values[c][k] * factor for k in ("mean", "low", "high"))
+            digits += bool(sign)
+            cell = f"{mean:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+            cell = f"**{cell}**" if sign and low * high > 0 else cell
+            cells.append(cell + " *" * (OWN.get(row) == c))
+        lines.append(f"| {ROWS[row][0]} | " + " | ".join(cells) + " |")
     return lines
 
 
-def differences(scores: dict[str, dict[str, Tensor]], names: list[str], base: str) -> tuple[list[str], dict]:
-    """Markdown lines and numbers: `base`, then others minus it, object by object. Bold: the interval leaves out 0."""
-    lines, numbers = table({base: scores[base]}, names, {}), {}
-    lines[0] = lines[0].replace("| |", "| the others minus the first row |", 1)
-    for row in BASES[base]:
-        if row not in scores:
-            continue
-        cells, numbers[row] = [], {}
-        for n in names:
-            digits = METRICS[n.removesuffix("_unseen")][1] + 1
-            difference = scores[row][n].mean(0) - scores[base][n].mean(0)
-            low, high = bootstrap_interval(difference)
-            mean = difference.mean().item()
-            numbers[row][n] = {"mean": mean, "low": low, "high": high}
-            cell = f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-            cells.append((f"**{cell}**" if low > 0 or high < 0 else cell) + " *" * (FEEDBACK.get(row) == n))
-        lines.append(f"| {ROWS[row]} | " + " | ".join(cells) + " |")
-    return lines, numbers
-
-
-def picture(cfg: Config, scores: dict[str, dict[str, Tensor]], ids: list[str]) -> list[int]:
-    """grid.png: truth and the shown methods on the objects at fixed quantiles of SFT's PSNR of unseen views."""
-    order = scores[SHOWN[0]]["psnr_unseen"].mean(0).argsort()
-    chosen = [int(order[round(q * (len(order) - 1))]) for q in (0.95, 0.8, 0.65, 0.5, 0.35, 0.2, 0.05)]
-    columns, size = {}, load_json(Path(cfg.out) / "eval" / "pre_0.json")["size"]
-    for row, label in {"truth": "truth", **{row: ROWS[row] for row in SHOWN}}.items():
-        folder = Path(cfg.out) / "images" / (row if row == "truth" else f"{row}_0")
-        names, views = load_views(str(folder), size)
-        columns[label] = torch.stack([torch.as_tensor(views[names.index(ids[i])]) for i in chosen]).float() / 255
-    grid(Path(cfg.results) / "grid.png", columns, columns["truth"][:, 0])
-    return chosen
-
-
-def curves(cfg: Config) -> None:
-    """curves.png: what training did, and whether the validation images followed."""
+def curves(path: Path, points: dict[str, list[tuple[float, dict[str, float]]]], columns: list[str]) -> None:
+    """Each run's change of every judge over the square root of its KL to pi_pre: the fair axis for rows that drift."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = {
-        "margin": "margin of Eq. (2)",
-        "accuracy": "share of pairs with positive margin",
-        "loss_simple": "L_simple-MV on the preference objects",
-        "grad_d3po": "gradient norm of Eq. (2)",
-        "val_contrastive": "contrastive score, validation objects",
-        "val_hull": "silhouette consistency, the same",
-        "val_psnr_unseen": "PSNR of unseen views, the same",
-    }
-    figure, axes = plt.subplots(2, 4, figsize=(16, 7.5), layout="constrained")
-    methods = list(dict.fromkeys(row.removesuffix("_all") for row in ROWS))  # a colour each; attention layers: dashed
-    style = {
-        row: {"color": f"C{methods.index(row.removesuffix('_all'))}", "ls": "-" if row.endswith("_all") else "--"}
-        for row in ROWS
-    }
-    logs = {}
-    for row in ROWS:
-        folder = Path(cfg.out) / "seed0" / row
-        if (folder / "results.json").is_file():
-            before = {f"val_{k}": v["before"] for k, v in load_json(folder / "results.json")["table"].items()}
-            if FEEDBACK.get(row) == "contrastive_scorer_pre":  # another scorer: not on one axis with the others
-                before.pop("val_contrastive", None)
-            lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-            logs[row] = [{"step": 0, **before}] + [
-                {k: z[k] for k in z if k in before or k[:4] != "val_"} for z in lines
-            ]
-    for axis, (key, title) in zip(axes.flat, panels.items(), strict=False):
-        for row, lines in logs.items():
-            points = [(line["step"], line[key]) for line in lines if key in line]
-            if any(value for _, value in points):  # SFT's gradient of Eq. (2) is 0 throughout
-                axis.plot(*zip(*points, strict=True), label=ROWS[row], **style[row])
-        axis.set(title=title, xlabel="step")
-    axis = axes.flat[-1]
-    for row, lines in logs.items():  # is the reward a measure of quality? one path through the plane by method
-        points = [(z["val_contrastive"], z["val_psnr_unseen"]) for z in lines if "val_contrastive" in z]
-        if points:
-            axis.plot(*zip(*points, strict=True), marker=".", **style[row])
-            axis.plot(*points[-1], "o", color=style[row]["color"])
-    axis.set(title="reward against quality, dot: the end", xlabel="contrastive score", ylabel="PSNR of unseen views")
-    figure.legend(*axes.flat[2].get_legend_handles_labels(), loc="outside lower center", ncols=4)  # has every row
-    write_atomic(Path(cfg.results) / "curves.png", lambda p: figure.savefig(p, dpi=80, format="png"))
+    figure, axes = plt.subplots(1, len(columns), figsize=(3.2 * len(columns), 3.4), layout="constrained")
+    for axis, c in zip(axes, columns):
+        for row, runs in points.items():
+            axis.plot(
+                [kl**0.5 for kl, _ in runs], [v[c] * METRICS[c][2] for _, v in runs], "o", label=ROWS[row][0]
+            )
+        axis.axhline(0, color="grey", lw=0.5)
+        axis.set(title=f"{METRICS[c][0]}, minus pre-trained", xlabel="sqrt(KL / nats)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    write_atomic(path, lambda p: figure.savefig(p, dpi=80, format="png"))
     plt.close(figure)
 
 
 def main(cfg: Config) -> dict:
-    """Write table.md, table.json, grid.png and curves.png."""
-    out, results = Path(cfg.out), Path(cfg.results)
-    present = [row for row in ROWS if (out / "eval" / f"{row}_0.json").is_file()]
-    seeds = [s for s in range(10) if all((out / "eval" / f"{row}_{s}.json").is_file() for row in present)]
-    scores = {row: read(out, row, seeds) for row in present}
-    first = load_json(out / "eval" / "pre_0.json")
-    known = {k: v for k, v in first["rows"].items() if k != first["config"]["model"]}
-    chosen = picture(cfg, scores, first["ids"])
-    curves(cfg)
+    """Train, draw, measure, write."""
+    n = 4 if cfg.small else cfg.n
+    scorers = make_scorers(cfg)
+    judges = {name: Scorer.load(folder, get_device(cfg.device)) for name, folder in scorers.items()}
+    lpips = Lpips.load(cfg.lpips) if cfg.lpips else None
+    truth = load_split("furniture", "heldout", n, judges["contrastive"].cfg.image_size).float() / 255
 
-    columns = [k for k in METRICS if all(k in values for values in scores.values())]
-    unseen = [f"{k}_unseen" if f"{k}_unseen" in scores["pre"] else k for k in columns]
+    measured: dict[str, dict[str, Tensor]] = {}  # row -> metric -> (seeds, N)
+    first: dict[str, Tensor] = {}  # row -> images of the first seed
+    points: dict[str, list] = {}
+    for row in cfg.rows:
+        by_seed = []
+        for seed in cfg.seeds:
+            model = train_row(row, seed, scorers, cfg)
+            images = draw(row, model, seed, truth, scorers, cfg)
+            before = draw("pre", located(base_config(cfg).model), seed, truth, scorers, cfg)
+            values = measure(images, truth, truth[:, 0], judges, lpips)
+            values["grey_levels"] = grey_levels_changed(images, before).double()
+            by_seed.append(values)
+            first.setdefault(row, images)
+            if ROWS[row][1] and row != "sft":
+                kl = json.loads((model / "log.jsonl").read_text().splitlines()[-1])["kl"]
+                points.setdefault(row, []).append((kl, {k: v.mean().item() for k, v in values.items()}))
+        measured[row] = {k: torch.stack([v[k] for v in by_seed]) for k in by_seed[0]}
+
+    columns = [c for c in METRICS if c in measured["pre"]]
+    rows = {row: {c: statistics(values[c]) for c in columns} for row, values in measured.items()}
+    minus = {
+        base: {
+            row: {c: statistics(values[c] - measured[base][c]) for c in columns}
+            for row, values in measured.items()
+            if row not in (base, "truth")
+        }
+        for base in ("pre", "sft", "random")
+        if base in measured
+    }
+    for row, runs in points.items():
+        points[row] = [
+            (kl, {c: v[c] - measured["pre"][c][s].mean().item() for c in columns})
+            for s, (kl, v) in enumerate(runs)
+        ]
     text = [
-        f"{len(first['ids'])} held-out objects, {len(seeds)} seeds "
-        "(of candidates, batches, samples; scorers are shared).",
-        "± is the standard deviation between seeds, [a, b] a 95 % bootstrap interval over objects; bold: without 0.",
-        "\\* the row's own feedback. Silhouette consistency is of all five views in every table.",
-        f"`bash runs/table1.sh`; {first['hardware']}, {first['config']['num_steps']} network calls a sample.",
-        "",
-        "**The four unseen views**",
+        f"{n} held-out objects, seeds {', '.join(map(str, cfg.seeds))}; mean [95 % interval over seeds and objects]."
     ]
-    numbers: dict[str, dict] = {}
-    for base in BASES:
-        lines, numbers[base] = differences(scores, unseen, base)
-        text += ["", *lines]
-    text += ["", *table(scores, unseen, known)]
-    text += ["", "**All five views**, the copy of the reference included", "", *table(scores, columns, known)]
-    names = ", ".join(first["ids"][i] for i in chosen)
-    text += ["", f"`grid.png`: the objects at the 95, 80, 65, 50, 35, 20 and 5 % quantiles of SFT's PSNR ({names})."]
+    text += ["\\* the row's own reward. `python -m runs.table1`.", "", *markdown(rows, columns)]
+    for base, differences in minus.items():
+        text += [
+            "",
+            f"**Minus {ROWS[base][0]}** (bold: the interval leaves out 0)",
+            "",
+            *markdown(differences, columns, "+"),
+        ]
+    results = Path(cfg.results)
     write_atomic(results / "table.md", lambda p: p.write_text("\n".join(text) + "\n"))
-    rows = {row: {k: v.mean(1).tolist() for k, v in values.items()} for row, values in scores.items()}
-    result = {"rows": rows, "known": known, "differences": numbers, "objects_in_grid": chosen}
+    kls = {row: [kl for kl, _ in runs] for row, runs in points.items()}
+    result = {**provenance(cfg), "rows": rows, "minus": minus, "kl": kls}
     save_json(results / "table.json", result)
+    shown = {ROWS[row][0]: first[row][:10] for row in ("truth", "pre", "c", "geometry") if row in first}
+    grid(results / "grid.png", shown, truth[:10, 0], side=64)  # the first ten held-out objects, as they come
+    if points:
+        curves(
+            results / "curves.png", points, [c for c in columns if c not in ("grey_levels", "ssim_unseen")]
+        )
     print("\n".join(text))
     return result
 
