@@ -116,6 +116,9 @@ def test_a_cache_is_used_only_for_what_made_it(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "renderer", lambda: "other code")
     assert torch.equal(load(3), truth[:3]) and len(made) == 5
     assert not torch.equal(data.load_split("toys", "train", 3, 16, cache=tmp_path), truth[:3])
+    many = data.load_split("toys", "validation", 66, 8, cache=tmp_path)  # more than one batch, other pixels
+    assert torch.equal(many, data.make_toys(66, 8, data.SPLITS["validation"]))
+    assert data.load_split("toys", "validation", 66, 16, cache=tmp_path).shape == (66, 5, 3, 16, 16)
 
 
 def test_the_renderer_is_known_by_its_code(monkeypatch, tmp_path):
@@ -572,6 +575,12 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
     data.main(data.Config(**{**vars(cfg), "size": 16}))  # the same toys, drawn again
     assert data.load_views(out, 0)[1].folders[0].parent == out
     assert pictures.open_image(out / data.toy_name(7, 0) / "top.png").shape == (3, 16, 16)
+    (out / data.toy_name(7, 1)).rename(tmp_path / "elsewhere")  # a link would lead out of the folder
+    (out / data.toy_name(7, 1)).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="are not this command's"):
+        data.main(cfg)
+    (out / data.toy_name(7, 1)).unlink()
+    (tmp_path / "elsewhere").rename(out / data.toy_name(7, 1))
     (out / data.toy_name(7, 1) / "made_by.json").unlink()  # a user's own renders of that name
     with pytest.raises(InputError, match="are not this command's"):
         data.main(cfg)
@@ -871,6 +880,18 @@ def test_unreadable_picture_gives_one_line(tmp_path):
         data.read_image(tmp_path / "x.png", 8)
     with pytest.raises(InputError, match="y.png: no such file"):
         data.read_image(tmp_path / "y.png", 8)
+
+
+def test_the_sheet_shows_two_toys_of_each_kind(tmp_path):
+    data.main(data.Config(sheet=str(tmp_path / "sheet.png"), size=8, seed=7))
+    sheet = pictures.open_image(tmp_path / "sheet.png")
+    assert sheet.shape == (3, 8 * (8 + 14), 3 * (5 * 8 + 8))
+    kinds = [toy_kind(key_seed(7, i)) for i in range(400)]
+    expected = [[i for i, k in enumerate(kinds) if k == kind.__name__][:2] for kind in KINDS]
+    for n, i in enumerate(sum(expected, [])):
+        x, y = n % 3 * 48, n // 3 * 22 + 14
+        row = torch.cat(list(data.make_toys(1, 8, 7, first=i)[0]), -1)
+        assert torch.equal(sheet[:, y : y + 8, x : x + 40], row), n
 
 
 def test_command_line(tmp_path):
