@@ -866,6 +866,23 @@ def test_any_picture_becomes_a_square_on_white(tmp_path, mode):
         assert (image[:, 12:20].float() - 128).abs().max() <= 1
 
 
+def test_a_photo_is_turned_a_deep_picture_clipped_and_a_fine_one_averaged(tmp_path):
+    photo, exif = Image.new("RGB", (20, 10), RED), Image.Exif()
+    exif[0x0112] = 6  # "turn me a quarter": phones do so
+    photo.save(tmp_path / "x.jpg", exif=exif)
+    assert pictures.open_image(tmp_path / "x.jpg").shape == (3, 20, 10)
+    Image.fromarray(np.array([[2**20, -(2**20)]], np.int32)).save(tmp_path / "x.tif")
+    assert pictures.open_image(tmp_path / "x.tif")[0].tolist() == [[255, 0]]
+    data.write_png(tmp_path / "x.png", torch.full((3, 20, 10), 0.999))  # rounded, not cut
+    tall = data.read_image(tmp_path / "x.png", 20)
+    Image.new("RGB", (10, 20), RED).save(tmp_path / "x.png")
+    wide = data.read_image(tmp_path / "x.png", 20)  # in the middle of white
+    assert (tall == 255).all() and (wide[1, 0] == 0).nonzero()[[0, -1]].tolist() == [[5], [14]]
+    lines = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    lines[:, ::4] = 200  # one row of four
+    assert (pictures.resize(lines, 16).float() - 50).abs().max() <= 20
+
+
 def test_transparent_pixels_become_white(tmp_path):
     picture = np.zeros((4, 4, 4), np.uint8)  # transparent black, one half-transparent black pixel
     picture[1, 2, 3] = 128
