@@ -65,7 +65,7 @@ def write_png(path: str | Path, image: Tensor) -> None:
 def write_views(folder: str | Path, views: Tensor, made_by: dict | None = None) -> None:
     """(V, 3, S, S) to folder/{front,right,back,left,top}.png. A new folder appears whole or not at all.
 
-    made_by: what the pictures depend on. It is written last, with the digest of each picture, for `kept`.
+    made_by: what the pictures depend on, for `kept`. It is written beside them with the digest of each.
     """
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
@@ -78,7 +78,7 @@ def write_views(folder: str | Path, views: Tensor, made_by: dict | None = None) 
         if made_by is not None:
             save_json(partial / "made_by.json", {**made_by, "files": picture_digests(partial)})
         if folder.exists():
-            for path in sorted(partial.iterdir(), key=lambda p: p.suffix, reverse=True):
+            for path in partial.iterdir():  # if killed between, the digests in the note say so
                 path.replace(folder / path.name)
         else:
             partial.rename(folder)

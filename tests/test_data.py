@@ -116,6 +116,9 @@ def test_a_cache_is_used_only_for_what_made_it(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "renderer", lambda: "other code")
     assert torch.equal(load(3), truth[:3]) and len(made) == 5
     assert not torch.equal(data.load_split("toys", "train", 3, 16, cache=tmp_path), truth[:3])
+    many = data.load_split("toys", "validation", 66, 8, cache=tmp_path)  # more than one batch, other pixels
+    assert torch.equal(many, data.make_toys(66, 8, data.SPLITS["validation"]))
+    assert data.load_split("toys", "validation", 66, 16, cache=tmp_path).shape == (66, 5, 3, 16, 16)
 
 
 def test_the_renderer_is_known_by_its_code(monkeypatch, tmp_path):
@@ -572,6 +575,12 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
     data.main(data.Config(**{**vars(cfg), "size": 16}))  # the same toys, drawn again
     assert data.load_views(out, 0)[1].folders[0].parent == out
     assert pictures.open_image(out / data.toy_name(7, 0) / "top.png").shape == (3, 16, 16)
+    (out / data.toy_name(7, 1)).rename(tmp_path / "elsewhere")  # a link would lead out of the folder
+    (out / data.toy_name(7, 1)).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="are not this command's"):
+        data.main(cfg)
+    (out / data.toy_name(7, 1)).unlink()
+    (tmp_path / "elsewhere").rename(out / data.toy_name(7, 1))
     (out / data.toy_name(7, 1) / "made_by.json").unlink()  # a user's own renders of that name
     with pytest.raises(InputError, match="are not this command's"):
         data.main(cfg)
@@ -857,6 +866,23 @@ def test_any_picture_becomes_a_square_on_white(tmp_path, mode):
         assert (image[:, 12:20].float() - 128).abs().max() <= 1
 
 
+def test_a_photo_is_turned_a_deep_picture_clipped_and_a_fine_one_averaged(tmp_path):
+    photo, exif = Image.new("RGB", (20, 10), RED), Image.Exif()
+    exif[0x0112] = 6  # "turn me a quarter": phones do so
+    photo.save(tmp_path / "x.jpg", exif=exif)
+    assert pictures.open_image(tmp_path / "x.jpg").shape == (3, 20, 10)
+    Image.fromarray(np.array([[2**20, -(2**20)]], np.int32)).save(tmp_path / "x.tif")
+    assert pictures.open_image(tmp_path / "x.tif")[0].tolist() == [[255, 0]]
+    data.write_png(tmp_path / "x.png", torch.full((3, 20, 10), 0.999))  # rounded, not cut
+    tall = data.read_image(tmp_path / "x.png", 20)
+    Image.new("RGB", (10, 20), RED).save(tmp_path / "x.png")
+    wide = data.read_image(tmp_path / "x.png", 20)  # in the middle of white
+    assert (tall == 255).all() and (wide[1, 0] == 0).nonzero()[[0, -1]].tolist() == [[5], [14]]
+    lines = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    lines[:, ::4] = 200  # one row of four
+    assert (pictures.resize(lines, 16).float() - 50).abs().max() <= 20
+
+
 def test_transparent_pixels_become_white(tmp_path):
     picture = np.zeros((4, 4, 4), np.uint8)  # transparent black, one half-transparent black pixel
     picture[1, 2, 3] = 128
@@ -871,6 +897,18 @@ def test_unreadable_picture_gives_one_line(tmp_path):
         data.read_image(tmp_path / "x.png", 8)
     with pytest.raises(InputError, match="y.png: no such file"):
         data.read_image(tmp_path / "y.png", 8)
+
+
+def test_the_sheet_shows_two_toys_of_each_kind(tmp_path):
+    data.main(data.Config(sheet=str(tmp_path / "sheet.png"), size=8, seed=7))
+    sheet = pictures.open_image(tmp_path / "sheet.png")
+    assert sheet.shape == (3, 8 * (8 + 14), 3 * (5 * 8 + 8))
+    kinds = [toy_kind(key_seed(7, i)) for i in range(400)]
+    expected = [[i for i, k in enumerate(kinds) if k == kind.__name__][:2] for kind in KINDS]
+    for n, i in enumerate(sum(expected, [])):
+        x, y = n % 3 * 48, n // 3 * 22 + 14
+        row = torch.cat(list(data.make_toys(1, 8, 7, first=i)[0]), -1)
+        assert torch.equal(sheet[:, y : y + 8, x : x + 40], row), n
 
 
 def test_command_line(tmp_path):
