@@ -358,9 +358,7 @@ def training_steps(start: int, total: int, label: str, save: Callable[[int], Non
 class Log:
     """log.jsonl: every `every` steps, and after the last, the number of steps done and means since the line before."""
 
-    def __init__(
-        self, path: Path, start: int, every: int, last: int, sums: dict | None = None
-    ) -> None:
+    def __init__(self, path: Path, start: int, every: int, last: int, sums: dict | None = None) -> None:
         """Lines after step `start` are dropped: a killed run may have logged steps that are now done again. `sums`: the
         numbers of its unfinished line."""
         self.path, self.every, self.last = path, every, last

@@ -286,13 +286,13 @@ def test_controls_by_hand(tmp_path):
     images[:, :, 1:] = 0.5
     images[:, :, 0] = torch.tensor([0.2, 0.9, 0.5]).view(3, 1, 1, 1)
     args = (images[0, 0], images, images[0], cfg)
-    torch.testing.assert_close(D.redder(*args), torch.tensor([-0.3, 0.4, 0.0]))
-    assert D.least_noise(*args).argmax() == 0
-    assert D.oracle(*args).argmax() == 0  # the "truth" here is candidate 0
-    draw = D.random(*args)
-    assert len(draw.unique()) == 3 and torch.equal(draw, D.random(*args))
-    assert torch.equal(draw[[2, 0, 1]], D.random(args[0], images[[2, 0, 1]], args[2], cfg))
-    assert not torch.equal(draw, D.random(*args[:3], replace(cfg, seed=1)))
+    torch.testing.assert_close(D.FEEDBACKS["redder"](*args), torch.tensor([-0.3, 0.4, 0.0]))
+    assert D.FEEDBACKS["least_noise"](*args).argmax() == 0
+    assert D.FEEDBACKS["oracle"](*args).argmax() == 0  # the "truth" here is candidate 0
+    draw = D.FEEDBACKS["random"](*args)
+    assert len(draw.unique()) == 3 and torch.equal(draw, D.FEEDBACKS["random"](*args))
+    assert torch.equal(draw[[2, 0, 1]], D.FEEDBACKS["random"](args[0], images[[2, 0, 1]], args[2], cfg))
+    assert not torch.equal(draw, D.FEEDBACKS["random"](*args[:3], replace(cfg, seed=1)))
 
 
 def test_rewards_belong_to_their_candidates(tmp_path, monkeypatch, capsys):
@@ -494,7 +494,7 @@ def test_redder_makes_pictures_redder(tmp_path):
     result = D.main(cfg)
     views = D.load_split("furniture", "validation", 16, 64)
     none = torch.zeros(0)
-    redness = lambda m: D.redder(none, D.draw_validation(Path(m), views, cfg), none, cfg)  # noqa: E731
+    redness = lambda m: D.FEEDBACKS["redder"](none, D.draw_validation(Path(m), views, cfg), none, cfg)  # noqa: E731
     gain = redness(result["folder"]) - redness(located(cfg.model))
     assert gain.mean() > 0.01 and (gain > 0).float().mean() > 0.8
 

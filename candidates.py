@@ -1,0 +1,94 @@
+"""Candidates of one reference: what a feedback chooses from (paper App. B).
+
+Preferences can only teach what candidates differ in. Three designs:
+
+    branch       one state x_t at a call k of the chain, one action each, equal noise afterwards
+    noised       equal noise, but each sees the reference through noise of its own scale (the paper's)
+    independent  all noises of their own
+
+Under "branch" two candidates differ by ONE action: what came of it is its own doing, and Eq. (2) knows whom
+to thank. Under the others the whole chain differs, and a trained call is praised for what other calls did.
+results/README.md shows what the best of G gains under each.
+
+Letters: N references, B of them at a time, G candidates of each, J trained calls, R states of a reference
+(1 if its candidates share it, otherwise G), V views, c h w latent sizes.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from common import load_tensors
+from model import MultiViewUNet
+from sample import Schedule, branch, sample
+
+NOISE_SCALES = (0.0, 0.1, 0.3, 0.5, 0.8)  # of the references of "noised" (App. B)
+
+
+class Rollouts(NamedTuple):
+    """What the loss reads of all references: states and actions, in float32."""
+
+    call: Tensor  # (N, J) which call of the chain this is
+    x_t: Tensor  # (N, J, R, V, c, h, w) the state
+    action: Tensor  # (N, J, G, V, c, h, w)
+    y: Tensor  # (N, c, h, w) clean reference latent
+    ref_noise: Tensor  # (N, c, h, w) epsilon_Y
+    x0: Tensor  # (N, G, V, c, h, w) the finished candidates
+
+
+def draw_candidates(
+    model: MultiViewUNet, ref: Tensor, seeds: list[int], call: int, cfg: Any, bf16: bool
+) -> tuple[Rollouts, Tensor]:  # of B references (B, 3, S, S); images (B, G, V, 3, S, S)
+    """Three designs of "candidates of one reference":
+
+    branch       one state at call k, one action each, equal noise afterwards: they differ by that action alone
+    noised       equal noise, but each sees the reference through noise of its own scale (App. B)
+    independent  all noises of their own
+    """
+    first, last = cfg.trained_calls
+    if cfg.candidates == "branch":
+        b = branch(model, ref, seeds, call, cfg.num_candidates, cfg.num_steps, bf16)
+        at = torch.full((len(ref), 1), call)
+        rollouts = Rollouts(at, b.x_t[:, None, None], b.actions[:, None], b.y, b.ref_noise, b.x0)
+        return Rollouts(*(z.cpu() for z in rollouts)), b.images
+    G = len(NOISE_SCALES) if cfg.candidates == "noised" else cfg.num_candidates
+    rows = torch.arange(len(ref)).repeat_interleave(G)
+    scales = list(NOISE_SCALES) * len(ref) if cfg.candidates == "noised" else None
+    own = None if cfg.candidates == "noised" else list(range(G)) * len(ref)
+    chain = sample(model, ref[rows], [seeds[i] for i in rows], cfg.num_steps, own, scales, bf16)
+    states = chain.states.unflatten(0, (len(ref), G)).transpose(1, 2)  # (B, K + 1, G, V, c, h, w)
+    calls = torch.arange(first, last + 1).expand(len(ref), -1)
+    states_of = (calls, states[:, first : last + 1], states[:, first + 1 : last + 2])
+    rollouts = Rollouts(*states_of, chain.y[::G], chain.ref_noise[::G], states[:, -1])
+    return Rollouts(*(z.cpu().contiguous() for z in rollouts)), chain.images.unflatten(0, (len(ref), G))
+
+
+def read_rollouts(folder: Path) -> Rollouts:
+    """All rollouts of `collect`, in the order of the references. The images stay on disk."""
+    parts = [load_tensors(path) for path in sorted(folder.glob("*.safetensors"))]
+    order = torch.cat([p["reference"] for p in parts]).argsort()
+    return Rollouts(*(torch.cat([p[name] for p in parts])[order] for name in Rollouts._fields))
+
+
+class Batch(NamedTuple):
+    """B references of a step, each at one trained call."""
+
+    x_t: Tensor  # (B, R, V, c, h, w)
+    action: Tensor  # (B, G, V, c, h, w)
+    y: Tensor  # (B, c, h, w)
+    ref_noise: Tensor  # (B, c, h, w)
+    x0: Tensor  # (B, G, V, c, h, w)
+    t: Tensor  # (B,)
+    s: Tensor  # (B,)
+
+
+def make_batch(
+    rollouts: Rollouts, chosen: Tensor, js: Tensor, schedule: Schedule, num_steps: int, device: Any
+) -> Batch:
+    """References `chosen` (B,), each at its trained call number `js` (B,)."""
+    times = torch.tensor(schedule.timesteps(num_steps))[rollouts.call[chosen, js]]  # (B, 2) t and s
+    states = (rollouts.x_t[chosen, js], rollouts.action[chosen, js])
+    rest = (rollouts.y[chosen], rollouts.ref_noise[chosen], rollouts.x0[chosen], times[:, 0], times[:, 1])
+    return Batch(*(z.to(device) for z in states + rest))

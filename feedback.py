@@ -1,0 +1,86 @@
+"""Feedbacks: which of a reference's candidates is the most 3D-consistent? (paper Sec. 5, Sec. 6.1)
+
+A feedback rates the G candidates of one reference, larger is better:
+
+    feedback(reference (3,S,S), images (G,V,3,S,S), ground truth (V,3,S,S), cfg) -> (G,)
+
+cfg is train_d3po.Config. Only the oracle may look at the ground truth. FORK: yours is one more function here
+and its line in FEEDBACKS. Rewards are made anew whenever its code changes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common import digest, keyed_generator
+from matcher import matching_reward
+from metrics import closeness, geometry, hull_iou
+from scorer import Scorer, contrastive_reward
+
+
+def contrastive(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
+    """MV-D3PO-C: the contrastive scorer's sum over the other views (Sec. 5)."""
+    scorer = Scorer.load(cfg.scorer, ref.device)
+    return contrastive_reward(scorer, ref.expand(len(images), -1, -1, -1), images)
+
+
+def matching(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
+    """MV-D3PO-M: the number of keypoints that the other views share with the reference (Sec. 6.1)."""
+    method = "sift" if cfg.matcher == "sift" else "loftr"
+    weights = "" if cfg.matcher in ("sift", "loftr") else cfg.matcher
+    return matching_reward(ref.expand(len(images), -1, -1, -1), images, method, weights)
+
+
+def hull(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
+    """Ours: do the five silhouettes fit one object?"""
+    return hull_iou(images)
+
+
+def geometric(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
+    """Ours: exact geometry of silhouettes, guarded against blank, square and copied views (metrics.py)."""
+    return geometry(images, ref.expand(len(images), -1, -1, -1))
+
+
+def redder(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
+    """The control that everybody understands. If this does not work, the loop is at fault."""
+    return (images[:, :, 0] - images[:, :, 1:].mean(2)).mean((1, 2, 3))
+
+
+def random(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
+    """Control: what do preferences without content do? A function of the images, so that it is drawn once."""
+    return torch.stack(
+        [
+            torch.rand((), generator=keyed_generator(cfg.seed, int(digest(x), 16) % 2**62))
+            for x in images.cpu()
+        ]
+    )
+
+
+def least_noise(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
+    """Control for --candidates noised: the less noised reference wins, no image is looked at."""
+    return -torch.arange(len(images)).float()
+
+
+def oracle(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
+    """Control: distance to the ground truth, which no feedback may see."""
+    return closeness(images, truth)
+
+
+FEEDBACKS: dict[str, Callable[[Tensor, Tensor, Tensor, Any], Tensor]] = {
+    "contrastive": contrastive,
+    "matching": matching,
+    "hull": hull,
+    "geometry": geometric,
+    "redder": redder,
+    "random": random,
+    "least_noise": least_noise,
+    "oracle": oracle,
+}
+
+
+def preference_pairs(rewards: Tensor, min_gap: float) -> Tensor:  # (N, G) -> (N, G, G) bool
+    """[n, w, l]: candidate w of reference n beats l, by more than min_gap mean standard deviations."""
+    gap = rewards[:, :, None] - rewards[:, None]
+    return gap > min_gap * rewards.std(1).mean()
