@@ -43,7 +43,7 @@ def draw_candidates(
 ) -> tuple[Rollouts, Tensor]:  # of B references (B, 3, S, S); images (B, G, V, 3, S, S)
     """Three designs of "candidates of one reference":
 
-    branch       one state at call k, one action each, equal noise afterwards: they differ by that action alone
+    branch       one state at call k, one action each, equal noise afterwards
     noised       equal noise, but each sees the reference through noise of its own scale (App. B)
     independent  all noises of their own
     """

@@ -1,6 +1,6 @@
-"""Plumbing that every script shares: the command line, randomness by key, files, results found by their content, loops.
+"""Plumbing that every script shares: command line, keyed randomness, files, results by content, loops.
 
-Nothing in here knows of diffusion, views or preferences: an equation that needs this file is in the wrong file.
+Nothing in here knows of diffusion, views or preferences: an equation that needs it is in the wrong file.
 """
 
 import ast
@@ -43,15 +43,15 @@ def located(path: str | Path) -> Path:
 
 
 class InputError(ValueError):
-    """Wrong input from the user: one line with what, got, expected and remedy. `cli` prints it and exits with 1."""
+    """Wrong input from the user: one line with what, got, expected and remedy, which `cli` prints."""
 
 
 def cli(main: Callable[[Any], Any], config: type, doc: str | None) -> None:
     """Parse the command line into `config` and run `main`.
 
-    An error of the user's or of the system's is one line on stderr and exit status 1; --debug shows where it came from.
-    Ctrl-C and SIGTERM stop a training loop at its next step, with everything saved (`training_steps`).
-    """
+    An error of the user's or of the system's is one line on stderr and exit status 1; --debug shows where it
+    came from. Ctrl-C and SIGTERM stop a training loop at its next step, with everything saved
+    (`training_steps`)."""
     debug = "--debug" in sys.argv
     args = [a for a in sys.argv[1:] if a != "--debug"]
     flags = [a.split("=")[0].replace("-", "_") for a in args if a.startswith("--")]
@@ -79,7 +79,7 @@ def cli(main: Callable[[Any], Any], config: type, doc: str | None) -> None:
 
 @contextmanager
 def explained(message: str) -> Iterator[None]:
-    """Turn whatever a foreign reader raises into an InputError: `message`, then its own first line in brackets."""
+    """Turn whatever a foreign reader raises into an InputError: `message`, and its own in brackets."""
     try:
         yield
     except (InputError, KeyboardInterrupt):
@@ -104,14 +104,14 @@ def check_at_least(cfg: Any, low: float, *names: str) -> None:
 
 
 def get_device(name: str = "auto") -> torch.device:
-    """ "auto" takes the CUDA GPU if there is one, otherwise the CPU. On CUDA float32 means float32, not TF32."""
+    """The CUDA GPU if there is one ("auto"), otherwise the CPU. On CUDA float32 is float32, not TF32."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name != "cpu" and not name.startswith("cuda"):
         raise InputError(f"--device {name}: expected auto, cpu or cuda.")
     if name == "cpu" and sys.platform == "linux":
-        # glibc gives large arrays back to the system at once and takes them anew, zeroed page by page: up to a fifth of
-        # a forward. M_MMAP_THRESHOLD (-3) and M_TRIM_THRESHOLD (-1) of 1 GiB keep them.
+        # glibc gives large arrays back to the system at once and takes them anew, zeroed page by page: up to
+        # a fifth of a forward. M_MMAP_THRESHOLD (-3) and M_TRIM_THRESHOLD (-1) of 1 GiB keep them.
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30)
         libc.mallopt(-1, 1 << 30)
@@ -131,7 +131,8 @@ def use_bf16(mode: str, device: torch.device) -> bool:
 
 
 def key_seed(*key: int) -> int:
-    """Mix integers, e.g. (seed, object, candidate), into one 63-bit seed (splitmix64's finaliser after each)."""
+    """Mix integers, e.g. (seed, object, candidate), into one 63-bit seed (splitmix64's finaliser after
+    each)."""
     state = 0x9E3779B97F4A7C15
     for part in key:
         state = (state ^ (int(part) + 0x9E3779B97F4A7C15)) & 0xFFFFFFFFFFFFFFFF
@@ -239,8 +240,9 @@ def provenance(cfg: Any) -> dict[str, Any]:
 
 
 def digest(what: Any) -> str:
-    """16 hexadecimal digits of the SHA-256 of a tensor, a function's code, a file (Path), a folder of weights (Path; its
-    config.json and model.safetensors), or anything JSON can say. A missing file raises InputError."""
+    """16 hexadecimal digits of the SHA-256 of a tensor, a function's code, a file (Path), a folder of weights
+    (Path; its config.json and model.safetensors), or anything JSON can say. A missing file raises
+    InputError."""
     if isinstance(what, Tensor):
         # .view: numpy has no bfloat16
         return hashlib.sha256(what.detach().cpu().contiguous().view(torch.uint8).numpy()).hexdigest()[:16]
@@ -262,11 +264,11 @@ def digest(what: Any) -> str:
 def cached(root: str | Path, name: str, made_by: dict[str, Any], make: Callable[[Path], object]) -> Path:
     """root/name-<8 digits of made_by>/, filled by make(folder) unless it is complete. Returns the folder.
 
-    `made_by` is all that the result depends on, inputs by their content (`digest`), never by their path. Other inputs
-    are another folder: nothing is refused, mixed or stale. made_by.json is written last, with the digest of every file:
-    without it the folder is unfinished and `make` goes on with it; if a file differs from it, the folder is made again.
-    The link root/name points to the folder that was asked for last.
-    """
+    `made_by` is all that the result depends on, inputs by their content (`digest`), never by their path.
+    Other inputs are another folder: nothing is refused, mixed or stale. made_by.json is written last, with
+    the digest of every file: without it the folder is unfinished and `make` goes on with it; if a file
+    differs from it, the folder is made again. The link root/name points to the folder that was asked for
+    last."""
     made_by = json.loads(json.dumps({**made_by, "torch": torch.__version__}, default=str))  # as in the file
     folder = Path(root) / f"{name}-{digest(made_by)[:8]}"
     note = folder / "made_by.json"
@@ -333,8 +335,8 @@ SAVE_SECONDS = 120.0  # a killed run loses no more than this
 
 
 def training_steps(start: int, total: int, label: str, save: Callable[[int], None]) -> Iterator[int]:
-    """The numbers start .. total - 1, with a progress bar. `save(done)` is called every SAVE_SECONDS, and when Ctrl-C or
-    SIGTERM asks to stop: then after the step under way, so that what is saved is whole."""
+    """The numbers start .. total - 1, with a progress bar. `save(done)` is called every SAVE_SECONDS, and
+    when Ctrl-C or SIGTERM asks to stop: then after the step under way, so that what is saved is whole."""
     asked: list[int] = []
 
     def handler(number: int, frame: Any) -> None:
@@ -356,11 +358,12 @@ def training_steps(start: int, total: int, label: str, save: Callable[[int], Non
 
 
 class Log:
-    """log.jsonl: every `every` steps, and after the last, the number of steps done and means since the line before."""
+    """log.jsonl: every `every` steps, and after the last, the number of steps done and means since the line
+    before."""
 
     def __init__(self, path: Path, start: int, every: int, last: int, sums: dict | None = None) -> None:
-        """Lines after step `start` are dropped: a killed run may have logged steps that are now done again. `sums`: the
-        numbers of its unfinished line."""
+        """Lines after step `start` are dropped: a killed run may have logged steps that are now done again.
+        `sums`: the numbers of its unfinished line."""
         self.path, self.every, self.last = path, every, last
         lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
@@ -388,7 +391,8 @@ def optimizer_step(
     step: int,
     clip: float = 1.0,
 ) -> float:
-    """Clip the gradient, take each optimizer's step at `rate` times its own rate, clear. Returns the gradient norm."""
+    """Clip the gradient, take each optimizer's step at `rate` times its own rate, clear. Returns the gradient
+    norm."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
     if not torch.isfinite(norm):
         raise InputError(f"step {step}: the gradient is {norm.item()}, expected a finite one. Lower --lr.")

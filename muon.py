@@ -1,8 +1,9 @@
-"""Muon: momentum with orthogonal updates, for the matrices of a network that is trained from (nearly) nothing.
+"""Muon: momentum with orthogonal updates, for the matrices of a network that starts from nothing.
 
-Keller Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/, whose coefficients these are. From nothing it took
-the toy network to the same error in half of AdamW's time; torch's own Muon leaves out convolutions, half of this network.
-It has nothing to do with the paper: only train_sft.py --optimizer muon uses it. Fine-tuning takes AdamW, as the paper does.
+Keller Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/, whose coefficients these are. From
+nothing it took the toy network to the same error in half of AdamW's time; torch's own Muon leaves out
+convolutions, half of this network. It has nothing to do with the paper: only train_sft.py --optimizer muon
+uses it. Fine-tuning takes AdamW, as the paper does.
 """
 
 import torch
@@ -10,8 +11,9 @@ from torch import nn
 
 
 class Muon(torch.optim.Optimizer):
-    """Of the momentum's singular value decomposition U S V^T the step is U V^T: every direction moves equally far, not
-    only the few that have large gradients. Convolutions (out, in, k, k) are taken as matrices (out, in k k)."""
+    """Of the momentum's singular value decomposition U S V^T the step is U V^T: every direction moves equally
+    far, not only the few that have large gradients. Convolutions (out, in, k, k) are taken as matrices (out,
+    in k k)."""
 
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "momentum": momentum})

@@ -1,7 +1,9 @@
-"""Hand-written DDPM: noise schedule, posterior step, step log-prob, log-ratio, and a sampler that keeps trajectories.
+"""Hand-written DDPM: noise schedule, posterior step, step log-prob, log-ratio, and a sampler that keeps
+trajectories.
 
-The denoising chain is the Markov decision process of Sec. 3.2.2. At step k the state is s_k = (x_t, t, c), where c is
-the noised reference; the action a_k is the next, less noisy x_s; and the policy is the sampler's own Gaussian
+The denoising chain is the Markov decision process of Sec. 3.2.2. At step k the state is s_k = (x_t, t, c),
+where c is the noised reference; the action a_k is the next, less noisy x_s; and the policy is the sampler's
+own Gaussian
 
     pi_theta(a_k | s_k) = N(a_k; mean_theta(x_t, t, c), var_t I)          joint over the V views.
 
@@ -9,10 +11,11 @@ DEVIATION: the paper's step is its Eq. (1) with the score frozen between two tim
 
     dX = [beta/2 X + beta s_theta] dt + sqrt(beta) dB,      var = (ab_s - ab_t) / ab_t
 
-and we take the DDPM posterior (Ho et al. 2020, Eq. 7), as D3PO's code and every peer does. Its variance is smaller by
-the factor (ab_t / ab_s) (1 - ab_s) / (1 - ab_t), because the clean image is taken to be known.
+and we take the DDPM posterior (Ho et al. 2020, Eq. 7), as D3PO's code and every peer does. Its variance is
+smaller by the factor (ab_t / ab_s) (1 - ab_s) / (1 - ab_t), because the clean image is taken to be known.
 
-Letters: B rows (an object with one candidate's noise), V views, K network calls, c h w latent sizes, n train timesteps.
+Letters: B rows (an object with one candidate's noise), V views, K network calls, c h w latent sizes, n train
+timesteps.
 
 Run:
     python sample.py --image photo.png --out views.png
@@ -31,14 +34,15 @@ from model import ModelConfig, MultiViewUNet, load
 
 
 class Schedule:
-    """q(x_t | x_0) = N(sqrt(ab_t) x_0, (1 - ab_t) I) with scaled-linear betas (Stable Diffusion), shifted to noise."""
+    """q(x_t | x_0) = N(sqrt(ab_t) x_0, (1 - ab_t) I) with scaled-linear betas (Stable Diffusion), shifted to
+    noise."""
 
     def __init__(self, cfg: ModelConfig, num_train: int = 1000):
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, num_train, dtype=torch.float64) ** 2
         alpha_bar = (1 - betas).cumprod(0)
-        # Small images are recognisable at noise levels where large ones are not, and if the noised views give the
-        # object away at nearly every t, nothing teaches the network to look at the reference. Dividing the
-        # signal-to-noise ratio ab / (1 - ab) by s^2 moves all of it down: ab' = ab / (ab + s^2 (1 - ab)).
+        # Small images are recognisable at noise levels where large ones are not, and if the noised views give
+        # the object away at nearly every t, nothing teaches the network to look at the reference. Dividing
+        # the signal-to-noise ratio ab / (1 - ab) by s^2 moves all of it down: ab' = ab / (ab + s^2 (1 - ab)).
         shift = cfg.schedule_shift
         self.alpha_bar = alpha_bar / (alpha_bar + shift**2 * (1 - alpha_bar))  # (n,) float64
         self.prediction = cfg.prediction
@@ -52,13 +56,14 @@ class Schedule:
         return padded[t].float().view(-1, 1, 1, 1, 1)
 
     def timesteps(self, num_steps: int) -> list[tuple[int, int]]:
-        """K pairs (t, s) from noise to clean: "leading" spacing, offset 1, and s = -1 (clean) after the last call.
+        """K pairs (t, s) from noise to clean: "leading" spacing, offset 1, and s = -1 (clean) after the last
+        call.
 
-        Stable Diffusion's own habit. The first t is below the last of training (901 of 999 if K = 10), where pure noise
-        is close to right: sqrt(ab) is .03 on toys, .12 for SDXL.
-        """
+        Stable Diffusion's own habit. The first t is below the last of training (901 of 999 if K = 10), where
+        pure noise is close to right: sqrt(ab) is .03 on toys, .12 for SDXL."""
         if not 2 <= num_steps <= 500:
-            # One call would start pure noise at t = 1; beyond 500 the stride is 1 and the chain starts in the middle.
+            # One call would start pure noise at t = 1; beyond 500 the stride is 1 and the chain starts in the
+            # middle.
             raise InputError(f"--num_steps {num_steps}: expected 2 to 500.")
         stride = self.num_train // num_steps
         times = [1 + stride * k for k in reversed(range(num_steps))]
@@ -82,10 +87,9 @@ def noised_reference(
 
         Y_t = [ sqrt(ab_t) r y + sqrt(1 - ab_t) noise ] / sqrt(ab_t r^2 + 1 - ab_t)         r = ref_scale
 
-    The division only brings the network's input back to unit size (r = 1 needs none). The paper's literal reading is
-    r = 1, where the reference is as invisible as the views when they are all noise; Zero123++ leaves out the latent's
-    scaling factor, which makes r about 5.
-    """
+    The division only brings the network's input back to unit size (r = 1 needs none). The paper's literal
+    reading is r = 1, where the reference is as invisible as the views when they are all noise; Zero123++
+    leaves out the latent's scaling factor, which makes r about 5."""
     ab = schedule.ab(t)[:, 0]
     return forward_noise(schedule, cfg.ref_scale * y, t, noise) / (ab * cfg.ref_scale**2 + 1 - ab).sqrt()
 
@@ -110,7 +114,8 @@ def ddpm_step(
     t: Tensor,  # (B,) timestep of x_t
     s: Tensor,  # (B,) the next, lower timestep; -1 is clean
 ) -> tuple[Tensor, Tensor]:  # mean (B, V, c, h, w), var (B, 1, 1, 1, 1)
-    """The Gaussian of one denoising step: the posterior q(x_s | x_t, x_0) with the predicted x0 in place of x_0.
+    """The Gaussian of one denoising step: the posterior q(x_s | x_t, x_0) with the predicted x0 in place of
+    x_0.
 
     Into the clean image (s = -1) the variance is 0: that step has no density, and nothing trains on it.
     """
@@ -118,7 +123,7 @@ def ddpm_step(
     ab_t, ab_s = schedule.ab(t), schedule.ab(s)
     # var = (1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s)
     var = (1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s)
-    # mean = sqrt(ab_s) x0 + sqrt(1 - ab_s - var) eps        (DDIM at eta = 1; the clamp is for rounding at s = -1)
+    # mean = sqrt(ab_s) x0 + sqrt(1 - ab_s - var) eps      (DDIM at eta = 1; the clamp is for s = -1)
     # With eps = (x_t - sqrt(ab_t) x0) / sqrt(1 - ab_t) it is Ho et al.'s Eq. 7, in x0 and x_t.
     mean = ab_s.sqrt() * x0 + (1 - ab_s - var).clamp(min=0).sqrt() * eps
     return mean, var
@@ -131,8 +136,8 @@ def log_prob(
 ) -> Tensor:  # (B,) sum over V c h w
     """log N(x; mean, var I), SUMMED over all dimensions of all views: the density of the joint action.
 
-    (D3PO's and DDPO's code take the mean over c h w instead, which is the same number divided by their count.)
-    """
+    (D3PO's and DDPO's code take the mean over c h w instead, which is the same number divided by their
+    count.)"""
     # log N = -1/2 [ |x - mean|^2 / var + D log(2 pi var) ]
     return -0.5 * ((x - mean) ** 2 / var + (2 * torch.pi * var).log()).flatten(1).sum(1)
 
@@ -148,16 +153,16 @@ def log_ratio(
         [ |a - mean_pre|^2 - |a - mean_theta|^2 ] / (2 var)
             = < mean_theta - mean_pre, a - (mean_theta + mean_pre) / 2 > / var
 
-    Subtracting two log-densities of size 10^5 would leave no digit of a difference of size 10^-3 in float32; here
-    nothing large is ever formed, and equal means give exactly 0.
-    """
+    Subtracting two log-densities of size 10^5 would leave no digit of a difference of size 10^-3 in float32;
+    here nothing large is ever formed, and equal means give exactly 0."""
     return ((mean_theta - mean_pre) * (action - (mean_theta + mean_pre) / 2) / var).flatten(1).sum(1)
 
 
 def kl_divergence(
     mean_theta: Tensor, mean_pre: Tensor, var: Tensor
 ) -> Tensor:  # -> (B,) nats, sum over V c h w
-    """KL(pi_theta || pi_pre) of one step: |mean_theta - mean_pre|^2 / (2 var), for two Gaussians of one variance.
+    """KL(pi_theta || pi_pre) of one step: |mean_theta - mean_pre|^2 / (2 var), for two Gaussians of one
+    variance.
 
     It is what the log-ratio loses on the average action of pi_pre: log_ratio = lin - KL with
     lin = <mean_theta - mean_pre, a - mean_pre> / var, whose expectation under pi_pre is 0.
@@ -191,7 +196,8 @@ def draw(shape: tuple[int, ...], keys: list[tuple[int, ...]]) -> Tensor:
 
 @dataclass
 class Trajectory:
-    """What the chain did, in float32: half precision would move the log-ratio at equal weights away from 0."""
+    """What the chain did, in float32: half precision would move the log-ratio at equal weights away from
+    0."""
 
     states: Tensor  # (B, K + 1, V, c, h, w): x_T first, the clean latent last; action k is states[:, k + 1]
     y: Tensor  # (B, c, h, w) clean reference latent
@@ -258,9 +264,8 @@ def branch(
 ) -> Branches:
     """Walk to call k once, take G actions there, and finish each with the SAME later noises.
 
-    What tells two branches apart in the end is then the effect of that one action, and its credit is certain. The walk
-    up to k is paid once for all branches. Branch 0 is what `sample` draws with the same seeds.
-    """
+    What tells two branches apart in the end is then the effect of that one action, and its credit is certain.
+    The walk up to k is paid once for all branches. Branch 0 is what `sample` draws with the same seeds."""
     B, G, schedule = len(ref), branches, Schedule(model.cfg)
     latent = (model.cfg.latent_channels, model.cfg.latent_size, model.cfg.latent_size)
     x = draw((len(VIEWS), *latent), [(seed, 0) for seed in seeds]).to(ref.device)
@@ -305,7 +310,7 @@ def sample_images(
 class Config:
     """Command line of `python sample.py`."""
 
-    image: str  # any RGB, RGBA, grey or palette picture of any size; alpha is composited on white, padded to a square
+    image: str  # any picture of any size; transparency becomes white, and it is padded to a square
     model: str = "checkpoints/objects"  # folder that train_sft.py or train_d3po.py wrote
     out: str = "views.png"  # strip of the five views; each view also goes to <out without suffix>/<view>.png
     seed: int = 0  # of x_T and all noises

@@ -174,7 +174,7 @@ def prefer(candidates: Path, references: Tensor, cfg: Config) -> Tensor:  # (N, 
         )
     nearer = (kept["psnr"][:, :, None] > kept["psnr"][:, None])[wins].float().mean()
     print(
-        f"{int(wins.sum())} pairs of {len(wins)} references; in {nearer:.0%} the winner is nearer to the truth"
+        f"{int(wins.sum())} pairs of {len(wins)} references; {nearer:.0%} of winners are nearer to the truth"
     )
     return kept["rewards"]
 
@@ -426,7 +426,8 @@ def draw_validation(model: Path, views: Tensor, cfg: Config) -> Tensor:
 
 
 def report(pre: Path, policy: Path, cfg: Config, clock: float) -> dict:
-    """Before against after on validation objects: a table, and results.json and grid.png in the run's folder."""
+    """Before against after on validation objects: a table, and results.json and grid.png in the run's
+    folder."""
     views = load_split(cfg.data, "validation", cfg.eval_objects, load(pre).cfg.image_size)
     truth, (before, after) = views.float() / 255, (draw_validation(m, views, cfg) for m in (pre, policy))
     table = before_after(before, after, truth, {"contrastive": Scorer.load(cfg.scorer)} if cfg.scorer else {})

@@ -1,22 +1,25 @@
-"""Stage 2: train the contrastive 3D-consistency scorer on ground truth against generated views (paper Sec. 5).
+"""Stage 2: train the contrastive 3D-consistency scorer on ground truth against generated views (paper Sec.
+5).
 
     L_3D-Consistency = |f(e_Y, e_X_GT^m) - 1|^2  +  |f(e_Y, e_X_gen^m) - 0|^2          views m = 1..4
 
-First a generator draws five views for each reference, once, kept as 8-bit images like the ground truth: any difference in
-number format would be a trivial cue. Then encoder and head learn to tell them apart. The objects are those of the
-preference split, which the generator has not seen: its images of its own training objects are better than of new ones.
+First a generator draws five views for each reference, once, kept as 8-bit images like the ground truth: any
+difference in number format would be a trivial cue. Then encoder and head learn to tell them apart. The
+objects are those of the preference split, which the generator has not seen: its images of its own training
+objects are better than of new ones.
 
-DEVIATION: a third term, with target 0 for true views of ANOTHER object. In the paper's two terms, true and generated views
-come with the same, right reference, so nothing asks whether a view belongs to it, and no head learns to tell. Half of the
-other objects are *twins*: the same object stretched along its axes (data.stretch), true views that differ from the right
-ones in their proportions alone. Only they make the scorer look at geometry.
+DEVIATION: a third term, with target 0 for true views of ANOTHER object. In the paper's two terms, true and
+generated views come with the same, right reference, so nothing asks whether a view belongs to it, and no head
+learns to tell. Half of the other objects are *twins*: the same object stretched along its axes
+(data.stretch), true views that differ from the right ones in their proportions alone. Only they make the
+scorer look at geometry.
 
 Run:
-    python train_scorer.py                                          # negatives of the independent-view model ("C")
-    python train_scorer.py --negatives checkpoints/objects          # of the multi-view model itself ("C (pre)")
-    python train_scorer.py --negatives DIR --data DIR2              # of another model: DIR/<object>/{front,...,top}.png
+    python train_scorer.py                                     # negatives of the independent-view model ("C")
+    python train_scorer.py --negatives checkpoints/objects     # of the multi-view model itself ("C (pre)")
+    python train_scorer.py --negatives DIR --data DIR2         # of another model
 
-    Writes out/scorer-<content>/{config.json, model.safetensors, log.jsonl, results.json}, and the negatives beside it.
+    Writes out/scorer-<content>/{config.json, model.safetensors, log.jsonl, results.json}, and negatives-*/
 """
 
 import math
@@ -123,7 +126,8 @@ def scorer_loss(
 
 
 def generate(cfg: Config, references: Tensor, device: torch.device, folder: Path) -> None:
-    """Five views of each reference by the model cfg.negatives: (N, 3, S, S) -> (N, V, 3, S, S) uint8, in parts on disk.
+    """Five views of each reference by the model cfg.negatives: (N, 3, S, S) -> (N, V, 3, S, S) uint8, in
+    parts on disk.
 
     A part is written whole, so a killed run loses one: SDXL needs an hour for this."""
     bf16 = use_bf16(cfg.bf16, device)
@@ -144,11 +148,12 @@ def generate(cfg: Config, references: Tensor, device: torch.device, folder: Path
 
 
 def make_pairs(cfg: Config, device: torch.device) -> tuple[Tensor, Tensor, int]:
-    """Ground truth and generated views in one frame, both (N, V, 3, S, S) uint8, and how many of N are to train on.
+    """Ground truth and generated views in one frame, both (N, V, 3, S, S) uint8, and how many of N are to
+    train on.
 
-    An object has one reference, any of its four sides, and it stands in its positive and in its negative pairs. Were
-    the ground truth shown in other frames too, "this reference comes with the truth" could be learned by heart.
-    """
+    An object has one reference, any of its four sides, and it stands in its positive and in its negative
+    pairs. Were the ground truth shown in other frames too, "this reference comes with the truth" could be
+    learned by heart."""
     val = load_split(cfg.data, "validation", cfg.num_val, cfg.image_size)
     if not (located(cfg.negatives) / "model.safetensors").is_file():
         # Another model's views, the front being its reference. Equal names mean equal splits.
@@ -157,7 +162,7 @@ def make_pairs(cfg: Config, device: torch.device) -> tuple[Tensor, Tensor, int]:
         if have != names:
             odd = sorted(set(have) ^ set(names))
             raise InputError(
-                f"--negatives {cfg.negatives}: {len(odd)} objects are only there or only in {cfg.data} (first: {odd[0]}); "
+                f"--negatives {cfg.negatives}: {len(odd)} objects are only there or in {cfg.data} (first: {odd[0]}); "
                 "expected a model folder, or a folder of views with the names of --data DIR."
             )
         truth = load_split(cfg.data, "preference", cfg.num_references, cfg.image_size)
@@ -190,8 +195,9 @@ def make_batch(cfg: Config, truth: Tensor, fake: Tensor, step: int) -> Tensor:
         wide = [*range(others + 1), *range(1, others + 1)]  # which camera sees each of the images
         twins = [stretch(x, 0.6 + 0.4 * torch.rand(3, generator=g), wide) for x in images]
         images = torch.cat([images, torch.stack(twins)])
-    # Only what keeps five views five views of one object is allowed, and it is done to true and generated ones alike:
-    # renaming the colour channels and mirroring the world. A crop, a shift or a turn of single images is not.
+    # Only what keeps five views five views of one object is allowed, and it is done to true and generated
+    # ones alike: renaming the colour channels and mirroring the world. A crop, a shift or a turn of single
+    # images is not.
     images = images[:, :, torch.randperm(3, generator=g)]
     if torch.rand((), generator=g) < 0.5:
         others = truth.shape[1] - 1
@@ -212,7 +218,8 @@ def auc(positive: Tensor, negative: Tensor) -> float:
 
 
 def evaluate(scorer: Scorer, truth: Tensor, fake: Tensor) -> dict[str, float]:
-    """Ground truth against wrong views: AUC over single views, and how often the truth has the higher reward."""
+    """Ground truth against wrong views: AUC over single views, and how often the truth has the higher
+    reward."""
     g = keyed_generator(0)
     twins = torch.stack(
         [(stretch(x.float() / 255, 0.6 + 0.4 * torch.rand(3, generator=g)) * 255).round() for x in truth]
@@ -251,7 +258,8 @@ def new_scorer(cfg: Config) -> Scorer:
 def train(
     scorer: Scorer, truth: Tensor, fake: Tensor, n: int, cfg: Config, device: torch.device, folder: Path
 ) -> None:
-    """Train on the first n objects, evaluate on the others, and leave weights, log and results in `folder`."""
+    """Train on the first n objects, evaluate on the others, and leave weights, log and results in
+    `folder`."""
     bf16 = device.type == "cuda" and use_bf16(cfg.bf16, device)
     head = [p for name, p in scorer.named_parameters() if not name.startswith("encoder.")]
     groups: list[dict] = [

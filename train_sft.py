@@ -1,13 +1,15 @@
 """Stage 1: L_simple-MV. Pre-training, of the multi-view and of the independent-view model (paper Sec. 3.2.1).
 
-    L_simple-MV = E_{X_0, Y, t, noise} | grad log q_t(X_t | X_0) - s_theta(X_t, Y_t, t) |^2        V views jointly
+    L_simple-MV = E_{X_0, Y, t, noise} | grad log q_t(X_t | X_0) - s_theta(X_t, Y_t, t) |^2
 
-One of the side views is drawn as the reference Y and the others are renamed relative to it (data.relative_views). Views
-and reference get independent noise at one common t. The small network predicts the clean image, so the loss is its
-squared error times a weight; we weight it as v-prediction would, which is 1 / (1 - alpha_bar_t).
+One of the side views is drawn as the reference Y and the others are renamed relative to it
+(data.relative_views). Views and reference get independent noise at one common t. The small network predicts
+the clean image, so the loss is its squared error times a weight; we weight it as v-prediction would, which is
+1 / (1 - alpha_bar_t).
 
-`python train_sft.py` trains a toy model from nothing, --preset sdxl starts from published weights, --init from a model of
-ours. (Table 1's SFT row is not made here but by `train_d3po.py --feedback none`, with all else equal.)
+`python train_sft.py` trains a toy model from nothing, --preset sdxl starts from published weights, --init
+from a model of ours. (Table 1's SFT row is not made here but by `train_d3po.py --feedback none`, with all
+else equal.)
 
 Run:
     python train_sft.py                                                    # toy, from nothing
@@ -15,9 +17,10 @@ Run:
     python train_sft.py --init checkpoints/toy --data furniture furniture toys --augment True --optimizer muon \
         --muon_lr .01 --lr 5e-4 --steps 5000 --out out/objects             # checkpoints/objects
 
-Expect (toy, 63 minutes on one CPU core, 16 validation objects): psnr_unseen 15.5 at step 1000, 18.4 at 4000, 19.2 at 6000
+Expect (toy, an hour of one CPU core, 16 validation objects):
+    psnr_unseen 15.5 at step 1000, 18.4 at 4000, 19.2 at 6000
 
-    Writes out/sft-<content>/{config.json, model.safetensors (averaged weights), log.jsonl, results.json, grid.png}
+    Writes out/sft-<content>/{config.json, model.safetensors, log.jsonl, results.json, grid.png}
 """
 
 import math
@@ -60,7 +63,8 @@ from sample import Schedule, forward_noise, noised_reference, sample_images, spl
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults train the multi-view toy model from nothing; checkpoints/README.md says how the shipped ones were made."""
+    """Defaults train the multi-view toy model from nothing; checkpoints/README.md says how the shipped ones
+    were made."""
 
     preset: Literal["toy", "small", "sdxl"] = (
         "toy"  # toy and small are trained from nothing, sdxl from published weights
@@ -122,7 +126,8 @@ def simple_loss(
         return ((prediction - noise) ** 2).flatten(1).mean(1)
     if schedule.prediction == "v":
         return ((prediction - (ab.sqrt() * noise - (1 - ab).sqrt() * latents)) ** 2).flatten(1).mean(1)
-    # With v = sqrt(ab) eps - sqrt(1 - ab) x0 and x_t fixed, an error d in x0 is an error -d / sqrt(1 - ab) in v.
+    # With v = sqrt(ab) eps - sqrt(1 - ab) x0 and x_t fixed, an error d in x0 is an error -d / sqrt(1 - ab) in
+    # v.
     return ((prediction - latents) ** 2 / (1 - ab)).flatten(1).mean(1)
 
 
@@ -146,7 +151,8 @@ def training_batch(
         # "randomly choose an image" of the sides as the reference, Sec. 6.1
         chosen.append(relative_views(views, int(torch.randint(NUM_SIDES, (), generator=g))))
     latents = model.encode(torch.stack(chosen).to(device).float() / 255)  # (B, V, c, h, w)
-    # Stratified t: one uniform draw, spread evenly over the batch. Same expectation, less noise in the gradient.
+    # Stratified t: one uniform draw, spread evenly over the batch. Same expectation, less noise in the
+    # gradient.
     u = (torch.rand((), generator=g) + torch.arange(batch_size) / batch_size) % 1
     t = 1 + (u * (schedule.num_train - 1)).long()
     noise = torch.randn(latents.shape, generator=g)
@@ -165,11 +171,11 @@ def reference_use(
     batch_size: int,
     times: tuple[int, ...] = (200, 500, 800, 950),
 ) -> dict[str, float]:
-    """Squared error of x0 with the right and with a wrong reference, by t: the first thing to look at in any run.
+    """Squared error of x0 with the right and with a wrong reference, by t: the first thing to look at in any
+    run.
 
-    A network that ignores its reference has equal numbers. At high t, where the views are all noise, only a network
-    that has learned to look things up in the reference has a small first number.
-    """
+    A network that ignores its reference has equal numbers. At high t, where the views are all noise, only a
+    network that has learned to look things up in the reference has a small first number."""
     schedule = Schedule(model.cfg)
     latents = model.encode(views.to(device).float() / 255)
     result = {}
@@ -259,7 +265,8 @@ def new_optimizers(model: MultiViewUNet, parameters: list[Any], cfg: Config) -> 
 
 
 def average(ema: dict[str, Tensor], weights: dict[str, Tensor], decay: float, step: int) -> None:
-    """ema <- d ema + (1 - d) weights, in place; d grows to `decay` from a short memory, so that the start is forgotten."""
+    """ema <- d ema + (1 - d) weights, in place; d grows to `decay` from a short memory, so that the start is
+    forgotten."""
     d = min(decay, (1 + step) / (10 + step))
     for name, value in weights.items():
         ema[name].lerp_(value, 1 - d)

@@ -1,8 +1,9 @@
 """Before any training: what is there to gain? The best of G candidates by each feedback, in every metric.
 
-No loss can teach what the candidates do not show. For each design of candidates (train_d3po.draw_candidates) and each
-feedback this prints, on validation objects, the mean over objects of [metric of the candidate that the feedback rates
-best] - [mean of the metric over the G candidates], and how far the reward spreads among the candidates, by design.
+No loss can teach what the candidates do not show. For each design of candidates (train_d3po.draw_candidates)
+and each feedback this prints, on validation objects, the mean over objects of [metric of the candidate that
+the feedback rates best] - [mean of the metric over the G candidates], and how far the reward spreads among
+the candidates, by design.
 
 Run:
     python -m runs.headroom --scorer out/scorer --out results/headroom
@@ -94,9 +95,7 @@ def main(cfg: Config) -> dict:
             rows.append({"candidates": label, "feedback": name, **summary})
         spreads.append({"candidates": label, **spread})
 
-    text = [
-        f"Best of {cfg.num_candidates} by a feedback minus the mean of {cfg.num_candidates}; {cfg.n} validation objects."
-    ]
+    text = [f"Best of {cfg.num_candidates} by a feedback minus their mean; {cfg.n} validation objects."]
     text += ["", "| candidates | best by | " + " | ".join(METRICS) + " |", "|---" * (2 + len(METRICS)) + "|"]
     for row in rows:
         cells = [

@@ -1,15 +1,16 @@
 """Table 1 on furniture: every row trained and measured on held-out objects by other hands (paper Sec. 6).
 
-One command does all of it, and goes on where it stopped: every stage is found by its content (common.cached). Rows share
-candidates; all have the same references, batches and number of steps. The held-out objects are looked at here only.
+One command does all of it, and goes on where it stopped: every stage is found by its content (common.cached).
+Rows share candidates; all have the same references, batches and number of steps. The held-out objects are
+looked at here only.
 
 Run:
     python -m runs.table1                       # results/table1/{table.md, table.json, grid.png, curves.png}
     python -m runs.table1 --seeds 0             # one seed; two shells may share the work, then once with all
-    python -m runs.table1 --small True          # the same path in minutes, on numbers too small to mean anything
+    python -m runs.table1 --small True          # the same path in minutes, on tiny numbers
 
-Numbers are of the four unseen views where a metric has them. An interval is a 95 % bootstrap over seeds and objects.
-"""
+Numbers are of the four unseen views where a metric has them. An interval is a 95 % bootstrap over seeds and
+objects."""
 
 import json
 from dataclasses import dataclass, replace
@@ -187,7 +188,8 @@ def markdown(rows: dict, columns: list[str], sign: str = "") -> list[str]:
 
 
 def curves(path: Path, points: dict[str, list[tuple[float, dict[str, float]]]], columns: list[str]) -> None:
-    """Each run's change of every judge over the square root of its KL to pi_pre: the fair axis for rows that drift."""
+    """Each run's change of every judge over the square root of its KL to pi_pre: the fair axis for rows that
+    drift."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -249,7 +251,7 @@ def main(cfg: Config) -> dict:
             for s, (kl, v) in enumerate(runs)
         ]
     text = [
-        f"{n} held-out objects, seeds {', '.join(map(str, cfg.seeds))}; mean [95 % interval over seeds and objects]."
+        f"{n} held-out objects, seeds {', '.join(map(str, cfg.seeds))}; [95 % interval over seeds and objects]."
     ]
     text += ["\\* the row's own reward. `python -m runs.table1`.", "", *markdown(rows, columns)]
     for base, differences in minus.items():
