@@ -202,9 +202,12 @@ def world_masks(
 
 
 def profile_iou(views: Tensor, axis: int) -> Tensor:  # (B, V, 3, S, S), 0 X 1 Y 2 Z -> (B,)
-    """Which places along one world axis are occupied: IoU of all views that see this axis."""
-    seen = [m.any(3 - plane.index(axis)) for plane, m in world_masks(views).items() if axis in plane]
-    return iou(torch.cat(seen), (-1,))
+    """Which places along one world axis are occupied: IoU of all views that see this axis.
+
+    A place counts with two pixels: a single one may be a speck of the sampler's.
+    """
+    masks = [(m, 3 - plane.index(axis)) for plane, m in world_masks(views).items() if axis in plane]
+    return iou(torch.cat([m.sum(other) > 1 for m, other in masks]), (-1,))
 
 
 def row_iou(views: Tensor) -> Tensor:  # (B, V, 3, S, S) -> (B,)
@@ -244,9 +247,9 @@ GEOMETRY = {"row": row_iou, "mirror": mirror_iou, "width": width_iou, "hull": hu
 # Truth is not always 1: what is thin vanishes between pixels, what is nearly white is background in one view
 # and not in the next. A threshold is what one true object in 40 falls below:
 #     truth_thresholds(load_split("furniture", "train", 233, 64) / 255)
-# One of the four or more is missed by .069 of these 233, .078 of the 64 validation objects, .063 of the 96
-# held-out ones, none of 200 toys. (One true object in 20 makes that .125 on validation, one in 100 .047.)
-THRESHOLDS = {"row": 0.945, "mirror": 0.915, "width": 0.903, "hull": 0.909}
+# One of the four or more is missed by .082 of these 233, .109 of the 64 validation objects, .104 of the 96
+# held-out ones, none of 200 toys.
+THRESHOLDS = {"row": 0.861, "mirror": 0.915, "width": 0.683, "hull": 0.909}
 
 
 def truth_thresholds(truth: Tensor, share: float = 0.025) -> dict[str, float]:  # (N, V, 3, S, S)

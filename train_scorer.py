@@ -91,7 +91,7 @@ class Config:
     twins: bool = True  # half of a batch are stretched copies of the other half
 
     seed: int = 0  # of weights, batches, frames and the generator
-    eval_every: int = 200  # steps between evaluations
+    eval_every: int = 300  # steps between evaluations
     bf16: Literal["auto", "on", "off"] = "auto"  # draw the negatives in bfloat16; auto: where it is fast
     device: str = "auto"  # auto, cpu or cuda
     out: str = "out/scorer"  # where everything goes

@@ -158,6 +158,11 @@ def draw(**changed: tuple[slice, slice]) -> torch.Tensor:  # (1, 5, 3, 10, 10)
     return views
 
 
+def doubled(views: torch.Tensor) -> torch.Tensor:
+    """Four pixels for each: a place along an axis counts with two."""
+    return views.repeat_interleave(2, -1).repeat_interleave(2, -2)
+
+
 @pytest.mark.parametrize(
     ("changed", "row", "mirror", "width", "hull"),
     [
@@ -180,9 +185,17 @@ def draw(**changed: tuple[slice, slice]) -> torch.Tensor:  # (1, 5, 3, 10, 10)
     ],
 )
 def test_geometry_by_hand(changed, row, mirror, width, hull) -> None:
-    views = draw(**changed)
+    views = doubled(draw(**changed))
     got = {name: check(views).item() for name, check in metrics.GEOMETRY.items()}
     assert got == pytest.approx({"row": row, "mirror": mirror, "width": width, "hull": hull}, abs=1e-6)
+
+
+def test_a_single_pixel_occupies_no_row() -> None:
+    views = doubled(draw())
+    views[0, 1, :, 0, 0] = 0.5  # a speck in the right view, far from the object
+    assert metrics.row_iou(views) == 1 and metrics.width_iou(views) == 1
+    views[0, 1, :, 0, 1] = 0.5  # two pixels of one row: 8 rows of 9, and still no column
+    assert metrics.row_iou(views) == pytest.approx(8 / 9) and metrics.width_iou(views) == 1
 
 
 def test_silhouettes_lie_in_the_world() -> None:
@@ -240,14 +253,14 @@ def shape(seed: int, size: int = 32) -> torch.Tensor:  # (x, y, z) bool
 
 
 def test_any_object_agrees_with_itself_and_a_view_of_another_does_not() -> None:
-    views = torch.stack([project(shape(seed)) for seed in range(20)])
+    views = doubled(torch.stack([project(shape(seed)) for seed in range(20)]))
     for check in metrics.GEOMETRY.values():
         assert check(views).tolist() == pytest.approx([1.0] * 20)
     assert not metrics.contradicts(views).any()
     for m in range(5):  # whichever view is of another object
         mixed = views.clone()
         mixed[:, m] = views[:, m].roll(1, 0)
-        assert (metrics.hull_iou(mixed) < 1).all() and metrics.contradicts(mixed).float().mean() > 0.9
+        assert (metrics.hull_iou(mixed) < 1).all() and metrics.contradicts(mixed).float().mean() > 0.75
 
 
 def test_hull_equals_carving_voxels() -> None:
@@ -267,7 +280,7 @@ def test_hull_equals_carving_voxels() -> None:
 def test_thresholds_are_what_furniture_gives_and_truth_seldom_contradicts() -> None:
     assert metrics.truth_thresholds(furniture("train")) == pytest.approx(metrics.THRESHOLDS, abs=5.1e-4)
     validation = furniture("validation")
-    assert metrics.contradicts(validation).sum() == 5  # of 64, as metrics.py says
+    assert metrics.contradicts(validation).sum() == 7  # of 64, as metrics.py says
     assert not metrics.contradicts(toys(12)).any()
     assert not metrics.no_object(validation).any()
     for name, views in metrics.spoilt_views(validation[:32]).items():
@@ -276,7 +289,8 @@ def test_thresholds_are_what_furniture_gives_and_truth_seldom_contradicts() -> N
 
 
 def test_any_of_the_four_makes_a_contradiction() -> None:
-    lower, flipped = draw(left=(slice(6, 10), slice(3, 4))), draw(top=(slice(6, 7), slice(2, 6)))
+    lower = doubled(draw(left=(slice(6, 10), slice(3, 4))))
+    flipped = doubled(draw(top=(slice(6, 7), slice(2, 6))))
     nothing = dict.fromkeys(metrics.GEOMETRY, 0.0)
     assert not metrics.contradicts(torch.cat([lower, flipped]), nothing).any()
     for views, name, limit in [(lower, "row", 0.61), (lower, "mirror", 0.81), (flipped, "width", 0.51)]:
@@ -293,7 +307,7 @@ def test_no_trick_wins_as_feedback() -> None:
     blank_right = truth.clone()
     blank_right[:, 1] = 1
     best = metrics.geometry(truth, ref)
-    assert best.mean() > 0.98
+    assert best.mean() > 0.97
     for name, views, most in [
         ("all white", torch.ones_like(truth), 0),
         ("a filled frame", square, 0),

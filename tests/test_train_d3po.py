@@ -482,7 +482,7 @@ def test_diffusion_dpo_runs_and_the_frozen_copy_stays(tmp_path):
 def test_attention_layers_or_lora_alone_can_be_trained(tmp_path):
     before = load(config(tmp_path).model)
     attention = {id(p) for p in before.attention_parameters()}
-    for changes, kinds in (({"attention_only": True}, {True}), ({}, {True, False}), ({"lora": 2}, {True})):
+    for changes, kinds in (({}, {True}), ({"attention_only": False}, {True, False}), ({"lora": 2}, {True})):
         after = dict(load(D.main(config(tmp_path, lr=1e-3, **changes))["folder"]).named_parameters())
         assert {id(p) in attention for n, p in before.named_parameters() if not torch.equal(p, after[n])} == kinds
 
