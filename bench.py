@@ -1,26 +1,28 @@
 """How fast is it, and does it fit? Measured against the published structure; counted at the paper's scale.
 
-Measured: two forms of one computation, on one network, with equal weights and one batch. First both run once in float32,
-and their losses and gradients must be equal to 1e-4. Then they take turns, in bfloat16 where the hardware has it.
+Measured: two forms of one computation, on one network, with equal weights and one batch. First both run once
+in float32, and their losses and gradients must be equal to 1e-4. Then they take turns, in bfloat16 where the
+hardware has it.
 
-    pair step       published order of calls: policy on the winner, frozen policy on the winner, the same two on the loser
-                    ours: one forward (train_d3po.step_log_ratio), the frozen policy's means are stored
-    pairs of G      published: that step in a loop over all pairs of G candidates; ours: one forward for all. Candidates
-                    have states of their own (--candidates noised), or one state for all (branch)
-    reference       published: the reference first, alone, then the views with its stored tokens; ours: one forward
-    sampling        five views of one object, by either form of that
+    pair step     published order of calls: policy on the winner, frozen policy on the winner, the same two
+                  on the loser. Ours: one forward (train_d3po.step_log_ratio); the frozen means are stored
+    pairs of G    published: that step in a loop over all pairs of G candidates. Ours: one forward for all.
+                  Candidates have states of their own (--candidates noised), or one for all (branch)
+    reference     published: the reference alone, then the views with its stored tokens. Ours: one forward
+    sampling      five views of one object, by either form of that
 
-A loop over more than 12 pairs is timed on 12 and scaled: it is linear in them. On a CPU the seconds are those of the
-process, so that other programs do not count; on CUDA they are the clock's. Peak: a product of two 2048 x 2048 matrices,
-measured anew at each turn.
+A loop over more than 12 pairs is timed on 12 and scaled: it is linear in them. On a CPU the seconds are those
+of the process, so that other programs do not count; on CUDA they are the clock's. Peak: a product of two
+2048 x 2048 matrices, measured anew at each turn.
 
-Counted (--count True): the step of SDXL runs on tensors without data. Every allocation is followed to its peak, every
-product and convolution counted. What a GPU adds is not in it: a GB of context, the allocator's gaps, the VAE at work.
+Counted (--count True): the step of SDXL runs on tensors without data. Every allocation is followed to its
+peak, every product and convolution counted. What a GPU adds is not in it: a GB of context, the allocator's
+gaps, the VAE at work.
 
     time = floating-point operations / (--utilisation x --tflops)         an estimate; memory is the count
 
 Run:
-    python bench.py --out results/bench                    # two minutes of one CPU core
+    python bench.py --out results/bench                    # a few minutes of one CPU core
     python bench.py --device cuda
     python bench.py --count True --out results/memory      # a few minutes; also with --lora 16
 
@@ -82,8 +84,8 @@ class Config:
 
 
 class TwoPass:
-    """Reference attention as Zero123++ has it: a pass of the reference stores the tokens of each layer, a second pass of
-    the views appends them to its own keys and values."""
+    """Reference attention as Zero123++ has it: a pass of the reference stores the tokens of each layer, a pass
+    of the views appends them to its own keys and values."""
 
     def __init__(self, model: MultiViewUNet) -> None:
         self.model, self.cfg, self.encode, self.decode = model, model.cfg, model.encode, model.decode
@@ -97,7 +99,10 @@ class TwoPass:
             self.stored[id(layer)] = placed, own
             keys, values = placed, own
         else:  # all views of an object are one sequence
-            placed, own = (z.flatten(1, 2) for z in (x.unflatten(0, (-1, NUM_VIEWS)) + tables, x.unflatten(0, (-1, NUM_VIEWS))))
+            placed, own = (
+                z.flatten(1, 2)
+                for z in (x.unflatten(0, (-1, NUM_VIEWS)) + tables, x.unflatten(0, (-1, NUM_VIEWS)))
+            )
             keys, values = (torch.cat(z, 1) for z in zip((placed, own), self.stored[id(layer)]))
         q, k, v = (
             project(z).unflatten(-1, (layer.heads, -1)).transpose(1, 2)
@@ -157,7 +162,7 @@ def our_step(policy: MultiViewUNet, batch: Batch, mean_pre: Tensor, bf16: bool) 
 
 
 def toy_batch(pre: MultiViewUNet, G: int, R: int, device: Any) -> tuple[Batch, Tensor]:
-    """One reference, R states, G actions that the frozen policy could have taken; and its means (1, R, V, c, h, w)."""
+    """One reference, R states, G actions that the frozen policy could have taken; and its means there."""
     g, cfg, schedule = keyed_generator(G, R), pre.cfg, Schedule(pre.cfg)
     shape = (cfg.latent_channels, cfg.latent_size, cfg.latent_size)
     draw = lambda *rows: torch.randn(*rows, *shape, generator=g).to(device)  # noqa: E731
@@ -196,7 +201,13 @@ Run = Callable[..., Tensor]  # (bf16, timed) -> loss or picture; its gradients a
 
 
 def compare(
-    label: str, published: Run, ours: Run, scale: float, networks: list[MultiViewUNet], cfg: Config, bf16: bool
+    label: str,
+    published: Run,
+    ours: Run,
+    scale: float,
+    networks: list[MultiViewUNet],
+    cfg: Config,
+    bf16: bool,
 ) -> dict[str, Any]:
     """Assert that both forms are equal, count their calls and operations, and time them in turn."""
     device, policy, results = get_device(cfg.device), networks[0], []
@@ -210,11 +221,15 @@ def compare(
             hook.remove()
         grads = [p.grad.flatten() for p in policy.parameters() if p.grad is not None]
         policy.zero_grad()
-        results.append((value, torch.cat(grads) if grads else value.new_zeros(1), len(calls), flops.get_total_flops()))
+        results.append(
+            (value, torch.cat(grads) if grads else value.new_zeros(1), len(calls), flops.get_total_flops())
+        )
     (value, grad, *theirs), (our_value, our_grad, *own) = results
     for name, a, b in (("loss", value, our_value), ("gradient", grad, our_grad)):
         if (a.cpu() - b.cpu()).norm() > 1e-4 * a.cpu().norm():
-            raise InputError(f"{label}: the {name} of the two forms differs by more than 1e-4, expected equal ones.")
+            raise InputError(
+                f"{label}: the {name} of the two forms differs by more than 1e-4, expected equal ones."
+            )
 
     seconds: list[tuple[float, float]] = []
     shares: list[float] = []
@@ -284,7 +299,7 @@ def measure(cfg: Config) -> list[dict[str, Any]]:
     return rows
 
 
-HEAD = "| | times faster (min to max) | seconds | network calls | GFLOP | per cent of peak |\n|---|---|---|---|---|---|"
+HEAD = "| | times faster (min to max) | seconds | network calls | GFLOP | per cent of peak |\n" + "|---" * 6 + "|"
 
 
 def line(r: dict[str, Any]) -> str:
@@ -397,14 +412,21 @@ def count(cfg: Config, size: int) -> list[dict[str, Any]]:
                 step()
             owners = {"weights": weights, "adam": 0 if "collect" in name else adam, "rest": memory.peak}
             gb, tflop = {k: v / 1e9 for k, v in owners.items()}, flops.get_total_flops() / 1e12
-            more = {"total": sum(gb.values()), "tflop": tflop, "seconds": tflop / (cfg.tflops * cfg.utilisation)}
+            more = {
+                "total": sum(gb.values()),
+                "tflop": tflop,
+                "seconds": tflop / (cfg.tflops * cfg.utilisation),
+            }
             rows.append({"size": size, "step": name, **gb, **more})
     return rows
 
 
 def counted_table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = ["| px | step | weights | Adam | gradients and activations | total GB | TFLOP | seconds |", "|---" * 8 + "|"]
+    lines = [
+        "| px | step | weights | Adam | gradients and activations | total GB | TFLOP | seconds |",
+        "|---" * 8 + "|",
+    ]
     for r in rows:
         gb = " | ".join(f"{r[k]:.1f}" for k in ("weights", "adam", "rest", "total", "tflop"))
         lines.append(f"| {r['size']} | {r['step']} | {gb} | {r['seconds']:.2f} |")

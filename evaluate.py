@@ -287,7 +287,7 @@ def main(cfg: Config) -> dict:
     ids, truth = read_truth(cfg, size)
     ref = truth[:, 0]  # evaluation always takes the front
     seeds = list(range(cfg.seed, cfg.seed + cfg.seeds))
-    judges = {name: digest(folder) for name, folder in zip(scorers, cfg.scorer)}
+    judges = {name: digest(Path(folder)) for name, folder in zip(scorers, cfg.scorer)}
     if lpips:
         judges["lpips"] = digest([digest(v) for v in lpips.state_dict().values()])
     sampler = {"seeds": seeds, "num_steps": cfg.num_steps} if model else None
@@ -295,7 +295,7 @@ def main(cfg: Config) -> dict:
     views = [] if model else [read_views(cfg.images, ids, size)]
     if cfg.against:
         paired_difference({}, judged, cfg.against)  # is it there, and comparable?
-    check_outputs(cfg, {**judged, "of": digest(cfg.model) if model else digest(views[0])})
+    check_outputs(cfg, {**judged, "of": digest(Path(cfg.model)) if model else digest(views[0])})
 
     if model:
         how = {"num_steps": cfg.num_steps, "batch_size": cfg.batch_size, "bf16": bf16}

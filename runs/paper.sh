@@ -1,32 +1,36 @@
 #!/usr/bin/env bash
-# The paper's experiment (Sec. 6) on one CUDA GPU: SDXL, DINOv2, LoFTR, LPIPS, a folder of renders of Objaverse. Each line
-# can be run by itself, and the same command goes on where it stopped.
+# The paper's experiment (Sec. 6) on one CUDA GPU: SDXL, DINOv2, LoFTR, LPIPS, a folder of renders of Objaverse. Each
+# line can be run by itself, and the same command goes on where it stopped.
 #   DATA=renders bash runs/paper.sh
-#   DATA=renders SIZE=512 MEMORY="--lora 16" bash runs/paper.sh       larger, and on a small GPU (README: memory table)
+#   DATA=renders SIZE=512 MEMORY="--lora 16" bash runs/paper.sh       larger, on a small GPU (README: memory table)
 # Weights are downloaded once, or named by folder: BASE, DINO, LPIPS, and LOFTR by file (README, "The paper's scale").
 # --small makes all counts tiny, in out/paper_small: does everything load and fit together?
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-data=${DATA:?"a folder of renders: DATA=renders bash runs/paper.sh (make one: python data.py --meshes DIR --out renders)"}
+data=${DATA:?"a folder of renders: DATA=renders bash runs/paper.sh (python data.py --meshes DIR --out renders)"}
 base=${BASE:-stabilityai/stable-diffusion-xl-base-1.0} dino=${DINO:-facebook/dinov2-base}
-lpips=${LPIPS:-hub} matcher=${MATCHER:-loftr} out=${OUT:-out/paper} size=${SIZE:-256} memory=${MEMORY:-}
+lpips=${LPIPS:-hub} out=${OUT:-out/paper} size=${SIZE:-256} memory=${MEMORY:-}
 # The paper's base model took 400 A100 days. 20,000 steps of attention alone are a start, not that model:
 # by bench.py an hour each at 256 px and five at 512 on an A100, without VAE and reading.
 sft="--steps 20000 --batch_size 4 --num_objects 100000 --eval_every 1000 --num_steps 50"
-scorer="--num_objects 240 --num_steps 50"
-# The paper's setting: best against worst, one object a step, the last 40 calls. On toys it showed no signal (README,
-# Results); what did is D3PO="--first_call 48 --pairs all --batch_objects 8".
-d3po="--num_objects 240 --steps 1800 --num_steps 50 --first_call 10 --pairs best_worst --beta_dpo 0.1 --save_every 100"
+scorer="--num_references 240 --num_steps 50"
+# The paper's setting (App. B): references noised by five scales, one object a step, the last 40 of 50 calls. The last
+# call has no density: 39 are left. On furniture it showed no signal (README, Results); what did is the default of
+# train_d3po.py: D3PO="--candidates branch --trained_calls 0 20 --batch_objects 8 --kl .1 --lambda_simple 100".
+# States and actions of 240 objects take 8 GB of main memory at 256 px, 30 GB at 512, and the frozen means half of that.
+d3po="--num_references 240 --steps 1800 --num_steps 50 --candidates noised --trained_calls 10 48"
+d3po="$d3po --beta_dpo 0.1 --kl 0 --lambda_simple 1 --batch_objects 1 --batch_size 1 --eval_objects 16"
 table="--n 200 --seeds 3 --num_steps 50"
-matching="--feedback matching --matcher $matcher ${LOFTR:+--matcher_weights $LOFTR}"
+matching="matching --matcher ${LOFTR:-loftr}"
 if [ "${1:-}" = "--small" ]; then
     out=${OUT:-out/paper_small}
     sft="--steps 2 --batch_size 2 --eval_every 1 --num_steps 3 --eval_objects 2"
-    scorer="--num_objects 3 --num_val 2 --steps 2 --eval_every 1 --num_steps 3"
-    d3po="--num_objects 3 --eval_objects 2 --steps 2 --num_steps 5 --first_call 1"
+    scorer="--num_references 3 --num_val 2 --batch_size 2 --steps 2 --eval_every 1 --num_steps 3"
+    d3po="--num_references 3 --eval_objects 2 --steps 2 --num_steps 5 --candidates noised --trained_calls 1 3"
+    d3po="$d3po --beta_dpo 0.1 --kl 0 --lambda_simple 1 --batch_objects 1 --batch_size 1"
     table="--n 2 --num_steps 3"
-    matching="--feedback random" # a picture of a random model matches nothing, and ties alone are an error
+    matching="random" # a picture of a random model matches nothing, and ties alone are an error
 fi
 
 # What is missing shows now, not after days
@@ -42,21 +46,23 @@ python train_sft.py $sft $memory --out $out/base
 python train_sft.py $sft $memory --cross_view False --out $out/zero123
 
 # Stage 2: the scorer, against Zero123-style views, and against the multi-view model's own: C (pre)
-scorer="--backbone $dino --lr 1e-5 --data $data --image_size $size --zero123 $out/zero123 --pretrained $out/base $scorer"
-python train_scorer.py $scorer --out $out/scorer
-python train_scorer.py $scorer --negatives pretrained --out $out/scorer_pre
+scorer="--backbone $dino --lr 1e-5 --data $data --image_size $size $scorer"
+python train_scorer.py $scorer --negatives $out/zero123 --out $out/scorer
+python train_scorer.py $scorer --negatives $out/base --out $out/scorer_pre
 
-# Stage 3: SFT (the same loop at beta 0), MV-D3PO-M, MV-D3PO-C (pre), MV-D3PO-C, with 240 objects, 1,800 steps, the last
-# 40 of 50 calls
-d3po="--model $out/base --data $data --lr 1e-5 --attention_only True --batch_objects 1 --batch_size 1 --checkpointing True --out $out $d3po $memory ${D3PO:-}"
-python train_d3po.py $d3po --beta_dpo 0 --name sft
-python train_d3po.py $d3po $matching --name m
-python train_d3po.py $d3po --feedback contrastive --scorer $out/scorer_pre --name c_pre
-python train_d3po.py $d3po --feedback contrastive --scorer $out/scorer --name c
+# Stage 3: SFT (the same loop without preferences), MV-D3PO-M, MV-D3PO-C (pre), MV-D3PO-C, on the same candidates.
+# tune NAME RUN OPTIONS: $out/NAME is a link to this run, however often $out/RUN, the last of its feedback, moves on
+d3po="--model $out/base --data $data --lr 1e-5 --attention_only True --checkpointing True --out $out $d3po $memory ${D3PO:-}"
+tune() { python train_d3po.py $d3po "${@:3}" && ln -sfn "$(readlink $out/$2)" $out/$1; }
+tune sft sft --feedback none
+tune m d3po_${matching%% *} --feedback $matching
+tune c_pre d3po_contrastive --feedback contrastive --scorer $out/scorer_pre
+tune c d3po_contrastive --feedback contrastive --scorer $out/scorer
 
 # Table 1 on the held-out objects; another model's views join by: evaluate.py --images DIR
 table="--data $data --split heldout --scorer $out/scorer --lpips $lpips $table"
 [ -e $out/table_sft.json ] || python evaluate.py --model $out/sft $table --out $out/table_sft.json --grid $out/table_sft.png
 for row in base m c_pre c; do
-    [ -e $out/table_$row.json ] || python evaluate.py --model $out/$row $table --against $out/table_sft.json --out $out/table_$row.json --grid $out/table_$row.png
+    [ -e $out/table_$row.json ] || python evaluate.py --model $out/$row $table --against $out/table_sft.json \
+        --out $out/table_$row.json --grid $out/table_$row.png
 done

@@ -15,7 +15,7 @@ def schedule(**changes) -> S.Schedule:
     return S.Schedule(ModelConfig(**{**vars(TINY), **changes}))
 
 
-@pytest.mark.parametrize("prediction", ["x0", "epsilon"])
+@pytest.mark.parametrize("prediction", ["x0", "epsilon", "v"])
 @pytest.mark.parametrize("num_steps", [10, 20, 50])
 def test_step_is_ddim_at_eta_1(prediction, num_steps):
     ours = schedule(prediction=prediction)
@@ -24,7 +24,7 @@ def test_step_is_ddim_at_eta_1(prediction, num_steps):
         set_alpha_to_one=True,  # only the last step, into the clean image, sees this
         steps_offset=1,
         timestep_spacing="leading",
-        prediction_type={"x0": "sample", "epsilon": "epsilon"}[prediction],
+        prediction_type={"x0": "sample", "epsilon": "epsilon", "v": "v_prediction"}[prediction],
     )
     theirs.alphas_cumprod = ours.alpha_bar.float()
     theirs.set_timesteps(num_steps)
@@ -63,7 +63,8 @@ def test_schedule_shift_divides_the_signal_to_noise_ratio():
 def test_split_prediction_is_consistent():
     x0, eps = torch.randn(2, 3, 1, 5, 4, 2, 2)[:, :, 0]
     t = torch.tensor([10, 500, 900])
-    for prediction, out in (("x0", x0), ("epsilon", eps)):
+    ab = schedule().ab(t)
+    for prediction, out in (("x0", x0), ("epsilon", eps), ("v", ab.sqrt() * eps - (1 - ab).sqrt() * x0)):
         ours = schedule(prediction=prediction)
         x_t = S.forward_noise(ours, x0, t, eps)
         got_x0, got_eps = S.split_prediction(ours, out, x_t, t)
@@ -116,52 +117,97 @@ def test_a_sample_does_not_depend_on_its_batch(tiny):
     assert torch.equal(alone.states[0, 0], batched.states[1, 0])
 
 
-def test_candidates_share_the_start_and_the_reference_noise_only(tiny):
+def test_candidates_differ_by_their_step_noises_alone(tiny):
     ref = refs(1).expand(3, -1, -1, -1)
-    chain = S.sample(tiny, ref, [5, 5, 5], 4, candidates=[0, 1, 2], noise_scales=[0.0, 0.0, 0.8])
+    chain = S.sample(tiny, ref, [5, 5, 5], 4, candidates=[0, 1, 1])
     assert chain.states.shape == (3, 5, 5, 48, 4, 4)
-    assert torch.equal(chain.states[0, 0], chain.states[2, 0]) and torch.equal(chain.ref_noise[0], chain.ref_noise[2])
-    assert not torch.allclose(chain.states[0, 1], chain.states[1, 1])  # step noises differ
-    assert (chain.candidate_noise[:2] == 0).all()
-    assert abs(chain.candidate_noise[2].std() - 0.8) < 0.1
-    again = S.sample(tiny, ref, [5, 5, 5], 4, candidates=[0, 1, 2], noise_scales=[0.0, 0.0, 0.8])
-    assert torch.equal(again.images, chain.images)
+    assert torch.equal(chain.states[0, 0], chain.states[1, 0])
+    assert torch.equal(chain.ref_noise[0], chain.ref_noise[1]) and torch.equal(chain.y[0], chain.y[1])
+    assert not torch.allclose(chain.states[0, 1], chain.states[1, 1])
+    assert torch.equal(chain.states[1], chain.states[2])
+    # without a number they are all candidate 0
+    assert torch.equal(S.sample(tiny, ref, [5, 5, 5], 4).states[2], chain.states[0])
 
 
-def test_common_noise_leaves_only_the_reference_to_tell_candidates_apart(tiny):
-    ref, kinds = refs(1).expand(3, -1, -1, -1), {"candidates": [0, 1, 2], "common_noise": True}
-    chain = S.sample(tiny, ref, [5, 5, 5], 4, noise_scales=[0.0, 0.0, 0.8], **kinds)
-    assert torch.equal(chain.states[0], chain.states[1])
-    assert not torch.equal(chain.states[0], chain.states[2])
-    # under one condition the third would be the first: its noises are the same
-    assert torch.equal(S.sample(tiny, ref, [5, 5, 5], 4, **kinds).states[2], chain.states[0])
+def test_a_noise_scale_moves_the_reference_that_is_seen_and_nothing_else(tiny, monkeypatch):
+    seen = []
+    original = S.policy_mean
+
+    def spy(model, schedule, x_t, y, *rest):
+        seen.append(y)
+        return original(model, schedule, x_t, y, *rest)
+
+    monkeypatch.setattr(S, "policy_mean", spy)
+    ref = refs(1).expand(3, -1, -1, -1)
+    chain = S.sample(tiny, ref, [5, 5, 5], 3, noise_scales=[0.0, 0.4, 0.8])
+    assert torch.equal(chain.states[0, 0], chain.states[2, 0])
+    assert not torch.equal(chain.states[0, 1], chain.states[2, 1])
+    assert torch.equal(chain.states[0], S.sample(tiny, refs(1), [5], 3).states[0])
+    noise = [(seen[0][i] - chain.y[i]) / a for i, a in ((1, 0.4), (2, 0.8))]
+    assert all(abs(n.std() - 1) < 0.1 for n in noise) and torch.equal(seen[0][0], chain.y[0])
+    assert not torch.allclose(*noise, atol=0.1)  # n_g: each candidate has its own
+    assert all(torch.equal(y, seen[0]) for y in seen[:3])  # one draw for the whole chain
 
 
-def test_guidance_leads_away_from_the_noised_reference(tiny):
-    """One call: latents are linear in the prediction, so guided = clean + w (clean - noised)."""
-    seeds = [3, 4]
-    clean, noised, guided = (
-        S.sample(tiny, refs(2), seeds, 1, **kind).states[:, -1]
-        for kind in ({}, {"noise_scales": [0.7, 0.7]}, {"guidance": 0.5, "guidance_noise": 0.7})
-    )
-    assert (clean - noised).abs().max() > 1e-3
-    assert torch.allclose(guided, clean + 0.5 * (clean - noised), atol=1e-5)
-    assert torch.equal(S.sample(tiny, refs(2), seeds, 1, guidance_noise=0.7).states[:, -1], clean)
+def test_every_noise_has_a_key_of_its_own(monkeypatch, tiny):
+    keys = []
+    original = S.draw
+    monkeypatch.setattr(S, "draw", lambda shape, k: keys.extend(k) or original(shape, k))
+    S.sample(tiny, refs(2), [7, 8], 3, candidates=[0, 1], noise_scales=[0.1, 0.3])
+    steps = [(seed, 3, call, g) for call in range(3) for seed, g in ((7, 0), (8, 1))]
+    assert keys == [(7, 0), (8, 0), (7, 1), (8, 1), (7, 2, 100), (8, 2, 300), *steps]
+    keys.clear()
+    S.branch(tiny, refs(2), [7, 8], call=1, branches=2, num_steps=3)
+    assert set(keys) == {(seed, *rest) for seed in (7, 8) for rest in ((0,), (1,), (3, 0, 0), (3, 1, 0), (3, 1, 1), (3, 2, 0))}
 
 
 def test_a_trajectory_can_be_replayed_bit_by_bit(tiny):
     """The stored states and noises are all that the policy depends on: its means come out the same, bit by bit."""
     ours = S.Schedule(tiny.cfg)
-    chain = S.sample(tiny, refs(2), [1, 2], 5, noise_scales=[0.3, 0.8])
-    generators = [S.keyed_generator(seed, 3, 0) for seed in (1, 2)]
+    chain = S.sample(tiny, refs(2), [1, 2], 5, candidates=[0, 3])
     with torch.no_grad():
-        for k, (t, s) in enumerate(ours.timesteps(5)[:-1]):
+        for k, (t, s) in enumerate(ours.timesteps(5)):
             times = torch.full((2,), t), torch.full((2,), s)
-            y = chain.y + chain.candidate_noise
-            ref_t = S.noised_reference(ours, tiny.cfg, y, times[0], chain.ref_noise)
-            mean, var = S.ddpm_step(ours, tiny(chain.states[:, k], times[0], ref_t), chain.states[:, k], *times)
-            noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])
+            mean, var = S.policy_mean(tiny, ours, chain.states[:, k], chain.y, chain.ref_noise, *times)
+            noise = S.draw(mean.shape[1:], [(1, 3, k, 0), (2, 3, k, 3)])
             assert torch.equal(mean + var.sqrt() * noise, chain.states[:, k + 1])
+    assert torch.equal(tiny.decode(chain.states[:, -1]), chain.images)
+
+
+def test_kl_is_that_of_two_gaussians():
+    _, theta, pre, var = gaussians(0.1, torch.float64)
+    two = [torch.distributions.Normal(m, var.sqrt()) for m in (theta, pre)]
+    want = torch.distributions.kl_divergence(*two).sum((1, 2, 3, 4))
+    torch.testing.assert_close(S.kl_divergence(theta, pre, var), want, rtol=1e-10, atol=0)
+
+
+def test_the_log_ratio_is_a_linear_part_less_the_kl():
+    action, theta, pre, var = gaussians(0.1, torch.float64)
+    linear = ((theta - pre) * (action - pre) / var).flatten(1).sum(1)
+    torch.testing.assert_close(S.log_ratio(action, theta, pre, var), linear - S.kl_divergence(theta, pre, var))
+
+
+@pytest.mark.parametrize("call", [0, 2])
+def test_a_branch_is_the_plain_chain_up_to_its_call(tiny, call):
+    """Objects keep their own noises, in the order of the references; each branch is alone what it is among others."""
+    b = S.branch(tiny, refs(3), [11, 12, 13], call, 2, 4)
+    plain = S.sample(tiny, refs(3), [11, 12, 13], 4)
+    assert torch.equal(b.x_t, plain.states[:, call])
+    alone = S.branch(tiny, refs(3)[1:2], [12], call, 2, 4)
+    for ours, theirs in zip(vars(alone).values(), vars(b).values()):
+        torch.testing.assert_close(ours[0], theirs[1], rtol=0, atol=1e-4)
+    assert b.actions.shape == b.x0.shape == (3, 2, 5, 48, 4, 4) and b.images.shape == (3, 2, 5, 3, 16, 16)
+    assert (b.x0[:, 0] - b.x0[:, 1]).abs().amax((1, 2, 3, 4)).gt(1e-3).all()
+
+
+def test_every_object_of_sample_images_has_its_own_noise(tiny):
+    same = refs(1).expand(3, -1, -1, -1)
+    images = S.sample_images(tiny, same, 5, 2, batch_size=2)
+    assert images.shape == (3, 5, 3, 16, 16) and torch.equal((images * 255).round() / 255, images)
+    for i in range(3):
+        alone = S.sample(tiny, refs(1), [S.key_seed(5, i)], 2).images[0]
+        torch.testing.assert_close(images[i], (alone * 255).round() / 255, rtol=0, atol=1.01 / 255)
+    assert not torch.allclose(images[0], images[2], atol=0.05)
 
 
 def test_saved_and_loaded_it_draws_the_same(tiny, tiny_folder):
@@ -179,9 +225,10 @@ def test_main_takes_any_picture(tiny_folder, tmp_path):
 
 
 def test_wrong_counts_are_refused(tiny):
-    with pytest.raises(InputError, match="num_steps"):
-        schedule().timesteps(0)
-    with pytest.raises(InputError, match="num_steps"):
-        schedule().timesteps(1000)
+    for wrong in (0, 1, 501, 1000):
+        with pytest.raises(InputError, match=f"--num_steps {wrong}: expected 2 to 500"):
+            schedule().timesteps(wrong)
+    assert [len(schedule().timesteps(k)) for k in (2, 50, 500)] == [2, 50, 500]
+    assert schedule().timesteps(2) == [(501, 1), (1, -1)] and schedule().timesteps(500)[0] == (999, 997)
     with pytest.raises(InputError, match="2 seeds for 1"):
         S.sample(tiny, refs(1), [1, 2], 2)

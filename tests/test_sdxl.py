@@ -267,9 +267,10 @@ def test_memory_and_flops_are_counted(base):
         assert row["weights"] == pytest.approx((2 * every + 2 * trained) / 1e9)
         assert row["adam"] == (0 if "collect" in row["step"] else pytest.approx(8 * trained / 1e9))
         assert row["rest"] > 4 * trained / 1e9 or "collect" in row["step"]
-    collect, sft, d3po = full
+    collect, sft, d3po, branch = full
     assert collect["tflop"] < sft["tflop"] * 2.5
     assert 2.5 < d3po["tflop"] / sft["tflop"] < 3.5  # 18 rows against 6
+    assert 1.7 < branch["tflop"] / sft["tflop"] < 2.3  # 12 rows, whatever the number of candidates
     assert all(a["total"] > b["total"] for a, b in zip(full[1:], lora[1:], strict=True))
     kept = bench.count(bench.Config(base=base, checkpointing=False), SIZE)
     assert kept[2]["rest"] > d3po["rest"]
