@@ -1,0 +1,128 @@
+"""The method in one picture, in the manner of the paper's Figure 2: results/method.svg, written by hand from strings.
+
+The pictures in it are drawn for the eye: a true object, right and left stretched to make worse candidates, and noise on top.
+The numbers beside them are real: metrics.hull_iou of what is shown.
+
+Run:
+    python -m runs.diagram
+"""
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common import cli, keyed_generator, write_atomic
+from data import load_furniture, stretch
+from metrics import hull_iou
+
+WIDTH, HEIGHT = 1000, 400
+GREY, BLUE, GREEN, RED = "#666", "#1f5fa8", "#1a7f37", "#b3261e"
+STRETCH = ((1.0, 1.0), (0.75, 1.0), (0.6, 0.7))  # depth and height of right and left, by candidate
+
+
+@dataclass(frozen=True)
+class Config:
+    """Where it goes."""
+
+    object: str = "armchair"  # part of a name of the validation split; the first object if there is none
+    out: str = "results/method.svg"
+
+
+def text(x: float, y: float, words: str, size: int = 14, colour: str = "black", anchor: str = "middle") -> str:
+    """Words; `_` makes the next character an index."""
+    parts = words.split("_")
+    inner = parts[0] + "".join(
+        f'<tspan dy="4" font-size="{size - 4}">{p[0]}</tspan><tspan dy="-4">{p[1:] or "&#8203;"}</tspan>' for p in parts[1:]
+    )
+    return f'<text x="{x}" y="{y}" font-size="{size}" fill="{colour}" text-anchor="{anchor}">{inner}</text>'
+
+
+def arrow(x0: float, y0: float, x1: float, y1: float, colour: str = GREY, dashed: bool = False) -> str:
+    """A line with a head."""
+    dash = ' stroke-dasharray="5 4"' if dashed else ""
+    ends = f'x1="{x0}" y1="{y0}" x2="{x1}" y2="{y1}"'
+    return f'<line {ends} stroke="{colour}" stroke-width="1.6"{dash} marker-end="url(#head)"/>'
+
+
+def box(x: float, y: float, w: float, h: float, colour: str = GREY, fill: str = "none") -> str:
+    """A rounded frame."""
+    return f'<rect x="{x}" y="{y}" width="{w}" height="{h}" rx="6" fill="{fill}" stroke="{colour}" stroke-width="1.4"/>'
+
+
+def picture(x: float, y: float, views: Tensor, side: float) -> str:  # (V, 3, S, S) in [0, 1]
+    """Views beside each other, inside the file."""
+    pixels = (torch.cat(list(views), -1).permute(1, 2, 0) * 255).round().byte().numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).quantize(64).save(buffer, "PNG", optimize=True)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<image x="{x}" y="{y}" width="{side * len(views)}" height="{side}" href="data:image/png;base64,{data}"/>'
+
+
+def candidate(views: Tensor, depth: float, height: float) -> Tensor:  # (V, 3, S, S) -> the same
+    """Front, back and top as they are; right and left of an object that is thinner and lower: they contradict."""
+    other = stretch(views, torch.tensor([1.0, height, depth]))
+    return torch.stack([other[v] if v in (1, 3) else views[v] for v in range(len(views))])
+
+
+def noised(views: Tensor, amount: float, key: int) -> Tensor:
+    """Views under noise."""
+    noise = torch.randn(views.shape, generator=keyed_generator(key))
+    return ((1 - amount) * views + amount * (0.5 + 0.3 * noise)).clamp(0, 1)
+
+
+def main(cfg: Config) -> dict:
+    """Write the file."""
+    names, every = load_furniture("validation", 64)
+    chosen = next((i for i, name in enumerate(names) if cfg.object.lower() in name.lower()), 0)
+    views = every[chosen].float() / 255
+    shown = [candidate(views, *changes) for changes in STRETCH]
+    rewards = hull_iou(torch.stack(shown)).tolist()
+    rows = (64, 164, 264)  # of the candidates
+    middle = rows[1] + 24
+
+    parts = [text(52, 30, "reference Y", 15), picture(20, middle - 32, views[:1], 64), box(18, middle - 34, 68, 68)]
+    parts += [arrow(92, middle, 176, middle), text(132, middle - 10, "policy π_θ", 13), text(132, middle + 20, "k steps", 13)]
+    parts += [text(222, 30, "one state x_t", 15), picture(182, middle - 40, noised(views, 0.8, 0)[:1], 80)]
+    parts += [box(180, middle - 42, 84, 84, BLUE)]
+    parts += [text(372, 30, "G actions", 15), text(372, 48, "a step's own noise each", 12, GREY)]
+    parts += [text(590, 30, "finished views", 15), text(590, 48, "equal noises after the action", 12, GREY)]
+    parts += [text(758, 30, "feedback", 15), text(758, 48, "rates views", 12, GREY)]
+    for g, (y, x, reward) in enumerate(zip(rows, shown, rewards)):
+        parts += [arrow(268, middle + (y - rows[1]) * 0.25, 340, y + 24), text(302, y + (38, 16, 10)[g], f"a_{g + 1}", 14)]
+        parts += [picture(346, y, noised(x, 0.65, g + 1)[:1], 48), box(345, y - 1, 50, 50, BLUE)]
+        parts += [arrow(400, y + 24, 464, y + 24, dashed=True), picture(470, y, x, 48), box(469, y - 1, 242, 50)]
+        parts += [arrow(716, y + 24, 732, y + 24), text(758, y + 29, f"{reward:.2f}", 15, (GREEN, GREY, RED)[g])]
+
+    # pairs, and the loss
+    bracket = f"780,{rows[0] + 10} 786,{rows[0] + 10} 786,{rows[2] + 38} 780,{rows[2] + 38}"
+    parts += [f'<polyline points="{bracket}" fill="none" stroke="{GREY}" stroke-width="1.6"/>', arrow(786, 100, 846, 100)]
+    parts += [text(896, 30, "all pairs", 15), text(896, 48, "winner, loser", 12, GREY)]
+    for i, (w, l) in enumerate(((0, 1), (0, 2), (1, 2))):  # noqa: E741
+        y = rows[0] + 14 + 26 * i
+        parts += [text(896, y, f"a_{w + 1} ≻ a_{l + 1}", 15)]
+    parts += [arrow(896, 142, 896, 172), box(800, 176, 192, 140, BLUE, "#f3f7fc"), text(896, 196, "Eq. (2)", 15, BLUE)]
+    parts += [text(896, 222, "−log σ( β [ r_w − r_l ] )", 15), text(896, 246, "r = log π_θ / π_p (a | x_t)", 14)]
+    parts += [text(896, 276, "+ λ L(simple-MV)", 14), text(896, 300, "+ κ KL(π_θ ‖ π_p)", 14)]
+    bottom = 352
+    parts += [f'<polyline points="896,316 896,{bottom} 222,{bottom}" fill="none" stroke="{BLUE}" stroke-width="1.6"/>']
+    parts += [arrow(222, bottom, 222, middle + 48, BLUE)]
+    parts += [text(554, bottom - 8, "the policy's mean at x_t moves towards the winners' actions", 14, BLUE)]
+    parts += [text(554, bottom + 22, "π_p: the pre-trained policy, frozen.   Shown: three of G = 8 candidates.", 12, GREY)]
+
+    head = '<marker id="head" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" orient="auto">'
+    head = f'<defs>{head}<path d="M0 0 L10 5 L0 10 z" fill="context-stroke"/></marker></defs>'
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="Helvetica, Arial, sans-serif">'
+    ground = f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>'
+    svg = "\n".join([opening, head, ground, *parts, "</svg>", ""])
+    write_atomic(Path(cfg.out), lambda p: p.write_text(svg))
+    print(f"wrote {cfg.out}: {names[chosen]}, silhouettes {', '.join(f'{r:.2f}' for r in rewards)}")
+    return {"out": cfg.out, "rewards": rewards}
+
+
+if __name__ == "__main__":
+    cli(main, Config, __doc__)
