@@ -277,9 +277,11 @@ def cached(root: str | Path, name: str, made_by: dict[str, Any], make: Callable[
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when a run is killed
         except BlockingIOError:
-            raise InputError(
-                f"{folder}: another run is making it. Wait for that, or take another --out."
-            ) from None
+            if not note.is_file():
+                raise InputError(
+                    f"{folder}: another run is making it. Wait for that, or take another --out."
+                ) from None
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another run is only reading it: soon done
         if note.is_file():
             try:
                 damaged = [f for f, d in load_json(note)["files"].items() if digest(folder / f) != d]
