@@ -85,15 +85,15 @@ class Config:
 
     loss: Literal["d3po", "diffusion_dpo"] = "d3po"  # which log-ratio of a candidate Eq. (2) compares
     beta_dpo: float = 1.0  # beta of Eq. 2 on the log-ratio SUMMED over V c h w
-    kl: float = 0.1  # weight of KL(pi_theta || pi_pre) at the trained states (paper: 0)
+    kl: float = 0.03  # weight of KL(pi_theta || pi_pre) at the trained states (paper: 0)
     lambda_simple: float = 1.0  # weight of L_simple-MV (paper: 1)
     min_gap: float = 0.0  # leave out pairs whose rewards differ by fewer standard deviations than this
     rounds: int = 1  # collect, prefer, train again with the policy of the round before
     anchor: Literal["pre", "last"] = "pre"  # log-ratio and KL are to pi_pre, or to the last round's policy
 
-    steps: int = 60  # optimizer steps a round (paper: 1800)
+    steps: int = 120  # optimizer steps a round (paper: 1800)
     batch_objects: int = 8  # references a step, and as many ground-truth objects for L_simple-MV
-    lr: float = 1e-4  # AdamW; falls to 0 in a straight line
+    lr: float = 3e-4  # AdamW; falls to 0 in a straight line
     attention_only: bool = True  # train the attention layers only, as the paper does (App. B)
     lora: int = 0  # train a change of this rank of the attention projections only: less memory; 0: no
     seed: int = 0  # of candidates, batches and noise

@@ -48,11 +48,11 @@ ROWS = {  # row -> label; what changes in the config of train_d3po.py, if it is 
     "pre": ("pre-trained", None),
     "sft": ("SFT", {"feedback": "none"}),
     "random": ("control: random preferences", {"feedback": "random"}),
-    "m": ("MV-D3PO-M", {"feedback": "matching"}),
-    "c_pre": ("MV-D3PO-C (pre)", {"feedback": "contrastive"}),
-    "c": ("MV-D3PO-C", {"feedback": "contrastive"}),
     "geometry": ("MV-D3PO, geometry (ours)", {"feedback": "geometry"}),
+    "c": ("MV-D3PO-C", {"feedback": "contrastive"}),
+    "c_pre": ("MV-D3PO-C (pre)", {"feedback": "contrastive"}),
     "oracle": ("control: oracle preferences", {"feedback": "oracle"}),
+    "m": ("MV-D3PO-M", {"feedback": "matching"}),
     "best": ("best of five by the scorer, no training", None),
     "truth": ("ground truth", None),
 }
@@ -125,10 +125,12 @@ def train_row(row: str, seed: int, scorers: dict[str, str], cfg: Config) -> Path
         return located(base.model)
     scorer = scorers["contrastive_pre" if row == "c_pre" else "contrastive"]
     options = replace(base, seed=seed, scorer=scorer, **changes)
-    if row != "sft":
-        return Path(D.main(options)["folder"])
-    runs = [D.main(replace(options, lr=rate)) for rate in cfg.rates]
-    return Path(max(runs, key=lambda r: r["table"]["psnr_unseen"]["after"])["folder"])
+    if row == "sft":  # its rate is chosen once, on validation objects
+        runs = {
+            r: D.main(replace(options, seed=cfg.seeds[0], lr=r))["table"]["psnr_unseen"] for r in cfg.rates
+        }
+        options = replace(options, lr=max(runs, key=lambda rate: runs[rate]["after"]))
+    return Path(D.main(options)["folder"])
 
 
 def draw(row: str, model: Path, seed: int, truth: Tensor, scorers: dict[str, str], cfg: Config) -> Tensor:
