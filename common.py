@@ -19,9 +19,9 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 import tyro
@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+T = TypeVar("T")
 ROOT = Path(
     __file__
 ).parent  # of the repository: shipped models and data are found from any working directory
@@ -177,6 +178,36 @@ def load_json(path: str | Path) -> Any:
     """Read a JSON file; a missing or broken one raises InputError."""
     with explained(f"{path}: not readable as JSON, expected a file this project wrote."):
         return json.loads(Path(path).read_text())
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Is a JSON value of the type that a dataclass names? NaN and infinity are of none; 1 is a float, too."""
+    args = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in args
+    if get_origin(hint) is tuple:
+        return isinstance(value, list) and len(value) == len(args) and all(map(fits, value, args))
+    if hint in (int, float):  # True is an int to Python, not to us
+        return type(value) in (int, hint) and abs(value) < 1e9
+    return type(value) is hint
+
+
+def typed(kind: Callable[..., T], values: Any, where: str) -> T:
+    """The dataclass `kind` from what a JSON file says: exactly its fields, each of its type."""
+    hints = get_type_hints(kind)
+    names = values.keys() if isinstance(values, dict) else set()
+    if wrong := ", ".join(sorted(names ^ hints.keys())):
+        raise InputError(f"{where}: {wrong} unknown or missing, expected the fields of {kind.__name__}.")
+    made = {}
+    for name, hint in hints.items():
+        value: Any = values[name]
+        if is_dataclass(hint):
+            value = typed(hint, value, f"{where}: {name}")  # type: ignore  # it is a class
+        elif not fits(value, hint):
+            raise InputError(f"{where}: {name} {value!r}, expected {get_args(hint) or hint.__name__}.")
+        made[name] = tuple(value) if isinstance(value, list) else value
+    with explained(f"{where}: makes no {kind.__name__}."):
+        return kind(**made)
 
 
 def save_tensors(

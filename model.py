@@ -19,11 +19,10 @@ Run:
     python model.py                      # prints the presets' sizes
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,41 +33,10 @@ from einops import rearrange, repeat
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from common import InputError, explained, load_json, load_weights, located, save_json, save_tensors
+from common import InputError, explained, load_json, load_weights, located, save_json, save_tensors, typed
 from data import CAMERAS, VIEWS
 
 NUM_VIEWS = len(VIEWS)
-T = TypeVar("T")
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Is a JSON value of the type that a dataclass names? NaN and infinity are of none; 1 is a float, too."""
-    args = get_args(hint)
-    if get_origin(hint) is Literal:
-        return value in args
-    if get_origin(hint) is tuple:
-        return isinstance(value, list) and len(value) == len(args) and all(map(fits, value, args))
-    if hint in (int, float):  # True is an int to Python, not to us
-        return type(value) in (int, hint) and abs(value) < 1e9
-    return type(value) is hint
-
-
-def typed(kind: Callable[..., T], values: Any, where: str) -> T:
-    """The dataclass `kind` from what a JSON file says: exactly its fields, each of its type."""
-    hints = get_type_hints(kind)
-    names = values.keys() if isinstance(values, dict) else set()
-    if wrong := ", ".join(sorted(names ^ hints.keys())):
-        raise InputError(f"{where}: {wrong} unknown or missing, expected the fields of {kind.__name__}.")
-    made = {}
-    for name, hint in hints.items():
-        value: Any = values[name]
-        if is_dataclass(hint):
-            value = typed(hint, value, f"{where}: {name}")  # type: ignore  # it is a class
-        elif not fits(value, hint):
-            raise InputError(f"{where}: {name} {value!r}, expected {get_args(hint) or hint.__name__}.")
-        made[name] = tuple(value) if isinstance(value, list) else value
-    with explained(f"{where}: makes no {kind.__name__}."):
-        return kind(**made)
 
 
 @dataclass(frozen=True)

@@ -323,12 +323,15 @@ def main(cfg: Config) -> dict:
     """Image -> five views. Returns the paths that were written."""
     if not cfg.out.endswith(".png"):
         raise InputError(f"--out {cfg.out}: expected a name ending in .png.")
+    folder = Path(cfg.out).with_suffix("")
+    written = {path.resolve() for path in (Path(cfg.out), *(folder / f"{view}.png" for view in VIEWS))}
+    if Path(cfg.image).resolve() in written:
+        raise InputError(f"--out {cfg.out}: would overwrite --image {cfg.image}. Take another name.")
     device = get_device(cfg.device)
     bf16 = use_bf16(cfg.bf16, device)
     model = load(cfg.model, device, half=bf16)
     ref = read_image(cfg.image, model.cfg.image_size)[None].float() / 255
     images = sample_images(model, ref, cfg.seed, cfg.num_steps, bf16=bf16)[0]  # (V, 3, H, W)
-    folder = Path(cfg.out).with_suffix("")
     for view, image in zip(VIEWS, images, strict=True):
         write_png(folder / f"{view}.png", image)
     write_png(cfg.out, torch.cat(list(images), dim=-1))

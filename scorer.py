@@ -30,8 +30,18 @@ from einops import rearrange, repeat
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
-from common import InputError, cli, explained, get_device, load_json, load_weights, save_json, save_tensors
-from model import typed
+from common import (
+    InputError,
+    cli,
+    explained,
+    get_device,
+    load_json,
+    load_weights,
+    located,
+    save_json,
+    save_tensors,
+    typed,
+)
 
 IMAGENET = (
     (0.485, 0.456, 0.406),
@@ -177,7 +187,8 @@ class Scorer(nn.Module):
     @staticmethod
     def load(folder: str | Path, device: str | torch.device = "cpu") -> Scorer:
         """Read what `save` wrote, for evaluation."""
-        config = Path(folder) / "config.json"
+        folder = located(folder)
+        config = folder / "config.json"
         if not config.is_file():
             raise InputError(
                 f"{folder}: no config.json, expected a scorer's folder. Make one: train_scorer.py"
@@ -185,7 +196,7 @@ class Scorer(nn.Module):
         cfg = typed(ScorerConfig, load_json(config), str(config))
         with explained(f"{config}: makes no scorer, expected one of train_scorer.py."):
             scorer = Scorer(cfg)
-        load_weights(scorer, Path(folder) / "model.safetensors")
+        load_weights(scorer, folder / "model.safetensors")
         return scorer.to(device).eval()
 
 

@@ -222,6 +222,9 @@ def test_main_takes_any_picture(tiny_folder, tmp_path):
     assert all(Image.open(tmp_path / "views" / f"{v}.png").size == (16, 16) for v in S.VIEWS)
     with pytest.raises(InputError):
         S.main(S.Config(image=str(tmp_path / "missing.png"), model=tiny_folder, out=out))
+    for image in ("views.png", "views/top.png"):  # its own output
+        with pytest.raises(InputError, match="would overwrite --image"):
+            S.main(S.Config(image=str(tmp_path / image), model=tiny_folder, out=out))
 
 
 def test_wrong_counts_are_refused(tiny):
