@@ -57,13 +57,6 @@ def test_every_file_a_document_links_exists(document):
     assert not [link for link in links if not (ROOT / link).exists()]
 
 
-def test_the_readmes_table_of_results_is_table_1():
-    """Character by character what runs/table1.py wrote first."""
-    table = (ROOT / "results" / "table1" / "table.md").read_text().split("\n\n")[2]
-    assert table.startswith("| the others minus the first row | PSNR") and len(table.splitlines()) > 5
-    assert table in (ROOT / "README.md").read_text()
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_option_has_help(script, capsys):
     config = importlib.import_module(script).Config
