@@ -6,6 +6,8 @@ Not collected by default, for its name is not test_*.py. An hour of two cores fo
     python tests/mutants.py --sample 25 --seed 1
 """
 
+# ruff: noqa: E501  (the table of faults quotes lines whole)
+
 import argparse
 import random
 import shutil

@@ -1,4 +1,4 @@
-"""The experiments' scripts, tiny: what is measured, what there is to gain, and everything through the command line."""
+"""The experiments' scripts, tiny: what is measured, what there is to gain, all through the command line."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The step against diffusers and torch.distributions; the log-ratio's accuracy; samples that depend on nothing else."""
+"""The step against diffusers and torch.distributions; the log-ratio's accuracy; what samples depend on."""
 
 import pytest
 import torch
@@ -72,6 +72,19 @@ def test_split_prediction_is_consistent():
         got_x0, got_eps = S.split_prediction(ours, out, x_t, t)
         torch.testing.assert_close(got_x0, x0, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(got_eps, eps, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("ref_scale", [1.0, 20.0])
+def test_the_reference_is_scaled_up_before_it_is_noised(ref_scale):
+    ours = schedule(ref_scale=ref_scale)
+    cfg, t = ModelConfig(**{**vars(TINY), "ref_scale": ref_scale}), torch.tensor([1, 500, 999])
+    y, noise = torch.randn(2, 3, 48, 32, 32, generator=torch.Generator().manual_seed(0))
+    y_t = S.noised_reference(ours, cfg, y, t, noise)
+    assert (y_t.flatten(1).std(1) - 1).abs().max() < 0.02  # unit size at every t
+    for i in range(3):
+        ab = ours.alpha_bar[t[i]].item()
+        size = (ab * ref_scale**2 + 1 - ab) ** 0.5
+        torch.testing.assert_close(y_t[i], (ab**0.5 * ref_scale * y[i] + (1 - ab) ** 0.5 * noise[i]) / size)
 
 
 def gaussians(distance: float, dtype=torch.float32):
@@ -166,7 +179,7 @@ def test_every_noise_has_a_key_of_its_own(monkeypatch, tiny):
 
 
 def test_a_trajectory_can_be_replayed_bit_by_bit(tiny):
-    """The stored states and noises are all that the policy depends on: its means come out the same, bit by bit."""
+    """The stored states and noises are all that the policy depends on: its means are the same, bit by bit."""
     ours = S.Schedule(tiny.cfg)
     chain = S.sample(tiny, refs(2), [1, 2], 5, candidates=[0, 3])
     with torch.no_grad():
@@ -195,7 +208,7 @@ def test_the_log_ratio_is_a_linear_part_less_the_kl():
 
 @pytest.mark.parametrize("call", [0, 2])
 def test_a_branch_is_the_plain_chain_up_to_its_call(tiny, call):
-    """Objects keep their own noises, in the order of the references; each branch is alone what it is among others."""
+    """Objects keep their own noises, in the order of the references; a branch alone is as among others."""
     b = S.branch(tiny, refs(3), [11, 12, 13], call, 2, 4)
     plain = S.sample(tiny, refs(3), [11, 12, 13], 4)
     assert torch.equal(b.x_t, plain.states[:, call])

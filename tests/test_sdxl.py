@@ -288,7 +288,7 @@ def test_flops_are_counted(base):
     ],
 )
 def test_stage_3_fine_tunes_sdxl(tiny, tmp_path, monkeypatch, candidates, changes):
-    """In bfloat16, frozen weights stored so: the log-ratio is exactly 0 before the first update, and not after."""
+    """In bfloat16, frozen weights stored so: the log-ratio is exactly 0 before the first update, then not."""
     import train_d3po as D
 
     monkeypatch.chdir(tmp_path)
