@@ -84,8 +84,8 @@ class Config:
 
 
 class TwoPass:
-    """Reference attention as Zero123++ has it: a pass of the reference stores the tokens of each layer, a pass
-    of the views appends them to its own keys and values."""
+    """Reference attention as Zero123++ has it: a pass of the reference stores the tokens of each layer, a
+    pass of the views appends them to its own keys and values."""
 
     def __init__(self, model: MultiViewUNet) -> None:
         self.model, self.cfg, self.encode, self.decode = model, model.cfg, model.encode, model.decode
@@ -299,7 +299,8 @@ def measure(cfg: Config) -> list[dict[str, Any]]:
     return rows
 
 
-HEAD = "| | times faster (min to max) | seconds | network calls | GFLOP | per cent of peak |\n" + "|---" * 6 + "|"
+HEAD = "| | times faster (min to max) | seconds | network calls | GFLOP | per cent of peak |\n"
+HEAD += "|---" * 6 + "|"
 
 
 def line(r: dict[str, Any]) -> str:
@@ -389,8 +390,8 @@ def steps_of(model: MultiViewUNet, parameters: list[nn.Parameter]) -> dict[str, 
     }
 
 
-def count(cfg: Config, size: int) -> list[dict[str, Any]]:
-    """Peak memory by owner in GB (10^9 bytes) and TFLOP of each kind of step."""
+def count(cfg: Config, size: int, kind: str = "") -> list[dict[str, Any]]:
+    """Peak memory by owner in GB (10^9 bytes) and TFLOP of each kind of step, or of those with this name."""
     rows = []
     architecture = replace(PRESETS["sdxl"], base=cfg.base, image_size=size)
     stock: Any = from_pipeline(UNet2DConditionModel.load_config, cfg.base, subfolder="unet")
@@ -405,7 +406,7 @@ def count(cfg: Config, size: int) -> list[dict[str, Any]]:
             model.unet.enable_gradient_checkpointing()
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         adam = 8 * sum(p.numel() for p in parameters)  # two float32 averages of each gradient
-        for name, step in steps_of(model, parameters).items():
+        for name, step in ((n, s) for n, s in steps_of(model, parameters).items() if n.startswith(kind)):
             with PeakMemory(model.parameters()) as memory:
                 step()
             with FlopCounterMode(display=False) as flops:  # by itself: it keeps tensors alive

@@ -16,19 +16,19 @@ lpips=${LPIPS:-hub} out=${OUT:-out/paper} size=${SIZE:-256} memory=${MEMORY:-}
 sft="--steps 20000 --batch_size 4 --num_objects 100000 --eval_every 1000 --num_steps 50"
 scorer="--num_references 240 --num_steps 50"
 # The paper's setting (App. B): references noised by five scales, one object a step, the last 40 of 50 calls. The last
-# call has no density: 39 are left. On furniture it showed no signal (README, Results); what did is the default of
-# train_d3po.py: D3PO="--candidates branch --trained_calls 0 20 --batch_objects 8 --kl .1 --lambda_simple 100".
-# States and actions of 240 objects take 8 GB of main memory at 256 px, 30 GB at 512, and the frozen means half of that.
-d3po="--num_references 240 --steps 1800 --num_steps 50 --candidates noised --trained_calls 10 48"
-d3po="$d3po --beta_dpo 0.1 --kl 0 --lambda_simple 1 --batch_objects 1 --batch_size 1 --eval_objects 16"
+# call has no density: 39 are left. (README, Results, says how little that teaches. The design of our own job instead:
+# D3PO="--candidates branch --trained_calls 0 20 --batch_objects 8 --kl 0.1 --lambda_simple 100")
+# States, actions and frozen means of 240 references take 12 GB of main memory at 256 px, 46 GB at 512.
+setting="--trained_calls 10 48 --candidates noised --beta_dpo 0.1 --kl 0 --lambda_simple 1 --batch_objects 1"
+d3po="--num_references 240 --steps 1800 --num_steps 50 --batch_size 1 --eval_objects 16"
 table="--n 200 --seeds 3 --num_steps 50"
 matching="matching --matcher ${LOFTR:-loftr}"
 if [ "${1:-}" = "--small" ]; then
     out=${OUT:-out/paper_small}
     sft="--steps 2 --batch_size 2 --eval_every 1 --num_steps 3 --eval_objects 2"
     scorer="--num_references 3 --num_val 2 --batch_size 2 --steps 2 --eval_every 1 --num_steps 3"
-    d3po="--num_references 3 --eval_objects 2 --steps 2 --num_steps 5 --candidates noised --trained_calls 1 3"
-    d3po="$d3po --beta_dpo 0.1 --kl 0 --lambda_simple 1 --batch_objects 1 --batch_size 1"
+    setting=${setting/10 48/1 3}
+    d3po="--num_references 3 --steps 2 --num_steps 5 --batch_size 1 --eval_objects 2"
     table="--n 2 --num_steps 3"
     matching="random" # a picture of a random model matches nothing, and ties alone are an error
 fi
@@ -38,7 +38,7 @@ python -c "
 import torch, evaluate, matcher, scorer
 evaluate.Lpips.load('$lpips')
 scorer.pretrained_scorer('$dino', 'bilinear')
-if 'loftr' in '$matching': matcher.loftr_model('${LOFTR:-}', torch.device('cpu'))"
+if '$matching' != 'random': matcher.loftr_model('${LOFTR:-}', torch.device('cpu'))"
 
 # Stage 1: the multi-view model, and the independent-view (Zero123-style) one that the scorer's negatives come from
 sft="--preset sdxl --base $base --image_size $size --data $data --attention_only True --lr 5e-5 --checkpointing True $sft"
@@ -52,7 +52,7 @@ python train_scorer.py $scorer --negatives $out/base --out $out/scorer_pre
 
 # Stage 3: SFT (the same loop without preferences), MV-D3PO-M, MV-D3PO-C (pre), MV-D3PO-C, on the same candidates.
 # tune NAME RUN OPTIONS: $out/NAME is a link to this run, however often $out/RUN, the last of its feedback, moves on
-d3po="--model $out/base --data $data --lr 1e-5 --attention_only True --checkpointing True --out $out $d3po $memory ${D3PO:-}"
+d3po="--model $out/base --data $data --lr 1e-5 --attention_only True --checkpointing True --out $out $d3po $memory ${D3PO:-$setting}"
 tune() { python train_d3po.py $d3po "${@:3}" && ln -sfn "$(readlink $out/$2)" $out/$1; }
 tune sft sft --feedback none
 tune m d3po_${matching%% *} --feedback $matching

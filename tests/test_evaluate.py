@@ -194,6 +194,9 @@ def test_only_what_is_comparable_is_compared(folder, toys) -> None:
     ]:
         with pytest.raises(InputError, match=message):
             evaluate.main(replace(again, **change))
+    with pytest.raises(InputError, match="column contrastive is by other weights"):
+        small_scorer("bilinear", 64, 16, 32, 1, 2).save(folder / "one")  # the same name, another scorer
+        evaluate.main(again)
     write_views(folder / "data" / "object1", toys[5])  # the same name, another object
     with pytest.raises(InputError, match="same names differ"):
         evaluate.main(again)

@@ -1,57 +1,88 @@
-"""Table 1's runner and report, and the table of feedbacks."""
+"""The experiments' scripts, tiny: what is measured, what there is to gain, all through the command line."""
 
-import shutil
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import random_model
 
-from common import load_json
-from runs import feedback, table1
+import bench
+from common import InputError, load_json
+from runs import headroom
+from scorer import small_scorer
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_spearman_is_the_correlation_of_ranks() -> None:
-    x = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0], [4.0, 1.0, 2.0, 2.0], [1.0, 1.0, 1.0, 1.0]])
-    y = torch.tensor([[10.0, 20.0, 25.0, 99.0], [4.0, 3.0, 2.0, 1.0], [1.0, 3.0, 3.0, 2.0], [1.0, 2.0, 3.0, 4.0]])
-    # third row: ranks 4 1 2.5 2.5 and 1 3.5 3.5 2, deviations 1.5 -1.5 0 0 and -1.5 1 1 -.5
-    want = [1.0, -1.0, -3.75 / (4.5**0.5 * 4.5**0.5), 0.0]
-    assert feedback.spearman(x, y).tolist() == pytest.approx(want)
+def test_bench_counts_and_measures_both_forms(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "peak_flops", lambda *_: 1e12)
+    out = tmp_path / "bench"
+    cfg = bench.Config(
+        tiny_folder, groups=(2, 3), num_steps=2, repeats=1, bf16="off", device="cpu", out=str(out)
+    )
+    rows = {r["label"]: r for r in bench.main(cfg)["rows"]}
+    calls = {name: r["calls"] for name, r in rows.items()}
+    assert list(calls.values()) == [[4, 1], [4, 1], [12, 1], [12, 1], [2, 1], [4, 2]]
+    # in forwards of one object: 2 with gradient (3 each) and 2 without, against 1 with it for each state
+    work = [r["gflop"][0] / r["gflop"][1] for r in rows.values()]
+    assert work[:4] == pytest.approx([8 / 6, 8 / 3, 24 / 9, 24 / 3], rel=0.05)
+    assert all(r["low"] <= r["ratio"] <= r["high"] and 0 < r["of_peak"] < 1 for r in rows.values())
+    assert (out / "table.md").read_text().count("\n") == 2 + len(rows) and load_json(out / "table.json")[
+        "rows"
+    ]
 
 
-def test_differences_are_paired_by_object() -> None:
-    """A gain that is small beside the objects' own spread is found, and only a sure one is printed bold."""
-    hard = 10 * torch.rand(2, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    noise = torch.randn(50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    scores = {"sft": {"psnr": hard}, "c": {"psnr": hard + 0.1 + 0.01 * noise}, "m": {"psnr": hard + 0.1 * noise}}
-    lines, numbers = table1.differences(scores, ["psnr"], "sft")
-    assert numbers["c"]["psnr"]["mean"] == pytest.approx(0.1, abs=0.005)
-    assert 0.095 < numbers["c"]["psnr"]["low"] < numbers["c"]["psnr"]["high"] < 0.105
-    assert [line.count("**") for line in lines[2:]] == [0, 0, 2]  # sft itself, m, c
-    assert "± 0" in table1.table(scores, ["psnr"], {})[2]
+def test_bench_refuses_forms_that_differ(tiny_folder, monkeypatch):
+    original = bench.our_step
+    monkeypatch.setattr(bench, "our_step", lambda *args: 1.01 * original(*args))
+    with pytest.raises(InputError, match="the loss of the two forms differs"):
+        bench.main(bench.Config(tiny_folder, groups=(2,), repeats=1, device="cpu"))
+    monkeypatch.setattr(bench, "our_step", lambda p, b, m, half: original(p, b, 1.01 * m, half))
+    with pytest.raises(InputError, match="differs by more than 1e-4"):
+        bench.main(bench.Config(tiny_folder, groups=(2,), repeats=1, device="cpu"))
+
+
+@pytest.mark.parametrize("cross_view", [True])
+@torch.no_grad()
+def test_the_published_reference_attention_is_ours_in_two_passes(cross_view):
+    model = random_model(cross_view=cross_view)
+    g = torch.Generator().manual_seed(0)
+    x, ref = torch.randn(2, 5, 48, 4, 4, generator=g), torch.randn(2, 48, 4, 4, generator=g)
+    t = torch.tensor([300, 700])
+    want = model(x, t, ref)
+    torch.testing.assert_close(bench.TwoPass(model)(x, t, ref), want, rtol=0, atol=1e-5)
+    assert torch.equal(model(x, t, ref), want)  # and the layers are left as they were
+
+
+def test_headroom_finds_the_better_candidates(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    random_model(image_size=64, patch=16).save("model")
+    scorer = small_scorer("bilinear", 64, 16, 32, 1, 2)
+    torch.nn.init.normal_(scorer.linear.weight)
+    scorer.save("scorer")
+    cfg = headroom.Config(
+        "model", "toys", "scorer", ("contrastive", "hull"), 3, 3, 4, (1,), bf16="off", out="h"
+    )
+    result = headroom.main(cfg)
+    designs = ["noised references (App. B)", "independent samples", "branch at call 1"]
+    assert [r["candidates"] for r in result["rows"]] == [d for d in designs for _ in range(2)]
+    for row in result["rows"]:  # by its own measure the best is never below the mean
+        assert row[row["feedback"]]["mean"] >= 0
+    assert (
+        all(s["contrastive"] > 0 for s in result["spread"]) and "branch at call 1" in Path("h.md").read_text()
+    )
 
 
 @pytest.mark.slow
-def test_table1_runs_to_the_end_and_resumes(tmp_path) -> None:
-    """bash runs/table1.sh --small in a copy of the repository, twice."""
-    for path in [*ROOT.glob("*.py"), ROOT / "runs", ROOT / "checkpoints"]:
-        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
-    outputs = []
-    for _ in range(2):
-        run = subprocess.run(
-            ["bash", "runs/table1.sh", "--small"], cwd=tmp_path, capture_output=True, text=True, timeout=1500
-        )
-        assert run.returncode == 0, run.stderr[-2000:]
-        outputs.append(run.stdout)
-    results = tmp_path / "out" / "table1_small" / "results"
-    for name in ("table.md", "grid.png", "curves.png", "feedback.md"):
-        assert (results / name).stat().st_size > 0
-    result = load_json(results / "table.json")
-    layers = {"sft", "m", "c_pre", "c", "hull"}  # each with the attention layers and with all
-    other = {"pre", "sft_low", "c_nine_all", "ns_all", "independent"}
-    assert set(result["rows"]) == layers | {f"{row}_all" for row in layers} | other
-    assert all(len(seeds) == 2 for row in result["rows"].values() for seeds in row.values())
-    assert result["known"]["truth"]["ssim"] == pytest.approx(1)
-    assert "[train:" in outputs[0] and "[train:" not in outputs[1]  # nothing was done again
+def test_every_script_runs_through_the_command_line(tmp_path):
+    environment = {**os.environ, "OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    first, again = (
+        subprocess.run(["bash", "runs/small.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
+        for _ in range(2)
+    )
+    assert first.returncode == 0, first.stderr[-2000:]
+    assert again.returncode == 0 and "negatives: 100%" not in again.stderr and "reused" in again.stdout

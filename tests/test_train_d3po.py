@@ -18,7 +18,9 @@ from sample import Schedule, branch, log_prob, sample
 from scorer import small_scorer
 
 CPU = torch.device("cpu")
-SMALL = dict(num_references=5, eval_objects=2, num_steps=5, trained_calls=(0, 2), num_candidates=3, batch_size=2)
+SMALL = dict(
+    num_references=5, eval_objects=2, num_steps=5, trained_calls=(0, 2), num_candidates=3, batch_size=2
+)
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +31,9 @@ def own_folder(tmp_path, monkeypatch):
 def config(tmp_path, **changes) -> D.Config:
     if not (tmp_path / "pre").exists():
         random_model().save(tmp_path / "pre")
-    where = dict(model=str(tmp_path / "pre"), out=str(tmp_path / "out"), data="toys", bf16="off", feedback="oracle")
+    where = dict(
+        model=str(tmp_path / "pre"), out=str(tmp_path / "out"), data="toys", bf16="off", feedback="oracle"
+    )
     return D.Config(**{**SMALL, **where, "steps": 2, "batch_objects": 2, **changes})
 
 
@@ -107,7 +111,12 @@ def test_log_ratios_are_those_of_the_plain_formula(tmp_path, candidates):
             kls = []
             for g in range(batch.action.shape[1]):
                 x_t = batch.x_t[n, min(g, batch.x_t.shape[1] - 1)][None]
-                args = (batch.y[n : n + 1], batch.ref_noise[n : n + 1], batch.t[n : n + 1], batch.s[n : n + 1])
+                args = (
+                    batch.y[n : n + 1],
+                    batch.ref_noise[n : n + 1],
+                    batch.t[n : n + 1],
+                    batch.s[n : n + 1],
+                )
                 (m1, var), (m0, _) = (D.policy_mean(z, schedule, x_t, *args) for z in (theta, pre))
                 a = batch.action[n, g][None].double()
                 plain = log_prob(a, m1.double(), var.double()) - log_prob(a, m0.double(), var.double())
@@ -145,7 +154,9 @@ def test_the_loss_sees_the_clean_reference(tmp_path, monkeypatch):
     cfg, references, _, rollouts = collected(tmp_path, candidates="noised")
     torch.testing.assert_close(rollouts.y, random_model().encode(references[:, 0].float() / 255))
     seen = []
-    monkeypatch.setattr(D, "policy_mean", lambda m, s, x_t, y, ref_noise, t, u, bf16: seen.append((x_t, y, ref_noise)))
+    monkeypatch.setattr(
+        D, "policy_mean", lambda m, s, x_t, y, ref_noise, t, u, bf16: seen.append((x_t, y, ref_noise))
+    )
     batch = batch_of(rollouts, random_model(), js=(1, 2))
     D.batch_means(random_model(), Schedule(random_model().cfg), batch, False)
     (x_t, y, ref_noise) = seen[0]
@@ -225,7 +236,9 @@ def test_later_noises_are_shared(monkeypatch):
         var = (1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s)
         factor *= ((1 - ab_s - var) / (1 - ab_t)).sqrt()
     states = []
-    monkeypatch.setattr(type(model), "forward", lambda self, x_t, t, ref_t: states.append(x_t) or torch.zeros_like(x_t))
+    monkeypatch.setattr(
+        type(model), "forward", lambda self, x_t, t, ref_t: states.append(x_t) or torch.zeros_like(x_t)
+    )
     branch(model, make_toys(1, 16, 1)[:, 0].float() / 255, [3], call=1, branches=2, num_steps=4)
     difference = b.actions[0, 0] - b.actions[0, 1]
     torch.testing.assert_close(states[3][0] - states[3][1], difference * factor.float(), rtol=1e-3, atol=1e-3)
@@ -239,11 +252,15 @@ def test_candidates_depend_on_seed_round_and_object_alone(tmp_path):
     assert (torch.corrcoef(rows) - torch.eye(5)).abs().max() < 0.2
     other = D.read_rollouts(D.collect(Path(cfg.model), references, replace(cfg, seed=1), 0))
     later = D.read_rollouts(D.collect(Path(cfg.model), references, cfg, 1))
-    assert not torch.equal(other.ref_noise, rollouts.ref_noise) and not torch.equal(later.ref_noise, rollouts.ref_noise)
+    assert not torch.equal(other.ref_noise, rollouts.ref_noise) and not torch.equal(
+        later.ref_noise, rollouts.ref_noise
+    )
     alone = D.read_rollouts(D.collect(Path(cfg.model), references, replace(cfg, batch_size=1), 0))
     torch.testing.assert_close(alone.action, rollouts.action, rtol=1e-3, atol=1e-3)
     assert set(rollouts.call.flatten().tolist()) <= {0, 1, 2} and len(rollouts.call.unique()) > 1
-    evaluation = sample(load(cfg.model), references[:, 0].float() / 255, [D.key_seed(cfg.seed, i) for i in range(5)], 5)
+    evaluation = sample(
+        load(cfg.model), references[:, 0].float() / 255, [D.key_seed(cfg.seed, i) for i in range(5)], 5
+    )
     assert not any(torch.allclose(evaluation.ref_noise[i], rollouts.ref_noise[i]) for i in range(5))
 
 
@@ -297,9 +314,14 @@ def test_controls_by_hand(tmp_path):
 
 def test_rewards_belong_to_their_candidates(tmp_path, monkeypatch, capsys):
     cfg, references, folder, _ = collected(tmp_path)
-    monkeypatch.setitem(D.FEEDBACKS, "oracle", lambda ref, images, truth, cfg: images.mean((1, 2, 3, 4)) + ref.mean())
+    monkeypatch.setitem(
+        D.FEEDBACKS, "oracle", lambda ref, images, truth, cfg: images.mean((1, 2, 3, 4)) + ref.mean()
+    )
     rewards = D.prefer(folder, references, cfg)
-    expected = images_of(folder).float().div(255).mean((2, 3, 4, 5)) + references[:, 0].float().div(255).mean((1, 2, 3))[:, None]
+    expected = (
+        images_of(folder).float().div(255).mean((2, 3, 4, 5))
+        + references[:, 0].float().div(255).mean((1, 2, 3))[:, None]
+    )
     torch.testing.assert_close(rewards, expected)
     assert "15 pairs of 5 references" in capsys.readouterr().out
 
@@ -309,7 +331,9 @@ def test_useless_feedbacks_are_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(D.FEEDBACKS, "hull", lambda ref, images, truth, cfg: torch.zeros(len(images)))
     with pytest.raises(InputError, match="tie"):
         D.prefer(folder, references, replace(cfg, feedback="hull"))
-    monkeypatch.setitem(D.FEEDBACKS, "redder", lambda ref, images, truth, cfg: torch.full((len(images),), torch.nan))
+    monkeypatch.setitem(
+        D.FEEDBACKS, "redder", lambda ref, images, truth, cfg: torch.full((len(images),), torch.nan)
+    )
     with pytest.raises(InputError, match="15 rewards are not finite"):
         D.prefer(folder, references, replace(cfg, feedback="redder"))
 
@@ -336,7 +360,11 @@ def test_the_gradient_is_that_of_the_sum(tmp_path, monkeypatch, kl, lambda_simpl
     cfg = config(tmp_path, kl=kl, lambda_simple=lambda_simple, beta_dpo=beta, lr=1e-2, steps=2)
     monkeypatch.setattr(common, "SAVE_SECONDS", 0)
     states = []
-    monkeypatch.setattr(D, "save_state", lambda path, parts, **rest: states.append({k: v.clone() for k, v in parts["model"].items()}))
+    monkeypatch.setattr(
+        D,
+        "save_state",
+        lambda path, parts, **rest: states.append({k: v.clone() for k, v in parts["model"].items()}),
+    )
     steps = captured(monkeypatch, cfg)
     policy, parameters = D.prepare(cfg.model, cfg, CPU)
     references = load_references("toys", 5, 16, 0)
@@ -351,12 +379,78 @@ def test_the_gradient_is_that_of_the_sum(tmp_path, monkeypatch, kl, lambda_simpl
     b, w, l = wins[chosen].nonzero(as_tuple=True)  # noqa: E741
     preference = -torch.log(torch.sigmoid(beta * (ratio[b, w] - ratio[b, l]))).mean()
     real = D.training_batch(policy, schedule, [D.load_split("toys", "preference", 5, 16)], 2, 0, 1, CPU)
-    total = preference + kl * divergence.mean() + lambda_simple * D.simple_loss(policy, schedule, *real).mean()
+    total = (
+        preference + kl * divergence.mean() + lambda_simple * D.simple_loss(policy, schedule, *real).mean()
+    )
     expected = torch.autograd.grad(total, parameters, allow_unused=True)
     for got, want in zip(steps[1]["grad"], expected):
         torch.testing.assert_close(got, torch.zeros_like(got) if want is None else want, rtol=2e-3, atol=1e-5)
     assert [s["rate"] for s in steps] == [1.0, 0.5]  # falls to 0 in a straight line
-    assert any((a - b).abs().max() > 1e-6 for a, b in zip(steps[0]["grad"], steps[1]["grad"]))  # another batch
+    assert any(
+        (a - b).abs().max() > 1e-6 for a, b in zip(steps[0]["grad"], steps[1]["grad"])
+    )  # another batch
+
+
+def test_batches_by_seed_and_step_never_of_references_that_tie(tmp_path, monkeypatch):
+    """Of several trained calls, all are visited; stage 1's batch is of the same step and seed."""
+    kept, original = D.oracle, D.make_batch
+    tied = load_references("toys", 5, 16, 0)[1].float() / 255
+    rate = lambda ref, x, truth, cfg: kept(ref, x, truth, cfg) * (0 if torch.equal(truth, tied) else 1)  # noqa: E731
+    monkeypatch.setitem(D.FEEDBACKS, "oracle", rate)
+    drawn, real, batch = {}, {}, D.training_batch
+    for seed in (0, 3):
+        cfg = config(tmp_path, candidates="noised", seed=0, steps=8)
+        candidates = D.collect(Path(cfg.model), load_references("toys", 5, 16, 0), cfg, 0)
+        rewards = D.prefer(candidates, load_references("toys", 5, 16, 0), cfg)
+        chosen, keys = drawn.setdefault(seed, []), real.setdefault(seed, [])
+        with monkeypatch.context() as m:
+            m.setattr(D, "frozen_means", lambda model, rollouts, *_: torch.zeros_like(rollouts.x_t))
+            m.setattr(
+                D,
+                "step_log_ratio",
+                lambda p, s, b, m, h: (
+                    0 * sum(x.sum() for x in p.parameters()) + b.y.new_zeros(2, 5),
+                    b.y.new_zeros(2),
+                ),
+            )
+            m.setattr(
+                D, "make_batch", lambda r, c, j, *rest: chosen.append((c, j)) or original(r, c, j, *rest)
+            )
+            m.setattr(D, "training_batch", lambda *args: keys.append(args[4:6]) or batch(*args))
+            pre = Path(cfg.model)
+            D.train(pre, pre, candidates, rewards, load_references("toys", 5, 16, 0), replace(cfg, seed=seed))
+    first, other = (torch.stack([torch.stack(x) for x in drawn[seed]]) for seed in (0, 3))  # (steps, 2, B)
+    assert not torch.equal(first, other) and len(first.flatten(1).unique(dim=0)) > 4
+    assert set(first[:, 0].unique().tolist()) == {0, 2, 3, 4} and set(first[:, 1].unique().tolist()) == {
+        0,
+        1,
+        2,
+    }
+    assert real == {seed: [(seed, step) for step in range(8)] for seed in (0, 3)}
+
+
+def test_the_report_compares_after_with_before(tmp_path):
+    cfg = config(tmp_path, lr=1e-3)
+    result = D.main(cfg)
+    views = D.load_split("toys", "validation", 2, 16)
+    truth = views.float() / 255
+    seeds = [D.key_seed(cfg.seed, i) for i in range(2)]
+    for name, model in (("before", cfg.model), ("after", result["folder"])):
+        images = (sample(load(model), truth[:, 0], seeds, 5).images * 255).round() / 255
+        pooled = result["table"]["psnr_unseen"][name]
+        by_view = [
+            -10 * (x[1:] - y[1:]).square().flatten(1).mean(1).log10().mean() for x, y in zip(images, truth)
+        ]
+        assert pooled == pytest.approx(float(sum(by_view) / 2), abs=0.02)
+    t = result["table"]["psnr_unseen"]
+    assert t["difference"] == pytest.approx(t["after"] - t["before"], abs=1e-6) and t["after"] != t["before"]
+
+
+def test_independent_candidates_have_step_noises_of_their_own(tmp_path):
+    _, _, _, rollouts = collected(tmp_path, candidates="independent")
+    assert (rollouts.x0[:, 0] - rollouts.x0[:, 1]).abs().amax((1, 2, 3, 4)).gt(1e-2).all()
+    actions = rollouts.action[:, 0] - rollouts.action[:, 0, :1]  # one state at call 0, G actions
+    assert actions[:, 1:].abs().amax((2, 3, 4, 5)).gt(1e-2).all()
 
 
 def test_main_writes_everything_and_reuses_it(tmp_path, capsys):
@@ -365,7 +459,9 @@ def test_main_writes_everything_and_reuses_it(tmp_path, capsys):
     folder = Path(result["folder"])
     for name in ("config.json", "model.safetensors", "log.jsonl", "results.json", "grid.png", "made_by.json"):
         assert (folder / name).stat().st_size > 0
-    assert {"psnr", "psnr_unseen", "ssim", "hull", "contradiction", "change"} <= load_json(folder / "results.json")["table"].keys()
+    assert {"psnr", "psnr_unseen", "ssim", "hull", "contradiction", "change"} <= load_json(
+        folder / "results.json"
+    )["table"].keys()
     # saved weights change the picture
     views = make_toys(1, 16, 2).float() / 255
     before, after = (sample(load(m), views[:, 0], [0], 3).images for m in (cfg.model, folder))
@@ -374,7 +470,9 @@ def test_main_writes_everything_and_reuses_it(tmp_path, capsys):
     again = D.main(cfg)
     assert again["table"] == result["table"] and again["folder"] == result["folder"]
     out = capsys.readouterr().out
-    assert len([line for line in out.splitlines() if line.endswith("reused") and "toys_" not in line]) == 5  # candidates, rewards, run, two sets of validation images
+    assert (
+        len([line for line in out.splitlines() if line.endswith("reused") and "toys_" not in line]) == 5
+    )  # candidates, rewards, run, two sets of validation images
 
 
 def test_another_rate_stands_beside_and_reuses_the_candidates(tmp_path, capsys):
@@ -391,13 +489,16 @@ def test_another_rate_stands_beside_and_reuses_the_candidates(tmp_path, capsys):
 @pytest.mark.parametrize("what", ["weights", "config", "seed", "references", "feedback's code", "scorer"])
 def test_whatever_is_upstream_is_noticed(tmp_path, monkeypatch, what):
     """The same command after a change gives what it gives in an empty folder."""
+
     def new_scorer() -> None:
         scorer = small_scorer("bilinear", 16, 8, 32, 1, 2)
         torch.nn.init.normal_(scorer.linear.weight)
         scorer.save(tmp_path / "scorer")
 
     new_scorer()
-    cfg = config(tmp_path, feedback="contrastive" if what == "scorer" else "oracle", scorer=str(tmp_path / "scorer"))
+    cfg = config(
+        tmp_path, feedback="contrastive" if what == "scorer" else "oracle", scorer=str(tmp_path / "scorer")
+    )
     first = D.main(cfg)
     if what == "weights":
         other_model().save(tmp_path / "pre")
@@ -453,8 +554,12 @@ def test_without_feedback_it_is_sft_and_needs_no_candidates(tmp_path, monkeypatc
     log = [json.loads(line) for line in (out / "sft" / "log.jsonl").read_text().splitlines()]
     assert log and "loss_d3po" not in log[0]
     policy, parameters = D.prepare(config(tmp_path).model, config(tmp_path), CPU)
-    real = D.training_batch(policy, Schedule(policy.cfg), [D.load_split("toys", "preference", 5, 16)], 2, 0, 0, CPU)
-    grads = torch.autograd.grad(2 * D.simple_loss(policy, Schedule(policy.cfg), *real).mean(), parameters, allow_unused=True)
+    real = D.training_batch(
+        policy, Schedule(policy.cfg), [D.load_split("toys", "preference", 5, 16)], 2, 0, 0, CPU
+    )
+    grads = torch.autograd.grad(
+        2 * D.simple_loss(policy, Schedule(policy.cfg), *real).mean(), parameters, allow_unused=True
+    )
     for got, want in zip(steps[0]["grad"], grads):
         torch.testing.assert_close(got, torch.zeros_like(got) if want is None else want, rtol=1e-4, atol=1e-6)
 
@@ -464,12 +569,19 @@ def test_rounds_collect_with_the_present_policy(tmp_path, monkeypatch, anchor):
     cfg = config(tmp_path, rounds=2, anchor=anchor, lr=1e-3)
     collected_by, anchored_to = [], []
     collect, train = D.collect, D.train
-    monkeypatch.setattr(D, "collect", lambda policy, *rest: collected_by.append(policy) or collect(policy, *rest))
-    monkeypatch.setattr(D, "train", lambda start, pre, *rest: anchored_to.append((start, pre)) or train(start, pre, *rest))
+    monkeypatch.setattr(
+        D, "collect", lambda policy, *rest: collected_by.append(policy) or collect(policy, *rest)
+    )
+    monkeypatch.setattr(
+        D, "train", lambda start, pre, *rest: anchored_to.append((start, pre)) or train(start, pre, *rest)
+    )
     result = D.main(cfg)
     first = anchored_to[1][0]  # where round 2 starts is where round 1 ended
     pre = Path(cfg.model)
-    assert collected_by == [pre, first] and anchored_to == [(pre, pre), (first, pre if anchor == "pre" else first)]
+    assert collected_by == [pre, first] and anchored_to == [
+        (pre, pre),
+        (first, pre if anchor == "pre" else first),
+    ]
     assert first != pre and result["folder"] != str(first)
 
 
@@ -484,13 +596,17 @@ def test_attention_layers_or_lora_alone_can_be_trained(tmp_path):
     attention = {id(p) for p in before.attention_parameters()}
     for changes, kinds in (({}, {True}), ({"attention_only": False}, {True, False}), ({"lora": 2}, {True})):
         after = dict(load(D.main(config(tmp_path, lr=1e-3, **changes))["folder"]).named_parameters())
-        assert {id(p) in attention for n, p in before.named_parameters() if not torch.equal(p, after[n])} == kinds
+        assert {
+            id(p) in attention for n, p in before.named_parameters() if not torch.equal(p, after[n])
+        } == kinds
 
 
 @pytest.mark.slow
 def test_redder_makes_pictures_redder(tmp_path):
     """The control that everybody understands: a minute on the shipped model, the same loop and loss."""
-    cfg = D.Config(feedback="redder", num_references=32, eval_objects=16, out=str(tmp_path), lambda_simple=0.0)
+    cfg = D.Config(
+        feedback="redder", num_references=32, eval_objects=16, out=str(tmp_path), lambda_simple=0.0
+    )
     result = D.main(cfg)
     views = D.load_split("furniture", "validation", 16, 64)
     none = torch.zeros(0)
@@ -529,6 +645,8 @@ def test_a_scorer_of_another_size_is_refused(tmp_path):
 @pytest.mark.slow
 def test_contrastive_trains_its_own_scorer(tmp_path):
     random_model(image_size=64).save(tmp_path / "pre64")
-    cfg = config(tmp_path, feedback="contrastive", model=str(tmp_path / "pre64"), negatives=str(tmp_path / "pre64"))
+    cfg = config(
+        tmp_path, feedback="contrastive", model=str(tmp_path / "pre64"), negatives=str(tmp_path / "pre64")
+    )
     assert math.isfinite(D.main(cfg)["table"]["contrastive"]["after"])
     assert located("checkpoints/objects").is_dir()

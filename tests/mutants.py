@@ -1,0 +1,518 @@
+"""Would the tests notice? One fault of one line at a time, in a copy of the tree; the named tests must fail.
+
+Not collected by default, for its name is not test_*.py. An hour of two cores for all, or a sample:
+
+    pytest -m slow tests/mutants.py
+    python tests/mutants.py --sample 25 --seed 1
+"""
+
+# ruff: noqa: E501  (the table of faults quotes lines whole)
+
+import argparse
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+D3PO, SAMPLE, SFT, SCORER, COMMON, MODEL = (
+    "train_d3po",
+    "sample",
+    "train_sft",
+    "train_scorer",
+    "common",
+    "model",
+)
+
+# file, old text (once in the file), new text, test files
+FAULTS: list[tuple[str, str, str, str]] = [
+    # Eq. (2) and its weights
+    (D3PO, "loss = -F.logsigmoid(margin).mean()", "loss = F.logsigmoid(margin).mean()", D3PO),
+    (
+        D3PO,
+        "margin = beta * (log_ratio_w - log_ratio_l)",
+        "margin = beta * (log_ratio_l - log_ratio_w)",
+        D3PO,
+    ),
+    (D3PO, "margin = beta * (", "margin = (", D3PO),
+    (D3PO, "((margin > 0).float() + 0.5", "((margin < 0).float() + 0.5", D3PO),
+    (D3PO, "0.5 * (margin == 0)", "0.0 * (margin == 0)", D3PO),
+    (D3PO, '"log_ratio_w": log_ratio_w.mean()', '"log_ratio_w": log_ratio_l.mean()', D3PO),
+    (D3PO, "loss_d3po + cfg.kl * kl.mean()", "loss_d3po + kl.mean()", D3PO),
+    (D3PO, "loss_d3po + cfg.kl * kl.mean()", "loss_d3po - cfg.kl * kl.mean()", D3PO),
+    (D3PO, "(cfg.lambda_simple * loss_simple).backward()", "loss_simple.backward()", D3PO),
+    (
+        D3PO,
+        "d3po_loss(ratio[b, w], ratio[b, l], cfg.beta_dpo)",
+        "d3po_loss(ratio[b, w], ratio[b, l], 1.0)",
+        D3PO,
+    ),
+    (D3PO, "d3po_loss(ratio[b, w], ratio[b, l]", "d3po_loss(ratio[b, l], ratio[b, w]", D3PO),
+    # batches, rates, seeds
+    (D3PO, "g = keyed_generator(cfg.seed, 6, step)", "g = keyed_generator(cfg.seed, 6, 0)", D3PO),
+    (D3PO, "g = keyed_generator(cfg.seed, 6, step)", "g = keyed_generator(0, 6, step)", D3PO),
+    (D3PO, "parameters, 1 - step / cfg.steps, step)", "parameters, 1.0, step)", D3PO),
+    (D3PO, "cfg.batch_objects, cfg.seed, step, device)", "cfg.batch_objects, cfg.seed, 0, device)", D3PO),
+    (
+        D3PO,
+        "js = torch.randint(rollouts.call.shape[1], (",
+        "js = 0 * torch.randint(rollouts.call.shape[1], (",
+        D3PO,
+    ),
+    (D3PO, "usable[torch.randint(len(usable)", "torch.arange(len(wins))[torch.randint(len(usable)", D3PO),
+    # candidates
+    (
+        D3PO,
+        "key_seed(cfg.seed, 8, round, int(i)) for i in group",
+        "key_seed(cfg.seed, 8, 0, int(i)) for i in group",
+        D3PO,
+    ),
+    (
+        D3PO,
+        "key_seed(cfg.seed, 8, round, int(i)) for i in group",
+        "key_seed(cfg.seed, round, int(i)) for i in group",
+        D3PO,
+    ),
+    (
+        D3PO,
+        "key_seed(cfg.seed, 8, round, int(i)) for i in group",
+        "key_seed(0, 8, round, int(i)) for i in group",
+        D3PO,
+    ),
+    (
+        D3PO,
+        "key_seed(cfg.seed, 8, round, int(i)) for i in group",
+        "key_seed(cfg.seed, 8, round, 0) for i in group",
+        D3PO,
+    ),
+    (D3PO, "for p in parts])[order] for name", "for p in parts]) for name", D3PO),
+    (D3PO, "states[:, first + 1 : last + 2]", "states[:, first : last + 1]", D3PO),
+    (D3PO, 'own = None if cfg.candidates == "noised"', "own = None if True", D3PO),
+    (
+        D3PO,
+        "first, last = cfg.trained_calls\n    calls = torch.randint(first, last + 1",
+        "first, last = cfg.trained_calls\n    calls = torch.randint(first, first + 1",
+        D3PO,
+    ),
+    (D3PO, '"policy": digest(policy),', '"policy": str(policy),', D3PO),
+    (
+        D3PO,
+        "(images * 255).round().to(torch.uint8)\n            save",
+        "(images * 255).to(torch.uint8)\n            save",
+        D3PO,
+    ),
+    # preferences
+    (
+        D3PO,
+        "gap = rewards[:, :, None] - rewards[:, None]",
+        "gap = rewards[:, None] - rewards[:, :, None]",
+        D3PO,
+    ),
+    (D3PO, "return gap > min_gap * rewards.std(1).mean()", "return gap > 0", D3PO),
+    (D3PO, "return gap > min_gap", "return gap >= min_gap", D3PO),
+    (D3PO, "rewards[i] = feedback(", "rewards[len(references) - 1 - i] = feedback(", D3PO),
+    (D3PO, "images[:, :, 0] - images[:, :, 1:].mean(2)", "images[:, :, 2] - images[:, :, 1:].mean(2)", D3PO),
+    (D3PO, "return -torch.arange(len(images)).float()", "return torch.arange(len(images)).float()", D3PO),
+    (D3PO, "keyed_generator(cfg.seed, int(digest(x), 16)", "keyed_generator(0, int(digest(x), 16)", D3PO),
+    (D3PO, '"code": digest(feedback), "references"', '"code": 0, "references"', D3PO),
+    (D3PO, 'made_by["scorer"] = digest(Path(cfg.scorer))', 'made_by["scorer"] = cfg.scorer', D3PO),
+    (D3PO, "torch.isfinite(rewards).all()", "rewards.numel()", D3PO),
+    # log-ratios
+    (
+        D3PO,
+        "rows = (z.repeat_interleave(R, 0) for z in (batch.y",
+        "rows = (z.repeat(R, *[1] * (z.ndim - 1)) for z in (batch.y",
+        D3PO,
+    ),
+    (
+        D3PO,
+        "kl_divergence(mean, pre, var).view(B, G).mean(1)",
+        "kl_divergence(mean, pre, var).view(B, G).sum(1)",
+        D3PO,
+    ),
+    (
+        D3PO,
+        "ratio = (weight * ((x0 - old) ** 2 - (x0 - theta) ** 2))",
+        "ratio = (weight * ((x0 - theta) ** 2 - (x0 - old) ** 2))",
+        D3PO,
+    ),
+    (D3PO, "weight = 1 / (2 * (1 - schedule.ab(t)))", "weight = 1 / (1 - schedule.ab(t))", D3PO),
+    (
+        D3PO,
+        "g = batch.x0.shape[:2], keyed_generator(seed, 11, step)",
+        "g = batch.x0.shape[:2], keyed_generator(seed, 11)",
+        D3PO,
+    ),
+    (D3PO, "torch.set_grad_enabled(network is policy)", "torch.set_grad_enabled(True)", D3PO),
+    (D3PO, "means[part[:, 0], part[:, 1]] = mean", "means[part[:, 0], part[:, 1] * 0] = mean", D3PO),
+    (
+        D3PO,
+        "rollouts.x0[chosen], times[:, 0], times[:, 1]",
+        "rollouts.x0[chosen], times[:, 1], times[:, 1]",
+        D3PO,
+    ),
+    (D3PO, "pre_policy = copy.deepcopy(pre_policy)", "pre_policy = (pre_policy)", D3PO),
+    (D3PO, "ratio.abs().max() * cfg.beta_dpo > 1e-3", "ratio.abs().max() * cfg.beta_dpo > 1e9", D3PO),
+    (D3PO, 'pre if cfg.anchor == "pre" else policy', "pre", D3PO),
+    (D3PO, "policy = load(model, device, half=bf16)", "policy = load(cfg.model, device, half=bf16)", D3PO),
+    (D3PO, "before_after(before, after, truth", "before_after(after, before, truth", D3PO),
+    # the sampler
+    (
+        SAMPLE,
+        "return ((mean_theta - mean_pre) * (action - (",
+        "return ((mean_pre - mean_theta) * (action - (",
+        SAMPLE,
+    ),
+    (SAMPLE, "(action - (mean_theta + mean_pre) / 2) / var)", "(action - mean_pre) / var)", SAMPLE),
+    (
+        SAMPLE,
+        "(mean_theta - mean_pre) ** 2 / (2 * var)",
+        "-((mean_theta - mean_pre) ** 2) / (2 * var)",
+        SAMPLE,
+    ),
+    (SAMPLE, "(mean_theta - mean_pre) ** 2 / (2 * var)", "(mean_theta - mean_pre) ** 2 / var", SAMPLE),
+    (SAMPLE, "-0.5 * ((x - mean) ** 2 / var + (2 *", "-0.5 * ((x - mean) ** 2 / var + (1 *", SAMPLE),
+    (
+        SAMPLE,
+        "var = (1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s)\n    #",
+        "var = (1 - ab_t / ab_s)\n    #",
+        SAMPLE,
+    ),
+    (
+        SAMPLE,
+        "ab.sqrt() * x_t - (1 - ab).sqrt() * prediction",
+        "ab.sqrt() * x_t + (1 - ab).sqrt() * prediction",
+        SAMPLE,
+    ),
+    (SAMPLE, "(alpha_bar + shift**2 * (1 - alpha_bar))", "(alpha_bar + shift * (1 - alpha_bar))", SAMPLE),
+    (SAMPLE, "times = [1 + stride * k", "times = [stride * k", SAMPLE),
+    (SAMPLE, "if not 2 <= num_steps <= 500", "if not 1 <= num_steps <= 500", SAMPLE),
+    (SAMPLE, "(ab * cfg.ref_scale**2 + 1 - ab).sqrt()", "1", "sample train_sft model"),
+    (
+        SAMPLE,
+        "forward_noise(schedule, cfg.ref_scale * y, t, noise)",
+        "forward_noise(schedule, y, t, noise)",
+        "sample train_sft model",
+    ),
+    (
+        SAMPLE,
+        "ref_noise = draw(latent, [(seed, 1) for seed in seeds]).to(device)",
+        "ref_noise = draw(latent, [(seed, 0) for seed in seeds]).to(device)",
+        SAMPLE,
+    ),
+    (SAMPLE, "(seed, 3, call, g) for seed, g in zip", "(seed, 3, 0, g) for seed, g in zip", SAMPLE),
+    (SAMPLE, "(seed, 3, call, g) for seed, g in zip", "(seed, 3, call, 0) for seed, g in zip", SAMPLE),
+    (SAMPLE, "keys = [(seed, 2, round(1000 * a))", "keys = [(seed, 2)", SAMPLE),
+    (SAMPLE, "policy_mean(model, schedule, x, seen,", "policy_mean(model, schedule, x, y,", SAMPLE),
+    (
+        SAMPLE,
+        "x = mean + var.sqrt() * noise[rows]",
+        "x = mean + var.sqrt() * draw(x.shape[1:], [(k, i) for i in range(len(rows))])",
+        "train_d3po",
+    ),
+    (
+        SAMPLE,
+        "[(seed, 3, k, g) for seed in seeds for g in range(G)]",
+        "[(seed, 3, k, g) for g in range(G) for seed in seeds]",
+        "sample train_d3po",
+    ),
+    (
+        SAMPLE,
+        "[(seed, 3, k, g) for seed in seeds for g in range(G)]",
+        "[(seed, 3, k, 0) for seed in seeds for g in range(G)]",
+        "sample train_d3po",
+    ),
+    (
+        SAMPLE,
+        "if k == call:\n            x_t, rows = x,",
+        "if k == call:\n            x_t, rows = mean,",
+        SAMPLE,
+    ),
+    (
+        SAMPLE,
+        "[key_seed(seed, i + j) for j in range(len(part))]",
+        "[key_seed(seed, j) for j in range(len(part))]",
+        SAMPLE,
+    ),
+    (SAMPLE, "(torch.cat(images) * 255).round() / 255", "torch.cat(images)", SAMPLE),
+    # stage 1
+    (SFT, "return ((prediction - noise) ** 2)", "return ((prediction - latents) ** 2)", SFT),
+    (SFT, "(prediction - latents) ** 2 / (1 - ab)", "(prediction - latents) ** 2 / ab", SFT),
+    (
+        SFT,
+        "(ab.sqrt() * noise - (1 - ab).sqrt() * latents)",
+        "(ab.sqrt() * latents - (1 - ab).sqrt() * noise)",
+        SFT,
+    ),
+    (SFT, "ema[name].lerp_(value, 1 - d)", "ema[name].lerp_(value, d)", SFT),
+    (SFT, "model.load_state_dict(ema, strict=False)\n", "pass\n", SFT),
+    (SFT, "model.train().load_state_dict(weights, strict=False)", "model.train()", SFT),
+    (SFT, "g = keyed_generator(seed, step)\n    chosen", "g = keyed_generator(seed)\n    chosen", SFT),
+    (SFT, "rate = min(1, (step + 1) / cfg.warmup) *", "rate =", SFT),
+    (
+        SFT,
+        "relative_views(views, int(torch.randint(NUM_SIDES, (), generator=g)))",
+        "relative_views(views, 0 * int(torch.randint(NUM_SIDES, (), generator=g)))",
+        SFT,
+    ),
+    (SFT, "source = sources[k % len(sources)]", "source = sources[0]", SFT),
+    (SFT, "views = augment(views, g) if augmented else views", "views = views", SFT),
+    (SFT, '("wrong", latents[:, 0].roll(1, 0))', '("wrong", latents[:, 0])', SFT),
+    # stage 2
+    (
+        SCORER,
+        "((f_true - 1) ** 2).mean() + (f_fake**2).mean()",
+        "(f_true**2).mean() + ((f_fake - 1) ** 2).mean()",
+        SCORER,
+    ),
+    (SCORER, "(every[~own] ** 2).mean()", "(every[own] ** 2).mean()", SCORER),
+    (SCORER, "consistency_loss(every[own], scorer", "consistency_loss(every[~own], scorer", SCORER),
+    (SCORER, "(loss + cfg.mismatch * mismatch).backward()", "loss.backward()", SCORER),
+    (
+        SCORER,
+        "make_batch(cfg, truth[:n], fake[:n], step)",
+        "make_batch(cfg, truth[n:], fake[n:], step)",
+        SCORER,
+    ),
+    (SCORER, "make_batch(cfg, truth[:n], fake[:n], step)", "make_batch(cfg, truth[:n], fake[:n], 0)", SCORER),
+    (SCORER, "evaluate(scorer, truth[n:], fake[n:])", "evaluate(scorer, truth[:n], fake[:n])", SCORER),
+    (SCORER, "order = MIRRORED_ORDER + [others + m", "order = list(range(5)) + [others + m", SCORER),
+    (SCORER, "images = images[:, order].flip(-1)", "images = images[:, order]", SCORER),
+    (
+        SCORER,
+        "return float((ranks[:n].double().sum() - n * (n + 1) / 2)",
+        "return float((ranks[:n].double().sum() - n * (n - 1) / 2)",
+        SCORER,
+    ),
+    (
+        SCORER,
+        "margin = right.double().sum(1) - bad.double().sum(1)",
+        "margin = bad.double().sum(1) - right.double().sum(1)",
+        SCORER,
+    ),
+    (SCORER, "key_seed(cfg.seed, 9, i + j) for j", "key_seed(cfg.seed, i + j) for j", SCORER),
+    (
+        "scorer",
+        "return scorer.score(ref, views)[:, 1:].sum(dim=1)",
+        "return scorer.score(ref, views).sum(dim=1)",
+        "scorer",
+    ),
+    (
+        "scorer",
+        "f = f + ((e_ref @ self.W) * e_views).sum(-1)",
+        "f = f + ((e_views @ self.W) * e_ref).sum(-1)",
+        "scorer",
+    ),
+    ("scorer", "(images - self.mean) / self.std", "(images - self.mean)", "scorer"),
+    # the network
+    (MODEL, "if size:  # equal projections", "if not size:  # equal projections", MODEL),
+    (MODEL, "[*range(views)] + [NUM_VIEWS] * has_ref]", "[*range(views)] + [0] * has_ref]", MODEL),
+    (MODEL, "torch.meshgrid(-centre, centre", "torch.meshgrid(centre, centre", MODEL),
+    (MODEL, "(self.to_k, placed), (self.to_v, x)", "(self.to_k, x), (self.to_v, x)", MODEL),
+    (
+        MODEL,
+        "queries, keys, values = (rearrange(z[:, :views]",
+        "queries, keys, values = (rearrange(z[:, :1]",
+        MODEL,
+    ),
+    (
+        MODEL,
+        "attention(q[:, views], k[:, views], v[:, views])",
+        "attention(q[:, 0], k[:, 0], v[:, 0])",
+        MODEL,
+    ),
+    (MODEL, "nn.init.zeros_(self.unet.class_embedding.weight)", "pass", "model sdxl"),
+    (
+        MODEL,
+        "labels = torch.cat([labels, labels.new_tensor([NUM_VIEWS])])",
+        "labels = torch.cat([labels, labels.new_tensor([0])])",
+        MODEL,
+    ),
+    (
+        MODEL,
+        "self.exact.float() + (self.up @ self.down)",
+        "self.exact.float() - (self.up @ self.down)",
+        MODEL,
+    ),
+    (MODEL, 'return mean * self.vae.config["scaling_factor"]', "return mean", "sdxl"),
+    (MODEL, "F.pixel_unshuffle(images * 2 - 1", "F.pixel_unshuffle(images", MODEL),
+    (MODEL, "p.requires_grad_(id(p) in trained)", "p.requires_grad_(True)", MODEL),
+    # data
+    ("data", ".roll(-r, dims=-4)", ".roll(r, dims=-4)", "data"),
+    ("data", "-r * sense, dims=(-2, -1)", "r * sense, dims=(-2, -1)", "data"),
+    (
+        "data",
+        "theta[:, 0, 0], theta[:, 1, 1] = 1 / scale[:, 0], 1 / scale[:, 1]",
+        "theta[:, 0, 0], theta[:, 1, 1] = 1 / scale[:, 1], 1 / scale[:, 0]",
+        "data",
+    ),
+    ("data", "image = image[MIRRORED_ORDER].flip(-1)", "image = image.flip(-1)", "data"),
+    (
+        "data",
+        '"validation": ("blendswap", slice(0, 64))',
+        '"validation": ("blendswap", slice(0, 65))',
+        "data",
+    ),
+    (
+        "data",
+        "generator=keyed_generator(0))[cut].tolist()",
+        "generator=keyed_generator(1))[cut].tolist()",
+        "data",
+    ),
+    ("data", "g = keyed_generator(seed, 5, i)", "g = keyed_generator(seed, 5)", "data"),
+    ("data", "views if i < len(objects) else augment(views, g), side", "views, side", "data"),
+    ("data", '"seed": seed, "renderer": renderer()}', '"seed": seed}', "data"),
+    ("render", "covered, seen = nearest(pixel, 2 - t,", "covered, seen = nearest(pixel, t - 2,", "data"),
+    ("render", "make_toy(key_seed(seed, first + j))", "make_toy(key_seed(seed, j))", "data"),
+    (
+        "meshes",
+        'facing = torch.where(mesh["face"][tri] @ CAMERAS[view, 2] < 0, -1.0, 1.0)',
+        "facing = torch.ones(len(tri))",
+        "data",
+    ),
+    ("meshes", "row = ((1 - v) * height)", "row = (v * height)", "data"),
+    ("pictures", "(255, 255, 255, 255)", "(0, 0, 0, 255)", "data"),
+    ("muon", "p.add_(x, alpha=-group", "p.add_(x, alpha=group", SFT),
+    # metrics, matcher
+    ("metrics", "return views.amin(dim=-3) < 0.9", "return views.amin(dim=-3) < 0.5", "metrics"),
+    ("metrics", "masks.all(0).sum(dims) / masks.any(0)", "masks.any(0).sum(dims) / masks.any(0)", "metrics"),
+    ("metrics", "mask = mask.flip([1 + d for d in (0, 1) if camera[d].sum() < 0])", "pass", "metrics"),
+    ("metrics", "mask if i < j else mask.mT", "mask", "metrics"),
+    (
+        "metrics",
+        "return torch.stack(below).any(0) | no_object(views)",
+        "return torch.stack(below).all(0) | no_object(views)",
+        "metrics",
+    ),
+    ("metrics", "(change < 8 / 255).all(1)", "(change < 8 / 255).any(1)", "metrics"),
+    ("metrics", "d.new_tensor([0.025, 0.975])", "d.new_tensor([0.05, 0.95])", "metrics"),
+    (
+        "metrics",
+        "return psnr(images[:, 1:].flatten(1, 2), truth[None, 1:]",
+        "return psnr(images.flatten(1, 2), truth[None]",
+        "metrics",
+    ),
+    ("metrics", "c1, c2 = 0.01**2, 0.03**2", "c1, c2 = 0.03**2, 0.01**2", "metrics"),
+    ("metrics", "hull = {(0, 1): a * (c @ b.mT > 0)", "hull = {(0, 1): a * (b @ c.mT > 0)", "metrics"),
+    ("evaluate", "with_interval(new[name] - old[name])", "with_interval(old[name] - new[name])", "evaluate"),
+    (
+        "evaluate",
+        "with_interval(measured[name] - theirs[name])",
+        "with_interval(theirs[name] - measured[name])",
+        "evaluate",
+    ),
+    ("evaluate", "digest(Path(folder)) for name, folder", "digest(folder) for name, folder", "evaluate"),
+    (
+        "matcher",
+        "own = model.extract_features(ref[i : i + 1])",
+        "own = model.extract_features(ref[:1])",
+        "matcher",
+    ),
+    ("matcher", "own = describe(ref[i : i + 1])", "own = describe(ref[:1])", "matcher"),
+    ("matcher", "count_matches(ref, views[:, 1:], method", "count_matches(ref, views, method", "matcher"),
+    # what is kept
+    (
+        COMMON,
+        "state = (state ^ (int(part) + 0x9E3779B97F4A7C15))",
+        "state = (0 ^ (int(part) + 0x9E3779B97F4A7C15))",
+        COMMON,
+    ),
+    (
+        COMMON,
+        'for f, d in load_json(note)["files"].items() if digest(folder / f) != d]',
+        'for f, d in load_json(note)["files"].items() if not (folder / f).exists()]',
+        COMMON,
+    ),
+    (COMMON, "-{digest(made_by)[:8]}", "-{digest(list(made_by))[:8]}", COMMON),
+    (COMMON, "if hashlib.sha256(content[32:]).digest() != content[:32]:", "if False:", COMMON),
+    (COMMON, "temporary.unlink(missing_ok=True)\n    try", "path.unlink(missing_ok=True)\n    try", COMMON),
+    (COMMON, 'json.loads(line)["step"] <= start', 'json.loads(line)["step"] < start', COMMON),
+    (COMMON, "sum(v) / len(v) for k, v", "sum(v) for k, v", COMMON),
+    (COMMON, 'group["lr"] = rate * group', 'group["lr"] = 1.0 * group', COMMON),
+    (COMMON, "clip_grad_norm_(parameters, clip)", "clip_grad_norm_(parameters, 1e9)", COMMON),
+    (
+        COMMON,
+        "allow_tf32 = torch.backends.cudnn.allow_tf32 = False",
+        "allow_tf32 = torch.backends.cudnn.allow_tf32 = True",
+        COMMON,
+    ),
+    (COMMON, "torch.isfinite(norm)", "norm is not None", COMMON),
+    (
+        COMMON,
+        'what / name) for name in ("config.json", "model.safetensors")',
+        'what / name) for name in ("config.json",)',
+        COMMON,
+    ),
+    # theory, bench
+    ("theory", "return 2 * (y - a @ x0) * a - 2 *", "return 2 * (y - a @ x0) * a + 2 *", "theory"),
+    (
+        "theory",
+        "return math.exp(-tau / 2), -math.expm1(-tau)",
+        "return math.exp(-tau / 2), -math.expm1(-tau / 2)",
+        "theory",
+    ),
+    ("bench", "for pair in pairs[:TIMED_PAIRS] if timed else pairs:", "for pair in pairs[:1]:", "runs"),
+    ("bench", "(a.cpu() - b.cpu()).norm() > 1e-4", "(a.cpu() - b.cpu()).norm() > 1e4", "runs"),
+]
+
+
+def survives(fault: tuple[str, str, str, str]) -> bool:
+    """Do the named tests pass although the fault is there?"""
+    name, old, new, tests = fault
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        shutil.copytree(
+            ROOT, tree, ignore=shutil.ignore_patterns(".git", "out", "__pycache__", ".pytest_cache")
+        )
+        path = tree / f"{name}.py"
+        path.write_text(path.read_text().replace(old, new))
+        files = [f"tests/test_{test}.py" for test in tests.split()]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
+        done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+        if done.returncode not in (0, 1):
+            raise RuntimeError(f"{name}: {old!r}: the tests could not run\n{done.stdout[-2000:]}")
+        return done.returncode == 0
+
+
+def misplaced() -> list[str]:
+    """Faults whose old text is not exactly once in its file."""
+    counts = [((ROOT / f"{name}.py").read_text().count(old), name, old) for name, old, *_ in FAULTS]
+    return [f"{name}: {count} times {old!r}" for count, name, old in counts if count != 1]
+
+
+def survivors(faults: list[tuple[str, str, str, str]]) -> list[str]:
+    """Run all; print each as it ends."""
+    found = []
+    for i, fault in enumerate(faults):
+        alive = survives(fault)
+        print(
+            f"{i + 1}/{len(faults)} {'SURVIVES' if alive else 'found':9}{fault[0]}: {fault[2]!r}", flush=True
+        )
+        found += [f"{fault[0]}: {fault[1]!r} -> {fault[2]!r}"] * alive
+    return found
+
+
+def test_every_fault_fits() -> None:
+    assert len(FAULTS) >= 120 and not misplaced()
+
+
+@pytest.mark.slow
+def test_few_faults_survive() -> None:
+    found = survivors(FAULTS)
+    assert len(found) < 0.05 * len(FAULTS), found
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sample", type=int, default=len(FAULTS))
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if wrong := misplaced():
+        raise SystemExit("\n".join(wrong))
+    chosen = random.Random(args.seed).sample(FAULTS, args.sample)
+    alive = survivors(chosen)
+    print(f"{len(alive)} of {len(chosen)} survive", *alive, sep="\n")
