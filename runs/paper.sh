@@ -41,7 +41,8 @@ scorer.pretrained_scorer('$dino', 'bilinear')
 if '$matching' != 'random': matcher.loftr_model('${LOFTR:-}', torch.device('cpu'))"
 
 # Stage 1: the multi-view model, and the independent-view (Zero123-style) one that the scorer's negatives come from
-sft="--preset sdxl --base $base --image_size $size --data $data --attention_only True --lr 5e-5 --checkpointing True $sft"
+sft="--preset sdxl --base $base --image_size $size --data $data --attention_only True --checkpointing True $sft"
+sft="$sft --lr 5e-5"
 python train_sft.py $sft $memory --out $out/base
 python train_sft.py $sft $memory --cross_view False --out $out/zero123
 
@@ -52,7 +53,8 @@ python train_scorer.py $scorer --negatives $out/base --out $out/scorer_pre
 
 # Stage 3: SFT (the same loop without preferences), MV-D3PO-M, MV-D3PO-C (pre), MV-D3PO-C, on the same candidates.
 # tune NAME RUN OPTIONS: $out/NAME is a link to this run, however often $out/RUN, the last of its feedback, moves on
-d3po="--model $out/base --data $data --lr 1e-5 --attention_only True --checkpointing True --out $out $d3po $memory ${D3PO:-$setting}"
+d3po="--model $out/base --data $data --lr 1e-5 --attention_only True --checkpointing True --out $out $d3po"
+d3po="$d3po $memory ${D3PO:-$setting}"
 tune() { python train_d3po.py $d3po "${@:3}" && ln -sfn "$(readlink $out/$2)" $out/$1; }
 tune sft sft --feedback none
 tune m d3po_${matching%% *} --feedback $matching
@@ -61,7 +63,8 @@ tune c d3po_contrastive --feedback contrastive --scorer $out/scorer
 
 # Table 1 on the held-out objects; another model's views join by: evaluate.py --images DIR
 table="--data $data --split heldout --scorer $out/scorer --lpips $lpips $table"
-[ -e $out/table_sft.json ] || python evaluate.py --model $out/sft $table --out $out/table_sft.json --grid $out/table_sft.png
+[ -e $out/table_sft.json ] || python evaluate.py --model $out/sft $table --out $out/table_sft.json \
+    --grid $out/table_sft.png
 for row in base m c_pre c; do
     [ -e $out/table_$row.json ] || python evaluate.py --model $out/$row $table --against $out/table_sft.json \
         --out $out/table_$row.json --grid $out/table_$row.png
