@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The paper's experiment (Sec. 6) on one CUDA GPU: SDXL, DINOv2, LoFTR, LPIPS, a folder of renders of Objaverse.
+# The paper's experiment (Sec. 6) on one CUDA GPU: SDXL, DINOv2, LoFTR, LPIPS, renders of Objaverse.
 # Each line can be run by itself, and the same command goes on where it stopped.
 #   DATA=renders bash runs/paper.sh
-#   DATA=renders SIZE=512 MEMORY="--lora 16" bash runs/paper.sh    larger, on a small GPU (README: memory table)
+#   DATA=renders SIZE=512 MEMORY="--lora 16" bash runs/paper.sh    larger, on a small GPU (README: memory)
 # Weights are downloaded once, or named by folder: BASE, DINO, LPIPS, and LOFTR by file (README, "The paper's
 # scale").
 # --small makes all counts tiny, in out/paper_small: does everything load and fit together?
@@ -16,8 +16,8 @@ lpips=${LPIPS:-hub} out=${OUT:-out/paper} size=${SIZE:-256} memory=${MEMORY:-}
 # by bench.py an hour each at 256 px and five at 512 on an A100, without VAE and reading.
 sft="--steps 20000 --batch_size 4 --num_objects 100000 --eval_every 1000 --num_steps 50"
 scorer="--num_references 240 --num_steps 50"
-# The paper's setting (App. B): references noised by five scales, one object a step, the last 40 of 50 calls. The
-# last call has no density: 39 are left. (README, Results, says how little that teaches. Our own design instead:
+# The paper's setting (App. B): references noised by five scales, one object a step, the last 40 of 50 calls.
+# The last call has no density: 39 are left. (README, Results, says how little that teaches. Our design instead:
 # D3PO="--candidates branch --trained_calls 0 20 --batch_objects 8 --kl 0.1 --lambda_simple 100")
 # States, actions and frozen means of 240 references take 12 GB of main memory at 256 px, 46 GB at 512.
 setting="--trained_calls 10 48 --candidates noised --beta_dpo 0.1 --kl 0 --lambda_simple 1 --batch_objects 1"
@@ -41,7 +41,7 @@ evaluate.Lpips.load('$lpips')
 scorer.pretrained_scorer('$dino', 'bilinear')
 if '$matching' != 'random': matcher.loftr_model('${LOFTR:-}', torch.device('cpu'))"
 
-# Stage 1: the multi-view model, and the independent-view (Zero123-style) one that draws the scorer's negatives
+# Stage 1: the multi-view model, and the independent-view (Zero123-style) one that draws the negatives
 sft="--preset sdxl --base $base --image_size $size --data $data --lr 5e-5 $sft"
 sft="$sft --attention_only True --checkpointing True"
 python train_sft.py $sft $memory --out $out/base
@@ -52,8 +52,8 @@ scorer="--backbone $dino --lr 1e-5 --data $data --image_size $size $scorer"
 python train_scorer.py $scorer --negatives $out/zero123 --out $out/scorer
 python train_scorer.py $scorer --negatives $out/base --out $out/scorer_pre
 
-# Stage 3: SFT (the same loop without preferences), MV-D3PO-M, MV-D3PO-C (pre), MV-D3PO-C, on equal candidates.
-# tune NAME RUN OPTIONS: $out/NAME is a link to this run, also when $out/RUN, the last of its feedback, moves on
+# Stage 3: SFT (the same loop without preferences), MV-D3PO-M, MV-D3PO-C (pre), MV-D3PO-C.
+# tune NAME RUN OPTIONS: $out/NAME links to this run; $out/RUN is only the last one with its feedback
 d3po="--model $out/base --data $data --lr 1e-5 --attention_only True --checkpointing True --out $out $d3po"
 d3po="$d3po $memory ${D3PO:-$setting}"
 tune() { python train_d3po.py $d3po "${@:3}" && ln -sfn "$(readlink $out/$2)" $out/$1; }
