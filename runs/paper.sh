@@ -1,22 +1,23 @@
 #!/usr/bin/env bash
-# The paper's experiment (Sec. 6) on one CUDA GPU: SDXL, DINOv2, LoFTR, LPIPS, a folder of renders of Objaverse. Each
-# line can be run by itself, and the same command goes on where it stopped.
+# The paper's experiment (Sec. 6) on one CUDA GPU: SDXL, DINOv2, LoFTR, LPIPS, renders of Objaverse.
+# Each line can be run by itself, and the same command goes on where it stopped.
 #   DATA=renders bash runs/paper.sh
-#   DATA=renders SIZE=512 MEMORY="--lora 16" bash runs/paper.sh       larger, on a small GPU (README: memory table)
-# Weights are downloaded once, or named by folder: BASE, DINO, LPIPS, and LOFTR by file (README, "The paper's scale").
+#   DATA=renders SIZE=512 MEMORY="--lora 16" bash runs/paper.sh    larger, on a small GPU (README: memory)
+# Weights are downloaded once, or named by folder: BASE, DINO, LPIPS, and LOFTR by file (README, "The paper's
+# scale").
 # --small makes all counts tiny, in out/paper_small: does everything load and fit together?
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-data=${DATA:?"a folder of renders: DATA=renders bash runs/paper.sh (python data.py --meshes DIR --out renders)"}
+data=${DATA:?"a folder of renders: DATA=renders bash runs/paper.sh (data.py --meshes DIR --out renders)"}
 base=${BASE:-stabilityai/stable-diffusion-xl-base-1.0} dino=${DINO:-facebook/dinov2-base}
 lpips=${LPIPS:-hub} out=${OUT:-out/paper} size=${SIZE:-256} memory=${MEMORY:-}
 # The paper's base model took 400 A100 days. 20,000 steps of attention alone are a start, not that model:
 # by bench.py an hour each at 256 px and five at 512 on an A100, without VAE and reading.
 sft="--steps 20000 --batch_size 4 --num_objects 100000 --eval_every 1000 --num_steps 50"
 scorer="--num_references 240 --num_steps 50"
-# The paper's setting (App. B): references noised by five scales, one object a step, the last 40 of 50 calls. The last
-# call has no density: 39 are left. (README, Results, says how little that teaches. The design of our own job instead:
+# The paper's setting (App. B): references noised by five scales, one object a step, the last 40 of 50 calls.
+# The last call has no density: 39 are left. (README says how little that teaches. Our design instead:
 # D3PO="--candidates branch --trained_calls 0 20 --batch_objects 8 --kl 0.1 --lambda_simple 100")
 # States, actions and frozen means of 240 references take 12 GB of main memory at 256 px, 46 GB at 512.
 setting="--trained_calls 10 48 --candidates noised --beta_dpo 0.1 --kl 0 --lambda_simple 1 --batch_objects 1"
@@ -40,8 +41,9 @@ evaluate.Lpips.load('$lpips')
 scorer.pretrained_scorer('$dino', 'bilinear')
 if '$matching' != 'random': matcher.loftr_model('${LOFTR:-}', torch.device('cpu'))"
 
-# Stage 1: the multi-view model, and the independent-view (Zero123-style) one that the scorer's negatives come from
-sft="--preset sdxl --base $base --image_size $size --data $data --attention_only True --lr 5e-5 --checkpointing True $sft"
+# Stage 1: the multi-view model, and the independent-view (Zero123-style) one that draws the negatives
+sft="--preset sdxl --base $base --image_size $size --data $data --lr 5e-5 $sft"
+sft="$sft --attention_only True --checkpointing True"
 python train_sft.py $sft $memory --out $out/base
 python train_sft.py $sft $memory --cross_view False --out $out/zero123
 
@@ -50,9 +52,10 @@ scorer="--backbone $dino --lr 1e-5 --data $data --image_size $size $scorer"
 python train_scorer.py $scorer --negatives $out/zero123 --out $out/scorer
 python train_scorer.py $scorer --negatives $out/base --out $out/scorer_pre
 
-# Stage 3: SFT (the same loop without preferences), MV-D3PO-M, MV-D3PO-C (pre), MV-D3PO-C, on the same candidates.
-# tune NAME RUN OPTIONS: $out/NAME is a link to this run, however often $out/RUN, the last of its feedback, moves on
-d3po="--model $out/base --data $data --lr 1e-5 --attention_only True --checkpointing True --out $out $d3po $memory ${D3PO:-$setting}"
+# Stage 3: SFT (the same loop without preferences), MV-D3PO-M, MV-D3PO-C (pre), MV-D3PO-C.
+# tune NAME RUN OPTIONS: $out/NAME links to this run; $out/RUN is only the last one with its feedback
+d3po="--model $out/base --data $data --lr 1e-5 --attention_only True --checkpointing True --out $out $d3po"
+d3po="$d3po $memory ${D3PO:-$setting}"
 tune() { python train_d3po.py $d3po "${@:3}" && ln -sfn "$(readlink $out/$2)" $out/$1; }
 tune sft sft --feedback none
 tune m d3po_${matching%% *} --feedback $matching
@@ -61,7 +64,8 @@ tune c d3po_contrastive --feedback contrastive --scorer $out/scorer
 
 # Table 1 on the held-out objects; another model's views join by: evaluate.py --images DIR
 table="--data $data --split heldout --scorer $out/scorer --lpips $lpips $table"
-[ -e $out/table_sft.json ] || python evaluate.py --model $out/sft $table --out $out/table_sft.json --grid $out/table_sft.png
+[ -e $out/table_sft.json ] || python evaluate.py --model $out/sft $table --out $out/table_sft.json \
+    --grid $out/table_sft.png
 for row in base m c_pre c; do
     [ -e $out/table_$row.json ] || python evaluate.py --model $out/$row $table --against $out/table_sft.json \
         --out $out/table_$row.json --grid $out/table_$row.png

@@ -391,42 +391,40 @@ def test_the_gradient_is_that_of_the_sum(tmp_path, monkeypatch, kl, lambda_simpl
     )  # another batch
 
 
-def test_batches_by_seed_and_step_never_of_references_that_tie(tmp_path, monkeypatch):
-    """Of several trained calls, all are visited; stage 1's batch is of the same step and seed."""
-    kept, original = D.oracle, D.make_batch
-    tied = load_references("toys", 5, 16, 0)[1].float() / 255
-    rate = lambda ref, x, truth, cfg: kept(ref, x, truth, cfg) * (0 if torch.equal(truth, tied) else 1)  # noqa: E731
+@pytest.mark.parametrize("seed", [0, 3])
+def test_batches_by_seed_and_step_never_of_references_that_tie(tmp_path, monkeypatch, seed):
+    """Of several trained calls, others than the first are visited, too; stage 1's batch is of the same step."""
+    references = load_references("toys", 5, 16, 0)
+    tied = references[1].float() / 255
+
+    def rate(ref, images, truth, cfg):
+        return D.oracle(ref, images, truth, cfg) * (0 if torch.equal(truth, tied) else 1)
+
+    def no_ratio(policy, schedule, batch, mean_pre, bf16):
+        zero = 0 * sum(p.sum() for p in policy.parameters())
+        return zero + torch.zeros(2, 5), torch.zeros(2)
+
     monkeypatch.setitem(D.FEEDBACKS, "oracle", rate)
-    drawn, real, batch = {}, {}, D.training_batch
-    for seed in (0, 3):
-        cfg = config(tmp_path, candidates="noised", seed=0, steps=8)
-        candidates = D.collect(Path(cfg.model), load_references("toys", 5, 16, 0), cfg, 0)
-        rewards = D.prefer(candidates, load_references("toys", 5, 16, 0), cfg)
-        chosen, keys = drawn.setdefault(seed, []), real.setdefault(seed, [])
-        with monkeypatch.context() as m:
-            m.setattr(D, "frozen_means", lambda model, rollouts, *_: torch.zeros_like(rollouts.x_t))
-            m.setattr(
-                D,
-                "step_log_ratio",
-                lambda p, s, b, m, h: (
-                    0 * sum(x.sum() for x in p.parameters()) + b.y.new_zeros(2, 5),
-                    b.y.new_zeros(2),
-                ),
-            )
-            m.setattr(
-                D, "make_batch", lambda r, c, j, *rest: chosen.append((c, j)) or original(r, c, j, *rest)
-            )
-            m.setattr(D, "training_batch", lambda *args: keys.append(args[4:6]) or batch(*args))
-            pre = Path(cfg.model)
-            D.train(pre, pre, candidates, rewards, load_references("toys", 5, 16, 0), replace(cfg, seed=seed))
-    first, other = (torch.stack([torch.stack(x) for x in drawn[seed]]) for seed in (0, 3))  # (steps, 2, B)
-    assert not torch.equal(first, other) and len(first.flatten(1).unique(dim=0)) > 4
-    assert set(first[:, 0].unique().tolist()) == {0, 2, 3, 4} and set(first[:, 1].unique().tolist()) == {
-        0,
-        1,
-        2,
-    }
-    assert real == {seed: [(seed, step) for step in range(8)] for seed in (0, 3)}
+    cfg = config(tmp_path, candidates="noised", steps=8)
+    pre = Path(cfg.model)
+    candidates = D.collect(pre, references, cfg, 0)
+    rewards = D.prefer(candidates, references, cfg)
+    drawn, keys, make_batch, training_batch = [], [], D.make_batch, D.training_batch
+    monkeypatch.setattr(D, "step_log_ratio", no_ratio)
+    monkeypatch.setattr(D, "frozen_means", lambda model, rollouts, *_: torch.zeros_like(rollouts.x_t))
+    monkeypatch.setattr(
+        D, "make_batch", lambda r, c, j, *rest: drawn.append((c, j)) or make_batch(r, c, j, *rest)
+    )
+    monkeypatch.setattr(D, "training_batch", lambda *args: keys.append(args[4:6]) or training_batch(*args))
+    D.train(pre, pre, candidates, rewards, references, replace(cfg, seed=seed))
+    assert keys == [(seed, step) for step in range(8)]
+    usable, seen = torch.tensor([0, 2, 3, 4]), set()
+    for step, (chosen, js) in enumerate(drawn):
+        g = D.keyed_generator(seed, 6, step)
+        assert torch.equal(chosen, usable[torch.randint(4, (2,), generator=g)])
+        assert torch.equal(js, torch.randint(3, (2,), generator=g))
+        seen |= set(js.tolist())
+    assert len(drawn) == 8 and len(seen) > 1
 
 
 def test_the_report_compares_after_with_before(tmp_path):
