@@ -1,6 +1,6 @@
-"""The method in one picture, in the manner of the paper's Figure 2: results/method.svg, written by hand from strings.
+"""The method in one picture, in the manner of the paper's Figure 2: results/method.svg, written from strings.
 
-The pictures in it are drawn for the eye: a true object, right and left stretched to make worse candidates, and noise on top.
+The pictures in it are drawn for the eye: a true object, right and left stretched to make worse candidates, noise.
 The numbers beside them are real: metrics.hull_iou of what is shown.
 
 Run:
@@ -33,11 +33,14 @@ class Config:
     out: str = "results/method.svg"
 
 
-def text(x: float, y: float, words: str, size: int = 14, colour: str = "black", anchor: str = "middle") -> str:
+def text(
+    x: float, y: float, words: str, size: int = 14, colour: str = "black", anchor: str = "middle"
+) -> str:
     """Words; `_` makes the next character an index."""
     parts = words.split("_")
     inner = parts[0] + "".join(
-        f'<tspan dy="4" font-size="{size - 4}">{p[0]}</tspan><tspan dy="-4">{p[1:] or "&#8203;"}</tspan>' for p in parts[1:]
+        f'<tspan dy="4" font-size="{size - 4}">{p[0]}</tspan><tspan dy="-4">{p[1:] or "&#8203;"}</tspan>'
+        for p in parts[1:]
     )
     return f'<text x="{x}" y="{y}" font-size="{size}" fill="{colour}" text-anchor="{anchor}">{inner}</text>'
 
@@ -51,7 +54,8 @@ def arrow(x0: float, y0: float, x1: float, y1: float, colour: str = GREY, dashed
 
 def box(x: float, y: float, w: float, h: float, colour: str = GREY, fill: str = "none") -> str:
     """A rounded frame."""
-    return f'<rect x="{x}" y="{y}" width="{w}" height="{h}" rx="6" fill="{fill}" stroke="{colour}" stroke-width="1.4"/>'
+    place = f'x="{x}" y="{y}" width="{w}" height="{h}" rx="6"'
+    return f'<rect {place} fill="{fill}" stroke="{colour}" stroke-width="1.4"/>'
 
 
 def picture(x: float, y: float, views: Tensor, side: float) -> str:  # (V, 3, S, S) in [0, 1]
@@ -60,11 +64,12 @@ def picture(x: float, y: float, views: Tensor, side: float) -> str:  # (V, 3, S,
     buffer = io.BytesIO()
     Image.fromarray(pixels).quantize(64).save(buffer, "PNG", optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<image x="{x}" y="{y}" width="{side * len(views)}" height="{side}" href="data:image/png;base64,{data}"/>'
+    place = f'x="{x}" y="{y}" width="{side * len(views)}" height="{side}"'
+    return f'<image {place} href="data:image/png;base64,{data}"/>'
 
 
 def candidate(views: Tensor, depth: float, height: float) -> Tensor:  # (V, 3, S, S) -> the same
-    """Front, back and top as they are; right and left of an object that is thinner and lower: they contradict."""
+    """Front, back and top as they are; right and left of a thinner and lower object: they contradict."""
     other = stretch(views, torch.tensor([1.0, height, depth]))
     return torch.stack([other[v] if v in (1, 3) else views[v] for v in range(len(views))])
 
@@ -85,38 +90,76 @@ def main(cfg: Config) -> dict:
     rows = (64, 164, 264)  # of the candidates
     middle = rows[1] + 24
 
-    parts = [text(52, 30, "reference Y", 15), picture(20, middle - 32, views[:1], 64), box(18, middle - 34, 68, 68)]
-    parts += [arrow(92, middle, 176, middle), text(132, middle - 10, "policy π_θ", 13), text(132, middle + 20, "k steps", 13)]
+    parts = [
+        text(52, 30, "reference Y", 15),
+        picture(20, middle - 32, views[:1], 64),
+        box(18, middle - 34, 68, 68),
+    ]
+    parts += [
+        arrow(92, middle, 176, middle),
+        text(132, middle - 10, "policy π_θ", 13),
+        text(132, middle + 20, "k steps", 13),
+    ]
     parts += [text(222, 30, "one state x_t", 15), picture(182, middle - 40, noised(views, 0.8, 0)[:1], 80)]
     parts += [box(180, middle - 42, 84, 84, BLUE)]
     parts += [text(372, 30, "G actions", 15), text(372, 48, "a step's own noise each", 12, GREY)]
     parts += [text(590, 30, "finished views", 15), text(590, 48, "equal noises after the action", 12, GREY)]
     parts += [text(758, 30, "feedback", 15), text(758, 48, "rates views", 12, GREY)]
     for g, (y, x, reward) in enumerate(zip(rows, shown, rewards)):
-        parts += [arrow(268, middle + (y - rows[1]) * 0.25, 340, y + 24), text(302, y + (38, 16, 10)[g], f"a_{g + 1}", 14)]
+        parts += [
+            arrow(268, middle + (y - rows[1]) * 0.25, 340, y + 24),
+            text(302, y + (38, 16, 10)[g], f"a_{g + 1}", 14),
+        ]
         parts += [picture(346, y, noised(x, 0.65, g + 1)[:1], 48), box(345, y - 1, 50, 50, BLUE)]
-        parts += [arrow(400, y + 24, 464, y + 24, dashed=True), picture(470, y, x, 48), box(469, y - 1, 242, 50)]
-        parts += [arrow(716, y + 24, 732, y + 24), text(758, y + 29, f"{reward:.2f}", 15, (GREEN, GREY, RED)[g])]
+        parts += [
+            arrow(400, y + 24, 464, y + 24, dashed=True),
+            picture(470, y, x, 48),
+            box(469, y - 1, 242, 50),
+        ]
+        parts += [
+            arrow(716, y + 24, 732, y + 24),
+            text(758, y + 29, f"{reward:.2f}", 15, (GREEN, GREY, RED)[g]),
+        ]
 
     # pairs, and the loss
     bracket = f"780,{rows[0] + 10} 786,{rows[0] + 10} 786,{rows[2] + 38} 780,{rows[2] + 38}"
-    parts += [f'<polyline points="{bracket}" fill="none" stroke="{GREY}" stroke-width="1.6"/>', arrow(786, 100, 846, 100)]
+    parts += [
+        f'<polyline points="{bracket}" fill="none" stroke="{GREY}" stroke-width="1.6"/>',
+        arrow(786, 100, 846, 100),
+    ]
     parts += [text(896, 30, "all pairs", 15), text(896, 48, "winner, loser", 12, GREY)]
     for i, (w, l) in enumerate(((0, 1), (0, 2), (1, 2))):  # noqa: E741
         y = rows[0] + 14 + 26 * i
         parts += [text(896, y, f"a_{w + 1} ≻ a_{l + 1}", 15)]
-    parts += [arrow(896, 142, 896, 172), box(800, 176, 192, 140, BLUE, "#f3f7fc"), text(896, 196, "Eq. (2)", 15, BLUE)]
-    parts += [text(896, 222, "−log σ( β [ r_w − r_l ] )", 15), text(896, 246, "r = log π_θ / π_p (a | x_t)", 14)]
+    parts += [
+        arrow(896, 142, 896, 172),
+        box(800, 176, 192, 140, BLUE, "#f3f7fc"),
+        text(896, 196, "Eq. (2)", 15, BLUE),
+    ]
+    parts += [
+        text(896, 222, "−log σ( β [ r_w − r_l ] )", 15),
+        text(896, 246, "r = log π_θ / π_p (a | x_t)", 14),
+    ]
     parts += [text(896, 276, "+ λ L(simple-MV)", 14), text(896, 300, "+ κ KL(π_θ ‖ π_p)", 14)]
     bottom = 352
-    parts += [f'<polyline points="896,316 896,{bottom} 222,{bottom}" fill="none" stroke="{BLUE}" stroke-width="1.6"/>']
+    parts += [f'<path d="M896 316 V{bottom} H222" fill="none" stroke="{BLUE}" stroke-width="1.6"/>']
     parts += [arrow(222, bottom, 222, middle + 48, BLUE)]
     parts += [text(554, bottom - 8, "the policy's mean at x_t moves towards the winners' actions", 14, BLUE)]
-    parts += [text(554, bottom + 22, "π_p: the pre-trained policy, frozen.   Shown: three of G = 8 candidates.", 12, GREY)]
+    parts += [
+        text(
+            554,
+            bottom + 22,
+            "π_p: the pre-trained policy, frozen.   Shown: three of G = 8 candidates.",
+            12,
+            GREY,
+        )
+    ]
 
-    head = '<marker id="head" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" orient="auto">'
-    head = f'<defs>{head}<path d="M0 0 L10 5 L0 10 z" fill="context-stroke"/></marker></defs>'
-    opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="Helvetica, Arial, sans-serif">'
+    tip = 'viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" orient="auto"'
+    shape = '<path d="M0 0 L10 5 L0 10 z" fill="context-stroke"/>'
+    head = f'<defs><marker id="head" {tip}>{shape}</marker></defs>'
+    size = f'viewBox="0 0 {WIDTH} {HEIGHT}" font-family="Helvetica, Arial, sans-serif"'
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>'
     ground = f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>'
     svg = "\n".join([opening, head, ground, *parts, "</svg>", ""])
     write_atomic(Path(cfg.out), lambda p: p.write_text(svg))
