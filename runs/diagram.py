@@ -1,6 +1,6 @@
 """The method in one picture, in the manner of the paper's Figure 2: results/method.svg, written from strings.
 
-The pictures in it are drawn for the eye: a true object, right and left stretched to make worse candidates, noise.
+The pictures in it are drawn for the eye: a true object, its right and left stretched to be worse, noise.
 The numbers beside them are real: metrics.hull_iou of what is shown.
 
 Run:
@@ -49,7 +49,7 @@ def arrow(x0: float, y0: float, x1: float, y1: float, colour: str = GREY, dashed
     """A line with a head."""
     dash = ' stroke-dasharray="5 4"' if dashed else ""
     ends = f'x1="{x0}" y1="{y0}" x2="{x1}" y2="{y1}"'
-    return f'<line {ends} stroke="{colour}" stroke-width="1.6"{dash} marker-end="url(#head)"/>'
+    return f'<line {ends} stroke="{colour}" stroke-width="1.6"{dash} marker-end="url(#{colour[1:]})"/>'
 
 
 def box(x: float, y: float, w: float, h: float, colour: str = GREY, fill: str = "none") -> str:
@@ -156,12 +156,14 @@ def main(cfg: Config) -> dict:
     ]
 
     tip = 'viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" orient="auto"'
-    shape = '<path d="M0 0 L10 5 L0 10 z" fill="context-stroke"/>'
-    head = f'<defs><marker id="head" {tip}>{shape}</marker></defs>'
+    shape = "M0 0 L10 5 L0 10 z"
+    head = "".join(
+        f'<marker id="{c[1:]}" {tip}><path d="{shape}" fill="{c}"/></marker>' for c in (GREY, BLUE)
+    )
     size = f'viewBox="0 0 {WIDTH} {HEIGHT}" font-family="Helvetica, Arial, sans-serif"'
     opening = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>'
     ground = f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>'
-    svg = "\n".join([opening, head, ground, *parts, "</svg>", ""])
+    svg = "\n".join([opening, f"<defs>{head}</defs>", ground, *parts, "</svg>", ""])
     write_atomic(Path(cfg.out), lambda p: p.write_text(svg))
     print(f"wrote {cfg.out}: {names[chosen]}, silhouettes {', '.join(f'{r:.2f}' for r in rewards)}")
     return {"out": cfg.out, "rewards": rewards}
