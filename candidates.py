@@ -4,7 +4,7 @@ Preferences can only teach what candidates differ in. Three designs:
 
     branch       one state x_t at a call k of the chain, one action each, equal noise afterwards
     noised       equal noise, but each sees the reference through noise of its own scale (the paper's)
-    independent  all noises of their own
+    independent  one x_T and one reference noise, all step noises of their own
 
 Under "branch" two candidates differ by ONE action: what came of it is its own doing, and Eq. (2) knows whom
 to thank. Under the others the whole chain differs, and a trained call is praised for what other calls did.
@@ -45,7 +45,7 @@ def draw_candidates(
 
     branch       one state at call k, one action each, equal noise afterwards
     noised       equal noise, but each sees the reference through noise of its own scale (App. B)
-    independent  all noises of their own
+    independent  one x_T and one reference noise, all step noises of their own
     """
     first, last = cfg.trained_calls
     if cfg.candidates == "branch":

@@ -1,6 +1,6 @@
-"""The method in one picture, in the manner of the paper's Figure 2: results/method.svg, written by hand from strings.
+"""The method in one picture, in the manner of the paper's Figure 2: results/method.svg, written from strings.
 
-The pictures in it are drawn for the eye: a true object, right and left stretched to make worse candidates, and noise on top.
+The pictures in it are drawn for the eye: a true object, its right and left stretched to be worse, noise.
 The numbers beside them are real: metrics.hull_iou of what is shown.
 
 Run:
@@ -49,12 +49,13 @@ def arrow(x0: float, y0: float, x1: float, y1: float, colour: str = GREY, dashed
     """A line with a head."""
     dash = ' stroke-dasharray="5 4"' if dashed else ""
     ends = f'x1="{x0}" y1="{y0}" x2="{x1}" y2="{y1}"'
-    return f'<line {ends} stroke="{colour}" stroke-width="1.6"{dash} marker-end="url(#head)"/>'
+    return f'<line {ends} stroke="{colour}" stroke-width="1.6"{dash} marker-end="url(#{colour[1:]})"/>'
 
 
 def box(x: float, y: float, w: float, h: float, colour: str = GREY, fill: str = "none") -> str:
     """A rounded frame."""
-    return f'<rect x="{x}" y="{y}" width="{w}" height="{h}" rx="6" fill="{fill}" stroke="{colour}" stroke-width="1.4"/>'
+    place = f'x="{x}" y="{y}" width="{w}" height="{h}" rx="6"'
+    return f'<rect {place} fill="{fill}" stroke="{colour}" stroke-width="1.4"/>'
 
 
 def picture(x: float, y: float, views: Tensor, side: float) -> str:  # (V, 3, S, S) in [0, 1]
@@ -63,11 +64,12 @@ def picture(x: float, y: float, views: Tensor, side: float) -> str:  # (V, 3, S,
     buffer = io.BytesIO()
     Image.fromarray(pixels).quantize(64).save(buffer, "PNG", optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<image x="{x}" y="{y}" width="{side * len(views)}" height="{side}" href="data:image/png;base64,{data}"/>'
+    place = f'x="{x}" y="{y}" width="{side * len(views)}" height="{side}"'
+    return f'<image {place} href="data:image/png;base64,{data}"/>'
 
 
 def candidate(views: Tensor, depth: float, height: float) -> Tensor:  # (V, 3, S, S) -> the same
-    """Front, back and top as they are; right and left of an object that is thinner and lower: they contradict."""
+    """Front, back and top as they are; right and left of a thinner and lower object: they contradict."""
     other = stretch(views, torch.tensor([1.0, height, depth]))
     return torch.stack([other[v] if v in (1, 3) else views[v] for v in range(len(views))])
 
@@ -140,9 +142,7 @@ def main(cfg: Config) -> dict:
     ]
     parts += [text(896, 276, "+ λ L(simple-MV)", 14), text(896, 300, "+ κ KL(π_θ ‖ π_p)", 14)]
     bottom = 352
-    parts += [
-        f'<polyline points="896,316 896,{bottom} 222,{bottom}" fill="none" stroke="{BLUE}" stroke-width="1.6"/>'
-    ]
+    parts += [f'<path d="M896 316 V{bottom} H222" fill="none" stroke="{BLUE}" stroke-width="1.6"/>']
     parts += [arrow(222, bottom, 222, middle + 48, BLUE)]
     parts += [text(554, bottom - 8, "the policy's mean at x_t moves towards the winners' actions", 14, BLUE)]
     parts += [
@@ -155,11 +155,15 @@ def main(cfg: Config) -> dict:
         )
     ]
 
-    head = '<marker id="head" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" orient="auto">'
-    head = f'<defs>{head}<path d="M0 0 L10 5 L0 10 z" fill="context-stroke"/></marker></defs>'
-    opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="Helvetica, Arial, sans-serif">'
+    tip = 'viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" orient="auto"'
+    shape = "M0 0 L10 5 L0 10 z"
+    head = "".join(
+        f'<marker id="{c[1:]}" {tip}><path d="{shape}" fill="{c}"/></marker>' for c in (GREY, BLUE)
+    )
+    size = f'viewBox="0 0 {WIDTH} {HEIGHT}" font-family="Helvetica, Arial, sans-serif"'
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>'
     ground = f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>'
-    svg = "\n".join([opening, head, ground, *parts, "</svg>", ""])
+    svg = "\n".join([opening, f"<defs>{head}</defs>", ground, *parts, "</svg>", ""])
     write_atomic(Path(cfg.out), lambda p: p.write_text(svg))
     print(f"wrote {cfg.out}: {names[chosen]}, silhouettes {', '.join(f'{r:.2f}' for r in rewards)}")
     return {"out": cfg.out, "rewards": rewards}

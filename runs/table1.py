@@ -253,7 +253,7 @@ def main(cfg: Config) -> dict:
             for s, (kl, v) in enumerate(runs)
         ]
     text = [
-        f"{n} held-out objects, seeds {', '.join(map(str, cfg.seeds))}; [95 % interval over seeds and objects]."
+        f"{n} held-out objects, seeds {', '.join(map(str, cfg.seeds))}; 95 % intervals over seeds and objects."
     ]
     text += ["\\* the row's own reward. `python -m runs.table1`.", "", *markdown(rows, columns)]
     for base, differences in minus.items():

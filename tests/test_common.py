@@ -266,7 +266,10 @@ def test_what_goes_wrong_is_one_line(tmp_path, args, line):
     done = subprocess.run(script(tmp_path, *args), capture_output=True, text=True)
     assert (done.returncode, done.stderr.strip()) == (1, line)
     if "--what=system" not in args:
-        assert "Traceback" in subprocess.run(script(tmp_path, *args, "--debug"), capture_output=True, text=True).stderr
+        assert (
+            "Traceback"
+            in subprocess.run(script(tmp_path, *args, "--debug"), capture_output=True, text=True).stderr
+        )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -1,4 +1,4 @@
-"""The README keeps its word: its examples run, its numbers are those in results/, nothing is left to fill in."""
+"""The README keeps its word: its examples run, its numbers are those in results/, nothing is left open."""
 
 import functools
 import json
@@ -103,7 +103,9 @@ def test_the_loop_is_rounds(small):
     space = run_block("for round in range(3)", small)
     cfg = space["cfg"]
     again = D.main(D.Config(feedback=cfg.feedback, out=cfg.out, rounds=3))
-    assert Path(again["folder"]).resolve() == space["policy"].resolve()  # found by its content: nothing was made twice
+    assert (
+        Path(again["folder"]).resolve() == space["policy"].resolve()
+    )  # found by its content: nothing was made twice
     assert len(list(Path(cfg.out).glob("candidates-*"))) == 3
 
 
@@ -120,12 +122,13 @@ def test_six_views(tmp_path):
     (tmp_path / "render.py").write_text(source)
     options = {**TINY, "data": "toys", "feedback": "redder", "steps": 1}
     code = f"""
+from pathlib import Path
 import model, train_sft, train_d3po
 model.PRESETS["toy"] = model.ModelConfig(image_size=32, channels=32, head_dim=8)
 tiny = dict(num_objects=4, eval_objects=2, num_steps=3, steps=1, batch_size=2, bf16="off")
 train_sft.main(train_sft.Config(out="out/sft", **tiny))
 result = train_d3po.main(train_d3po.Config(model="out/sft", **{options}))
-assert train_d3po.read_rollouts(next(__import__("pathlib").Path("out").glob("candidates-*"))).x_t.shape[3] == 6
+assert train_d3po.read_rollouts(next(Path("out").glob("candidates-*"))).x_t.shape[3] == 6
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -135,7 +138,9 @@ def test_the_table_of_results_holds_the_numbers_of_table_1():
     """Number by number, to the digits shown; not character by character."""
     table = json.loads((ROOT / "results" / "table1" / "table.json").read_text())["rows"]
     lines = next(part for part in README.split("\n\n") if "held-out objects" in part and part.startswith("|"))
-    head, _, *rows = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines.splitlines()]
+    head, _, *rows = [
+        [cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines.splitlines()
+    ]
     assert [row[0] for row in rows] == list(ROWS)
     compared = 0
     for row in rows:

@@ -1,4 +1,4 @@
-"""What the documents promise exists: functions named in PAPER.md, flags in the README, help for every option."""
+"""What the documents promise exists: functions, flags, links, help for every option."""
 
 import ast
 import importlib
@@ -44,7 +44,9 @@ def test_every_function_a_document_names_exists(document):
     assert not missing
 
 
-@pytest.mark.parametrize("document", [d for d in DOCUMENTS if d != "LOG.md"])  # the log names options that are gone
+@pytest.mark.parametrize(
+    "document", [d for d in DOCUMENTS if d != "LOG.md"]
+)  # the log names options that are gone
 def test_every_flag_a_document_shows_exists(document):
     text = (ROOT / document).read_text()
     files = [ROOT / f"{s}.py" for s in SCRIPTS] + list((ROOT / "runs").glob("*.py"))
@@ -85,7 +87,9 @@ def test_every_option_has_help(script, capsys):
 )
 def test_wrong_input_is_one_line_on_stderr(command, message):
     environment = {"OMP_NUM_THREADS": "1", "PATH": ""}  # no git either
-    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert len(lines) == 1 and message in lines[0]

@@ -44,7 +44,9 @@ def own_folder(tmp_path, monkeypatch):
 
 
 def config(folders: Path, out: Path, **changes) -> T.Config:
-    small = dict(num_references=4, num_val=2, image_size=16, patch_size=4, hidden_size=16, num_layers=1, num_heads=2)
+    small = dict(
+        num_references=4, num_val=2, image_size=16, patch_size=4, hidden_size=16, num_layers=1, num_heads=2
+    )
     small |= dict(steps=6, batch_size=2, eval_every=4, device="cpu", bf16="off", twins=False)
     small |= dict(data=str(folders / "true"), negatives=str(folders / "fake"), out=str(out))
     return T.Config(**{**small, **changes})
@@ -55,7 +57,9 @@ def config(folders: Path, out: Path, **changes) -> T.Config:
 
 def test_loss_by_hand():
     f_true, f_fake = torch.tensor([[1.0, 0.5], [0.0, 2.0]]), torch.tensor([[0.0, 1.0], [-2.0, 0.5]])
-    assert T.consistency_loss(f_true, f_fake).item() == pytest.approx((0 + 0.25 + 1 + 1) / 4 + (0 + 1 + 4 + 0.25) / 4)
+    assert T.consistency_loss(f_true, f_fake).item() == pytest.approx(
+        (0 + 0.25 + 1 + 1) / 4 + (0 + 1 + 4 + 0.25) / 4
+    )
     assert T.consistency_loss(torch.ones(3, 4), torch.zeros(3, 4)).item() == 0
 
 
@@ -87,7 +91,13 @@ def test_the_gradient_is_that_of_all_terms(folders, tmp_path, monkeypatch, misma
     seen = []
 
     def spy(optimizers, parameters, rate, step, clip=1.0):
-        seen.append((rate, [0 if p.grad is None else p.grad.clone() for p in parameters], [g["lr"] for g in optimizers[0].param_groups]))
+        seen.append(
+            (
+                rate,
+                [0 if p.grad is None else p.grad.clone() for p in parameters],
+                [g["lr"] for g in optimizers[0].param_groups],
+            )
+        )
         return common.optimizer_step(optimizers, parameters, rate, step, clip)
 
     monkeypatch.setattr(T, "optimizer_step", spy)
@@ -99,7 +109,9 @@ def test_the_gradient_is_that_of_all_terms(folders, tmp_path, monkeypatch, misma
     for got, want in zip(seen[0][1], grads):
         if want is not None:
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
-    assert seen[0][0] == pytest.approx(1 / 20) and seen[1][0] == pytest.approx(2 / 20 / 2)  # warm-up times cosine
+    assert seen[0][0] == pytest.approx(1 / 20) and seen[1][0] == pytest.approx(
+        2 / 20 / 2
+    )  # warm-up times cosine
     changed = [(a - b).abs().max() for a, b in zip(seen[0][1], seen[1][1]) if isinstance(a, torch.Tensor)]
     assert max(changed) > 1e-6  # another batch
 
@@ -112,19 +124,29 @@ def test_it_trains_on_preference_objects_and_validates_on_others(folders, tmp_pa
     cfg = config(folders, tmp_path / "out", data="toys", negatives=str(tmp_path / "model"), num_steps=2)
     truth, fake, n = T.make_pairs(cfg, CPU)
     assert n == 4 and truth.shape == fake.shape == (6, 5, 3, 16, 16)
-    assert torch.equal(truth[:4], load_references("toys", 4, 16, 0)) and torch.equal(truth[4:], make_toys(2, 16, 2))
+    assert torch.equal(truth[:4], load_references("toys", 4, 16, 0)) and torch.equal(
+        truth[4:], make_toys(2, 16, 2)
+    )
     trained_on, judged_on = [], []
     batch, judge = T.make_batch, T.evaluate
     monkeypatch.setattr(T, "make_batch", lambda c, x, y, s: trained_on.append((x, y)) or batch(c, x, y, s))
     monkeypatch.setattr(T, "evaluate", lambda s, x, y: judged_on.append((x, y)) or judge(s, x, y))
     T.main(cfg)
-    assert all(torch.equal(x, truth[:4]) and torch.equal(y, fake[:4]) for x, y in trained_on) and len(trained_on) == 6
-    assert all(torch.equal(x, truth[4:]) and torch.equal(y, fake[4:]) for x, y in judged_on) and len(judged_on) == 2
+    assert (
+        all(torch.equal(x, truth[:4]) and torch.equal(y, fake[:4]) for x, y in trained_on)
+        and len(trained_on) == 6
+    )
+    assert (
+        all(torch.equal(x, truth[4:]) and torch.equal(y, fake[4:]) for x, y in judged_on)
+        and len(judged_on) == 2
+    )
 
 
 def test_negatives_are_the_generators_own_and_made_once(folders, tmp_path, monkeypatch):
     random_model().save(tmp_path / "model")
-    cfg = config(folders, tmp_path / "out" / "scorer", data="toys", negatives=str(tmp_path / "model"), num_steps=3)
+    cfg = config(
+        folders, tmp_path / "out" / "scorer", data="toys", negatives=str(tmp_path / "model"), num_steps=3
+    )
     truth, fake, _ = T.make_pairs(cfg, CPU)
     seeds = [T.key_seed(0, 9, i) for i in range(6)]
     images = sample(random_model(), truth[:, 0].float() / 255, seeds, 3).images
@@ -151,12 +173,18 @@ def test_another_models_folder_is_split_like_the_truth(folders, tmp_path):
 
 def test_augmentation_keeps_truth_and_generated_alike(folders, tmp_path):
     cfg, truth = config(folders, tmp_path, batch_size=6), make_toys(6, 16, seed=7)
-    batches = [T.make_batch(cfg, truth, truth, step) for step in range(8)]  # "generated" = truth: must stay equal
+    batches = [
+        T.make_batch(cfg, truth, truth, step) for step in range(8)
+    ]  # "generated" = truth: must stay equal
     assert all(torch.equal(b[:, 1:5], b[:, 5:]) for b in batches)
     assert torch.equal(batches[3], T.make_batch(cfg, truth, truth, 3))
     assert not torch.equal(batches[3], T.make_batch(replace(cfg, seed=1), truth, truth, 3))
     mirrored = truth[:, MIRRORED_ORDER].flip(-1)
-    versions = [x[:, list(p)] for x in (*truth, *mirrored) for p in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))]
+    versions = [
+        x[:, list(p)]
+        for x in (*truth, *mirrored)
+        for p in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
+    ]
     whole = {v.numpy().tobytes() for v in versions}
     found = [(b[0, :5] * 255).round().to(torch.uint8).numpy().tobytes() for b in batches]
     assert all(f in whole for f in found) and len(set(found)) > 2
@@ -216,7 +244,9 @@ def test_resumed_equals_uninterrupted(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(T, "make_batch", real)
     again = Path(T.main(pieces)["folder"])
     assert (whole / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
-    lines = [[x.split('"seconds"')[0] for x in (f / "log.jsonl").read_text().splitlines()] for f in (whole, again)]
+    lines = [
+        [x.split('"seconds"')[0] for x in (f / "log.jsonl").read_text().splitlines()] for f in (whole, again)
+    ]
     assert lines[0] == lines[1]
 
 
