@@ -114,11 +114,11 @@ class TwoPass:
     def __call__(self, x_t: Tensor, t: Tensor, ref_t: Tensor) -> Tensor:
         try:
             for layer in self.layers:
-                layer.forward = partial(self.attend, layer, True)
+                layer.forward = partial(self.attend, layer, True)  # type: ignore
             label = torch.full((len(ref_t),), NUM_VIEWS, device=ref_t.device)
             self.model.unet(ref_t, t, class_labels=label, **self.model.conditions(ref_t))
             for layer in self.layers:
-                layer.forward = partial(self.attend, layer, False)
+                layer.forward = partial(self.attend, layer, False)  # type: ignore
             return self.model(x_t, t, None)
         finally:
             for layer in self.layers:
@@ -136,7 +136,7 @@ def published_pair(
         with torch.no_grad():
             mean_pre, _ = policy_mean(pre, schedule, *given)
         ratios.append(log_ratio(batch.action[:, g], mean, mean_pre, var))
-    return d3po_loss(*ratios, BETA)[0]
+    return d3po_loss(ratios[0], ratios[1], BETA)[0]
 
 
 def published_loop(
@@ -192,7 +192,7 @@ def peak_flops(device: torch.device, bf16: bool, size: int = 2048) -> float:
     seconds = []
     for _ in range(3):
         start = clock(device)
-        a @ a
+        torch.matmul(a, a)
         seconds.append(clock(device) - start)
     return 2 * size**3 / min(seconds)
 

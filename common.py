@@ -17,7 +17,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -276,7 +276,9 @@ def digest(what: Any) -> str:
     InputError."""
     if isinstance(what, Tensor):
         # .view: numpy has no bfloat16
-        return hashlib.sha256(what.detach().cpu().contiguous().view(torch.uint8).numpy()).hexdigest()[:16]
+        return hashlib.sha256(what.detach().cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()[
+            :16
+        ]
     if callable(what):  # a function's code, without its comments
         return digest(ast.dump(ast.parse(textwrap.dedent(inspect.getsource(what)))))
     if not isinstance(what, Path):
@@ -418,14 +420,13 @@ class Log:
 
 
 def optimizer_step(
-    optimizers: list[torch.optim.Optimizer],
-    parameters: list[Tensor],
+    optimizers: Sequence[torch.optim.Optimizer],
+    parameters: Sequence[Tensor],
     rate: float,
     step: int,
     clip: float = 1.0,
 ) -> float:
-    """Clip the gradient, take each optimizer's step at `rate` times its own rate, clear. Returns the gradient
-    norm."""
+    """Clip, step each optimizer at `rate` times its own rate, clear. Returns the gradient's norm."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
     if not torch.isfinite(norm):
         raise InputError(f"step {step}: the gradient is {norm.item()}, expected a finite one. Lower --lr.")

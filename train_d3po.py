@@ -213,8 +213,8 @@ def batch_means(
     E_pi[grad log pi] = 0, for winner and loser each.
     """
     R = batch.x_t.shape[1]
-    rows = (z.repeat_interleave(R, 0) for z in (batch.y, batch.ref_noise, batch.t, batch.s))
-    return policy_mean(policy, schedule, batch.x_t.flatten(0, 1), *rows, bf16)
+    y, noise, t, s = (z.repeat_interleave(R, 0) for z in (batch.y, batch.ref_noise, batch.t, batch.s))
+    return policy_mean(policy, schedule, batch.x_t.flatten(0, 1), y, noise, t, s, bf16)
 
 
 def step_log_ratio(
@@ -287,7 +287,7 @@ def frozen_means(model: MultiViewUNet, rollouts: Rollouts, cfg: Config, bf16: bo
     index = torch.cartesian_prod(torch.arange(N), torch.arange(J))  # (N J, 2)
     for part in tqdm(index.split(cfg.batch_objects), desc="means of pi_pre", disable=None):
         filled = torch.cat([part, part[-1:].expand(cfg.batch_objects - len(part), 2)])
-        batch = make_batch(rollouts, *filled.unbind(1), schedule, cfg.num_steps, device)
+        batch = make_batch(rollouts, filled[:, 0], filled[:, 1], schedule, cfg.num_steps, device)
         mean, _ = batch_means(model, schedule, batch, bf16)
         means[part[:, 0], part[:, 1]] = mean.detach().cpu().unflatten(0, (len(filled), -1))[: len(part)]
     return means

@@ -14,8 +14,8 @@ else equal.)
 Run:
     python train_sft.py                                                    # toy, from nothing
     python train_sft.py --cross_view False --out out/sft_independent       # the Zero123-style baseline
-    python train_sft.py --init checkpoints/toy --data furniture furniture toys --augment True --optimizer muon \
-        --muon_lr .01 --lr 5e-4 --steps 5000 --out out/objects             # checkpoints/objects
+    python train_sft.py --init checkpoints/toy --data furniture furniture toys --augment True --steps 5000 \
+        --optimizer muon --muon_lr .01 --lr 5e-4 --out out/objects         # checkpoints/objects
 
 Expect (toy, an hour of one CPU core, 16 validation objects):
     psnr_unseen 15.5 at step 1000, 18.4 at 4000, 19.2 at 6000

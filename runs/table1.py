@@ -97,7 +97,13 @@ class Config:
 
 def base_config(cfg: Config) -> D.Config:
     """The main job's, or a tiny one."""
-    tiny = {"num_references": 4, "eval_objects": 2, "steps": 2, "num_candidates": 3, "num_steps": 4}
+    tiny: dict[str, Any] = {
+        "num_references": 4,
+        "eval_objects": 2,
+        "steps": 2,
+        "num_candidates": 3,
+        "num_steps": 4,
+    }
     tiny |= {"trained_calls": (0, 1)}
     return D.Config(out=cfg.out, device=cfg.device, **(tiny if cfg.small else {}))
 
@@ -252,9 +258,7 @@ def main(cfg: Config) -> dict:
             (kl, {c: v[c] - measured["pre"][c][s].mean().item() for c in columns})
             for s, (kl, v) in enumerate(runs)
         ]
-    text = [
-        f"{n} held-out objects, seeds {', '.join(map(str, cfg.seeds))}; 95 % intervals over seeds and objects."
-    ]
+    text = [f"{n} held-out objects, seeds {', '.join(map(str, cfg.seeds))}; 95 % intervals over both."]
     text += ["\\* the row's own reward. `python -m runs.table1`.", "", *markdown(rows, columns)]
     for base, differences in minus.items():
         text += [

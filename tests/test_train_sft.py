@@ -141,7 +141,7 @@ def test_saved_are_the_averaged_weights_and_training_goes_on_with_the_raw_ones(t
     for step, weights in enumerate(raw):
         d = min(0.9, (1 + step) / (10 + step))
         average = [d * a + (1 - d) * w for a, w in zip(average, weights)]
-    for saved, want, last in zip(load(folder).parameters(), average, raw[-1]):
+    for saved, want in zip(load(folder).parameters(), average):
         torch.testing.assert_close(saved, want, rtol=1e-4, atol=1e-6)
     assert any((s - w).abs().max() > 1e-5 for s, w in zip(load(folder).parameters(), raw[-1]))
 
@@ -161,9 +161,10 @@ def test_muon_moves_every_direction_equally_far(shape):
 def test_muon_is_for_networks_from_nothing_unless_asked_for(tmp_path):
     model = random_model()
     parameters = list(model.parameters())
-    kinds = lambda **changes: [
-        type(o).__name__ for o in T.new_optimizers(model, parameters, config(tmp_path, **changes))
-    ]  # noqa: E731
+
+    def kinds(**changes) -> list[str]:
+        return [type(o).__name__ for o in T.new_optimizers(model, parameters, config(tmp_path, **changes))]
+
     assert kinds() == kinds(init="", optimizer="adamw") == ["AdamW"]
     assert kinds(init="") == kinds(optimizer="muon") == ["AdamW", "Muon"]
     adamw, muon = T.new_optimizers(model, parameters, config(tmp_path, init="", lr=1e-3, muon_lr=0.02))
