@@ -163,7 +163,7 @@ def make_pairs(cfg: Config, device: torch.device) -> tuple[Tensor, Tensor, int]:
             odd = sorted(set(have) ^ set(names))
             raise InputError(
                 f"--negatives {cfg.negatives}: {len(odd)} objects are only there or in {cfg.data} "
-                f"(first: {odd[0]}); expected a model folder, or a folder of views with the names of --data DIR."
+                f"(first: {odd[0]}); expected a model folder, or views with the names of --data."
             )
         truth = load_split(cfg.data, "preference", cfg.num_references, cfg.image_size)
         parts = ((s, n) for s, n in (("preference", cfg.num_references), ("validation", cfg.num_val)))
