@@ -62,6 +62,7 @@ def cli(main: Callable[[Any], Any], config: type, doc: str | None) -> None:
     cfg = tyro.cli(
         config, description=doc, use_underscores=True, config=(tyro.conf.FlagConversionOff,), args=args
     )
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell job starts with it ignored
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         main(cfg)

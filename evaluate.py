@@ -64,9 +64,8 @@ class Config:
     model: str = ""  # model folder to sample from
     images: str = ""  # or: folder of views, <object>/{front,right,back,left,top}.png, named as in --data
     data: str = "furniture"  # ground truth: furniture, toys, or a folder of renders in the same format
-    split: Literal["all", "train", "preference", "validation", "heldout"] = (
-        "validation"  # heldout: tables only
-    )
+    # heldout is for tables only
+    split: Literal["all", "train", "preference", "validation", "heldout"] = "validation"  # which objects
     n: int = 200  # objects, the first ones (paper: 200)
     size: int = 0  # pixels of a compared view; 0: what the model makes, or what the pictures of --images have
     seed: int = 0  # first seed of the sampler

@@ -65,9 +65,7 @@ from train_sft import simple_loss, training_batch
 class Config:
     """Defaults are the main job on a CPU; paper values are named in the comments."""
 
-    feedback: str = (
-        "contrastive"  # a name in feedback.FEEDBACKS, or none: L_simple-MV alone, the SFT baseline
-    )
+    feedback: str = "contrastive"  # a name in feedback.FEEDBACKS, or none: the SFT baseline
     model: str = "checkpoints/objects"  # pi_pre: a folder that train_sft.py wrote
     data: str = "furniture"  # furniture, toys, or a folder of renders (see data.py)
     num_references: int = 240  # of preference objects (paper: 240)

@@ -66,30 +66,22 @@ class Config:
     """Defaults train the multi-view toy model from nothing; checkpoints/README.md says how the shipped ones
     were made."""
 
-    preset: Literal["toy", "small", "sdxl"] = (
-        "toy"  # toy and small are trained from nothing, sdxl from published weights
-    )
+    preset: Literal["toy", "small", "sdxl"] = "toy"  # sdxl starts from published weights
     base: str = ""  # hub id or folder of the SDXL pipeline to start from; empty: the preset's
     image_size: int = 0  # pixels; 0: the preset's
     cross_view: bool = True  # False: views do not see each other (the Zero123-style baseline)
     init: str = ""  # start from this model folder instead
-    attention_only: bool = (
-        False  # train the attention layers only (App. B), and a fresh SDXL's view embedding
-    )
+    attention_only: bool = False  # train the attention layers only, and a fresh SDXL's view embedding
     lora: int = 0  # train a change of this rank of the attention projections only: less memory; 0: no
 
-    data: tuple[str, ...] = (
-        "toys",
-    )  # toys, furniture, or folders of renders; a batch takes from them in turn
+    data: tuple[str, ...] = ("toys",)  # toys, furniture, folders of renders; a batch takes of each in turn
     augment: bool = False  # mirror, stretch and recolour every object at random (data.augment)
     num_objects: int = 4096  # training objects of each source, at most
     out: str = "out/sft"  # where everything goes
 
     steps: int = 6000  # optimizer steps
     batch_size: int = 6  # objects a step, each with its V views
-    optimizer: Literal["auto", "adamw", "muon"] = (
-        "auto"  # muon: for matrices, AdamW for the rest; auto: from nothing
-    )
+    optimizer: Literal["auto", "adamw", "muon"] = "auto"  # muon (for matrices) is auto's from nothing
     lr: float = 1e-3  # peak learning rate of AdamW; linear warm-up, then cosine to 0
     muon_lr: float = 0.02  # of Muon
     warmup: int = 200  # steps of warm-up
@@ -100,9 +92,7 @@ class Config:
     eval_objects: int = 16  # validation objects
     num_steps: int = 10  # network calls when sampling for evaluation
     bf16: Literal["auto", "on", "off"] = "auto"  # run the forward in bfloat16; auto: where it is fast
-    checkpointing: bool = (
-        False  # keep few activations and compute the others again: half the speed, far less memory
-    )
+    checkpointing: bool = False  # compute activations again in backward: half the speed, far less memory
     device: str = "auto"  # auto, cpu or cuda
 
 

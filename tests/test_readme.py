@@ -61,7 +61,7 @@ def small(tmp_path, monkeypatch):
     options = {**TINY, "model": str(tmp_path / "tiny")}
     monkeypatch.setattr(D, "Config", functools.partial(D.Config, **options))
     # the silhouettes of a random model all tie, which is an error: another feedback stands in
-    monkeypatch.setattr(D, "FEEDBACKS", {**D.FEEDBACKS, "geometry": D.redder})
+    monkeypatch.setattr(D, "FEEDBACKS", {**D.FEEDBACKS, "geometry": D.FEEDBACKS["redder"]})
     monkeypatch.setattr(D, "d3po_loss", D.d3po_loss)
     monkeypatch.setattr(model, "small_unet", model.small_unet)
     monkeypatch.setattr(model, "PRESETS", model.PRESETS)

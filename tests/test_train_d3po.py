@@ -10,6 +10,7 @@ import torch
 from conftest import random_model
 
 import common
+import feedback
 import train_d3po as D
 from common import InputError, load_json, load_tensors, located
 from data import load_references, make_toys
@@ -398,7 +399,7 @@ def test_batches_by_seed_and_step_never_of_references_that_tie(tmp_path, monkeyp
     tied = references[1].float() / 255
 
     def rate(ref, images, truth, cfg):
-        return D.oracle(ref, images, truth, cfg) * (0 if torch.equal(truth, tied) else 1)
+        return feedback.oracle(ref, images, truth, cfg) * (0 if torch.equal(truth, tied) else 1)
 
     def no_ratio(policy, schedule, batch, mean_pre, bf16):
         zero = 0 * sum(p.sum() for p in policy.parameters())
