@@ -31,7 +31,7 @@ ROWS = {
     "pre-trained": "pre",
     "SFT": "sft",
     "control: random preferences": "random",
-    "MV-D3PO-M": "m",
+    "MV-D3PO-C (pre)": "c_pre",
     "MV-D3PO-C": "c",
     "MV-D3PO, geometry (ours)": "geometry",
     "ground truth": "truth",
