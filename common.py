@@ -349,9 +349,7 @@ def settings(cfg: Any, *without: str) -> dict[str, Any]:
 def save_state(path: Path, parts: dict[str, Any], **rest: Any) -> None:
     """What a killed run goes on from: state dicts of its parts, and plain values."""
     buffer = io.BytesIO()
-    torch.save(
-        {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in parts.items()} | rest, buffer
-    )
+    torch.save({**parts, **rest}, buffer)
     content = buffer.getvalue()
     write_atomic(path, lambda p: p.write_bytes(hashlib.sha256(content).digest() + content))
 

@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import json
 import re
 import subprocess
 import sys
@@ -12,7 +11,6 @@ import pytest
 import torch
 import tyro
 
-import common
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [p.stem for p in ROOT.glob("*.py") if "\nclass Config:" in p.read_text()]
@@ -104,33 +102,3 @@ def test_the_shipped_models_load_and_are_small(name):
     model = load(folder)
     assert model.cfg.cross_view == ("independent" not in name)
     assert all(torch.isfinite(p).all() for p in model.parameters())
-
-
-# --- common.py ---
-
-
-def test_keyed_generators_differ_by_key_and_by_nothing_else():
-    draw = lambda *key: torch.randn(8, generator=common.keyed_generator(*key))  # noqa: E731
-    assert torch.equal(draw(1, 2), draw(1, 2))
-    others = [draw(2, 1), draw(1), draw(1, 2, 0), draw(1, 3), draw(0, 2)]
-    assert not any(torch.equal(draw(1, 2), other) for other in others)
-    seeds = {common.key_seed(a, b) for a in range(100) for b in range(100)}
-    assert len(seeds) == 10000 and all(0 <= s < 2**63 for s in seeds)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    common.save_json(tmp_path / "a.json", {"old": 1})
-
-    def breaks(path: Path) -> None:
-        path.write_text("half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        common.write_atomic(tmp_path / "a.json", breaks)
-    assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1}
-
-
-def test_broken_json_is_an_input_error(tmp_path):
-    (tmp_path / "a.json").write_text("{")
-    with pytest.raises(common.InputError, match="not readable as JSON"):
-        common.load_json(tmp_path / "a.json")
