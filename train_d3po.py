@@ -1,7 +1,7 @@
 """Stage 3: MV-D3PO. Collect, prefer, fine-tune, report (paper Sec. 3.2.2, Eq. 2, App. B).
 
     L = -log sigmoid( beta [log pi_theta/pi_pre (a_w|s_w) - log pi_theta/pi_pre (a_l|s_l)] )
-        + lambda L_simple-MV + kl KL(pi_theta || pi_pre)
+        + lambda L_simple-MV + kl beta KL(pi_theta || pi_pre)
 
     pi(a|s) = N(a; mean(x_t, Y, t), var)     one denoising step: the state s is x_t, the action a its x_s
 
@@ -61,6 +61,12 @@ from scorer import Scorer
 from train_sft import simple_loss, training_batch
 
 
+RECIPES: dict[str, dict[str, Any]] = {  # loss -> the candidates that suit it, the beta for its scale
+    "d3po": {"candidates": "branch", "num_candidates": 8, "beta_dpo": 1.0},
+    "diffusion_dpo": {"candidates": "independent", "num_candidates": 5, "beta_dpo": 0.02},
+}
+
+
 @dataclass(frozen=True)
 class Config:
     """Defaults are the main job on a CPU; paper values are named in the comments."""
@@ -76,14 +82,14 @@ class Config:
     negatives: str = "checkpoints/objects_independent"  # that scorer's: train_scorer.py --negatives
     matcher: str = "sift"  # sift, loftr, or a file of LoFTR weights, for --feedback matching
 
-    candidates: Literal["branch", "noised", "independent"] = "branch"  # see candidates.py
-    num_candidates: int = 8  # G of branch and independent (noised: one for each scale of App. B)
+    loss: Literal["d3po", "diffusion_dpo"] = "d3po"  # which log-ratio of a candidate Eq. (2) compares
+    candidates: Literal["branch", "noised", "independent"] | None = None  # see candidates.py; None: RECIPES
+    num_candidates: int | None = None  # G (noised: one for each scale of App. B); None: RECIPES
+    beta_dpo: float | None = None  # beta of Eq. 2 on the log-ratio SUMMED over V c h w; None: RECIPES
+    kl: float = 0.05  # weight of KL(pi_theta || pi_pre), in betas (paper: 0)
     num_steps: int = 10  # network calls K of the sampler (paper: 50)
     trained_calls: tuple[int, int] = (0, 4)  # first and last call that Eq. (2) trains (paper: last 40 of 50)
 
-    loss: Literal["d3po", "diffusion_dpo"] = "d3po"  # which log-ratio of a candidate Eq. (2) compares
-    beta_dpo: float = 1.0  # beta of Eq. 2 on the log-ratio SUMMED over V c h w
-    kl: float = 0.03  # weight of KL(pi_theta || pi_pre) at the trained states (paper: 0)
     lambda_simple: float = 1.0  # weight of L_simple-MV (paper: 1)
     min_gap: float = 0.0  # leave out pairs whose rewards differ by fewer standard deviations than this
     rounds: int = 1  # collect, prefer, train again with the policy of the round before
@@ -100,6 +106,11 @@ class Config:
     bf16: Literal["auto", "on", "off"] = "auto"  # run the network in bfloat16; auto: where it is fast
     checkpointing: bool = False  # compute activations again in backward: half the speed, far less memory
     device: str = "auto"  # auto, cpu or cuda
+
+    def __post_init__(self) -> None:
+        for name, value in RECIPES[self.loss].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)  # the dataclass is frozen
 
 
 # --- 1. collect: candidates of every reference ---
@@ -339,7 +350,7 @@ def train(
 def run(
     start: Path, pre: Path, candidates: Path | None, rewards: Any, objects: Tensor, cfg: Config, folder: Path
 ) -> None:
-    """The loop: L = L_MV-D3PO + lambda L_simple-MV + kl KL."""
+    """The loop: L = L_MV-D3PO + lambda L_simple-MV + kl beta KL."""
     device = get_device(cfg.device)
     bf16 = use_bf16(cfg.bf16, device)
     policy, parameters = prepare(start, cfg, device)
@@ -388,9 +399,9 @@ def run(
             b, w, l = wins[chosen].nonzero(as_tuple=True)  # noqa: E741
             loss_d3po, metrics = d3po_loss(ratio[b, w], ratio[b, l], cfg.beta_dpo)
 
-            # backward: L = L_MV-D3PO + kl KL + lambda L_simple-MV. Gradients add up in p.grad, so each part
-            # goes backward at once, and its activations are gone before the next.
-            (loss_d3po + cfg.kl * kl.mean()).backward()
+            # backward: L = L_MV-D3PO + kl beta KL + lambda L_simple-MV. Gradients add up in p.grad, so each
+            # part goes backward at once, and its activations are gone before the next.
+            (loss_d3po + cfg.kl * cfg.beta_dpo * kl.mean()).backward()
             norms = [p.grad.norm() for p in parameters if p.grad is not None]
             metrics |= {"kl": kl.mean().item(), "grad_d3po": torch.stack(norms).norm().item()}
         real = training_batch(policy, schedule, [objects], cfg.batch_objects, cfg.seed, step, device)

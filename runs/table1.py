@@ -22,20 +22,8 @@ from torch import Tensor
 
 import train_d3po as D
 import train_scorer as S
-from common import (
-    cached,
-    cli,
-    digest,
-    get_device,
-    key_seed,
-    load_tensors,
-    located,
-    provenance,
-    save_json,
-    save_tensors,
-    use_bf16,
-    write_atomic,
-)
+from common import cached, cli, digest, get_device, key_seed, load_tensors, located, provenance, save_json
+from common import save_tensors, use_bf16, write_atomic
 from data import load_split
 from evaluate import measure
 from grid import grid
@@ -44,15 +32,20 @@ from model import load
 from sample import sample, sample_images
 from scorer import Scorer, contrastive_reward
 
+FORWARD = {"loss": "diffusion_dpo", **D.RECIPES["diffusion_dpo"]}  # `replace` keeps what it is not told
 ROWS = {  # row -> label; what changes in the config of train_d3po.py, if it is trained at all
     "pre": ("pre-trained", None),
     "sft": ("SFT", {"feedback": "none"}),
-    "random": ("control: random preferences", {"feedback": "random"}),
-    "geometry": ("MV-D3PO, geometry (ours)", {"feedback": "geometry"}),
-    "c": ("MV-D3PO-C", {"feedback": "contrastive"}),
-    "c_pre": ("MV-D3PO-C (pre)", {"feedback": "contrastive"}),
-    "oracle": ("control: oracle preferences", {"feedback": "oracle"}),
-    "m": ("MV-D3PO-M", {"feedback": "matching"}),
+    "d3po_random": ("random preferences, Eq. (2)", {"feedback": "random"}),
+    "d3po_geometry": ("geometry, Eq. (2)", {"feedback": "geometry"}),
+    "d3po_c": ("MV-D3PO-C, Eq. (2)", {"feedback": "contrastive"}),
+    "least_noise": ("least noise, Eq. (2)", {"feedback": "least_noise", "candidates": "noised"}),
+    "random": ("random preferences, Diffusion-DPO", {"feedback": "random", **FORWARD}),
+    "geometry": ("geometry, Diffusion-DPO", {"feedback": "geometry", **FORWARD}),
+    "c": ("C, Diffusion-DPO", {"feedback": "contrastive", **FORWARD}),
+    "c_pre": ("C (pre), Diffusion-DPO", {"feedback": "contrastive", **FORWARD}),
+    "m": ("M, Diffusion-DPO", {"feedback": "matching", **FORWARD}),
+    "oracle": ("oracle, Diffusion-DPO", {"feedback": "oracle", **FORWARD}),
     "best": ("best of five by the scorer, no training", None),
     "truth": ("ground truth", None),
 }
@@ -68,12 +61,10 @@ METRICS = {  # column -> heading, digits, whether it is a percentage
     "judge": ("score of a third scorer", 2, 1),
     "grey_levels": ("changed, grey levels", 1, 1),
 }
-OWN = {
-    "c_pre": "contrastive_pre",
-    "c": "contrastive",
-    "geometry": "geometry",
-    "best": "contrastive",
-}  # own reward
+BASES = {"pre": "pre-trained", "sft": "SFT", "random": "random preferences of the same loss"}
+SCORE = "contrastive"
+OWN = {"d3po_geometry": "geometry", "geometry": "geometry", "d3po_c": SCORE, "c": SCORE, "best": SCORE}
+OWN["c_pre"] = "contrastive_pre"  # row -> its own reward
 
 
 @dataclass(frozen=True)
@@ -136,6 +127,8 @@ def train_row(row: str, seed: int, scorers: dict[str, str], cfg: Config) -> Path
             r: D.main(replace(options, seed=cfg.seeds[0], lr=r))["table"]["psnr_unseen"] for r in cfg.rates
         }
         options = replace(options, lr=max(runs, key=lambda rate: runs[rate]["after"]))
+    else:
+        options = replace(options, eval_objects=2)  # validation objects are for choices, and there is none
     return Path(D.main(options)["folder"])
 
 
@@ -196,8 +189,11 @@ def markdown(rows: dict, columns: list[str], sign: str = "") -> list[str]:
 
 
 def curves(path: Path, points: dict[str, list[tuple[float, dict[str, float]]]], columns: list[str]) -> None:
-    """Each run's change of every judge over the square root of its KL to pi_pre: the fair axis for rows that
-    drift."""
+    """Each run's change of every judge over sqrt(KL to pi_pre), the fair axis for rows that drift.
+
+    The KL is the one in the row's loss: of one denoising step for Eq. (2), crosses, of a noised candidate's
+    prediction for Diffusion-DPO, dots. Compare within a loss.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -206,10 +202,11 @@ def curves(path: Path, points: dict[str, list[tuple[float, dict[str, float]]]], 
     figure, axes = plt.subplots(1, len(columns), figsize=(3.2 * len(columns), 3.4), layout="constrained")
     for axis, c in zip(axes, columns):
         for row, runs in points.items():
-            axis.plot(
-                [kl**0.5 for kl, _ in runs], [v[c] * METRICS[c][2] for _, v in runs], "o", label=ROWS[row][0]
-            )
+            mark = "o" if (ROWS[row][1] or {}).get("loss") else "x"
+            x, y = [kl**0.5 for kl, _ in runs], [v[c] * METRICS[c][2] for _, v in runs]
+            axis.plot(x, y, mark, label=ROWS[row][0])
         axis.axhline(0, color="grey", lw=0.5)
+        axis.set_xscale("log")
         axis.set(title=f"{METRICS[c][0]}, minus pre-trained", xlabel="sqrt(KL / nats)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     write_atomic(path, lambda p: figure.savefig(p, dpi=80, format="png"))
@@ -244,29 +241,22 @@ def main(cfg: Config) -> dict:
 
     columns = [c for c in METRICS if c in measured["pre"]]
     rows = {row: {c: statistics(values[c]) for c in columns} for row, values in measured.items()}
-    minus = {
-        base: {
-            row: {c: statistics(values[c] - measured[base][c]) for c in columns}
-            for row, values in measured.items()
-            if row not in (base, "truth")
-        }
-        for base in ("pre", "sft", "random")
-        if base in measured
-    }
+    minus: dict[str, dict] = {"pre": {}, "sft": {}, "random": {}}
+    for row, values in measured.items():
+        control = "random" if (ROWS[row][1] or {}).get("loss") else "d3po_random"  # of the same loss
+        for name, base in (("pre", "pre"), ("sft", "sft"), ("random", control)):
+            if row not in (base, "pre", "truth") and base in measured:
+                minus[name][row] = {c: statistics(values[c] - measured[base][c]) for c in columns}
     for row, runs in points.items():
         points[row] = [
             (kl, {c: v[c] - measured["pre"][c][s].mean().item() for c in columns})
             for s, (kl, v) in enumerate(runs)
         ]
-    text = [f"{n} held-out objects, seeds {', '.join(map(str, cfg.seeds))}; 95 % intervals over both."]
+    text = [f"{n} held-out objects, seeds {', '.join(map(str, cfg.seeds))}; [95 % interval over both]."]
     text += ["\\* the row's own reward. `python -m runs.table1`.", "", *markdown(rows, columns)]
     for base, differences in minus.items():
-        text += [
-            "",
-            f"**Minus {ROWS[base][0]}** (bold: the interval leaves out 0)",
-            "",
-            *markdown(differences, columns, "+"),
-        ]
+        title = f"**Minus {BASES[base]}** (bold: the interval leaves out 0)"
+        text += ["", title, "", *markdown(differences, columns, "+")]
     results = Path(cfg.results)
     write_atomic(results / "table.md", lambda p: p.write_text("\n".join(text) + "\n"))
     kls = {row: [kl for kl, _ in runs] for row, runs in points.items()}
@@ -275,9 +265,8 @@ def main(cfg: Config) -> dict:
     shown = {ROWS[row][0]: first[row][:10] for row in ("truth", "pre", "c", "geometry") if row in first}
     grid(results / "grid.png", shown, truth[:10, 0], side=64)  # the first ten held-out objects, as they come
     if points:
-        curves(
-            results / "curves.png", points, [c for c in columns if c not in ("grey_levels", "ssim_unseen")]
-        )
+        shown_columns = [c for c in columns if c not in ("grey_levels", "ssim_unseen")]
+        curves(results / "curves.png", points, shown_columns)
     print("\n".join(text))
     return result
 

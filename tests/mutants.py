@@ -42,8 +42,8 @@ FAULTS: list[tuple[str, str, str, str]] = [
     (D3PO, "((margin > 0).float() + 0.5", "((margin < 0).float() + 0.5", D3PO),
     (D3PO, "0.5 * (margin == 0)", "0.0 * (margin == 0)", D3PO),
     (D3PO, '"log_ratio_w": log_ratio_w.mean()', '"log_ratio_w": log_ratio_l.mean()', D3PO),
-    (D3PO, "loss_d3po + cfg.kl * kl.mean()", "loss_d3po + kl.mean()", D3PO),
-    (D3PO, "loss_d3po + cfg.kl * kl.mean()", "loss_d3po - cfg.kl * kl.mean()", D3PO),
+    (D3PO, "loss_d3po + cfg.kl * cfg.beta_dpo * kl.mean()", "loss_d3po + cfg.kl * kl.mean()", D3PO),
+    (D3PO, "loss_d3po + cfg.kl * cfg.beta_dpo", "loss_d3po - cfg.kl * cfg.beta_dpo", D3PO),
     (D3PO, "(cfg.lambda_simple * loss_simple).backward()", "loss_simple.backward()", D3PO),
     (
         D3PO,

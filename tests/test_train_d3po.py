@@ -357,7 +357,7 @@ def captured(monkeypatch, cfg):
 
 @pytest.mark.parametrize(("kl", "lambda_simple", "beta"), [(0.3, 7.0, 0.8), (0.0, 0.0, 0.4)])
 def test_the_gradient_is_that_of_the_sum(tmp_path, monkeypatch, kl, lambda_simple, beta):
-    """p.grad at step 1 = d/dp [ L_MV-D3PO + kl KL + lambda L_simple-MV ], built here by one backward."""
+    """p.grad at step 1 = d/dp [ L_MV-D3PO + kl beta KL + lambda L_simple-MV ], built here by one backward."""
     cfg = config(tmp_path, kl=kl, lambda_simple=lambda_simple, beta_dpo=beta, lr=1e-2, steps=2)
     monkeypatch.setattr(common, "SAVE_SECONDS", 0)
     states = []
@@ -381,7 +381,9 @@ def test_the_gradient_is_that_of_the_sum(tmp_path, monkeypatch, kl, lambda_simpl
     preference = -torch.log(torch.sigmoid(beta * (ratio[b, w] - ratio[b, l]))).mean()
     real = D.training_batch(policy, schedule, [D.load_split("toys", "preference", 5, 16)], 2, 0, 1, CPU)
     total = (
-        preference + kl * divergence.mean() + lambda_simple * D.simple_loss(policy, schedule, *real).mean()
+        preference
+        + kl * beta * divergence.mean()
+        + lambda_simple * D.simple_loss(policy, schedule, *real).mean()
     )
     expected = torch.autograd.grad(total, parameters, allow_unused=True)
     for got, want in zip(steps[1]["grad"], expected):
@@ -390,6 +392,12 @@ def test_the_gradient_is_that_of_the_sum(tmp_path, monkeypatch, kl, lambda_simpl
     assert any(
         (a - b).abs().max() > 1e-6 for a, b in zip(steps[0]["grad"], steps[1]["grad"])
     )  # another batch
+
+
+def test_recipes_fill_what_is_not_said():
+    assert (D.Config().candidates, D.Config().num_candidates, D.Config().beta_dpo) == ("branch", 8, 1.0)
+    forward = D.Config(loss="diffusion_dpo", num_candidates=3)
+    assert (forward.candidates, forward.num_candidates, forward.beta_dpo) == ("independent", 3, 0.02)
 
 
 @pytest.mark.parametrize("seed", [0, 3])
