@@ -41,12 +41,7 @@ class Rollouts(NamedTuple):
 def draw_candidates(
     model: MultiViewUNet, ref: Tensor, seeds: list[int], call: int, cfg: Any, bf16: bool
 ) -> tuple[Rollouts, Tensor]:  # of B references (B, 3, S, S); images (B, G, V, 3, S, S)
-    """Three designs of "candidates of one reference":
-
-    branch       one state at call k, one action each, equal noise afterwards
-    noised       equal noise, but each sees the reference through noise of its own scale (App. B)
-    independent  one x_T and one reference noise, all step noises of their own
-    """
+    """By the design cfg.candidates; `call` is where "branch" does. The others keep all cfg.trained_calls."""
     first, last = cfg.trained_calls
     if cfg.candidates == "branch":
         b = branch(model, ref, seeds, call, cfg.num_candidates, cfg.num_steps, bf16)

@@ -271,15 +271,15 @@ def forward_log_ratio(
         forward_noise(schedule, x0, t, noise),
         noised_reference(schedule, policy.cfg, y, t, ref_noise),
     )
-    found = []
-    for network in (policy, pre):
-        with (
-            torch.set_grad_enabled(network is policy),
-            torch.autocast(t.device.type, torch.bfloat16, enabled=bf16),
-        ):
+
+    def predict(network: MultiViewUNet) -> Tensor:
+        with torch.autocast(t.device.type, torch.bfloat16, enabled=bf16):
             output = network(x_t, t, ref_t)
-        found.append(split_prediction(schedule, output, x_t, t)[0])
-    theta, old = found
+        return split_prediction(schedule, output, x_t, t)[0]
+
+    theta = predict(policy)
+    with torch.no_grad():
+        old = predict(pre)
     weight = 1 / (2 * (1 - schedule.ab(t)))
     ratio = (weight * ((x0 - old) ** 2 - (x0 - theta) ** 2)).flatten(1).sum(1)
     return ratio.view(B, G), (weight * (theta - old) ** 2).flatten(1).sum(1).view(B, G).mean(1)
@@ -320,26 +320,11 @@ def train(
 ) -> Path:
     """Fine-tune the policy in `start`; returns the folder of the run. No candidates: the SFT baseline."""
     device = get_device(cfg.device)
-    options = [
-        "lambda_simple",
-        "steps",
-        "batch_objects",
-        "lr",
-        "attention_only",
-        "lora",
-        "seed",
-        "checkpointing",
-    ]
-    options += ["loss", "beta_dpo", "kl", "min_gap", "num_steps"] if candidates else []
-    made_by = {name: getattr(cfg, name) for name in options} | {
-        "start": digest(start),
-        "objects": digest(objects),
-    }
-    made_by |= {
-        "bf16": use_bf16(cfg.bf16, device),
-        "on": device.type,
-        "code": [digest(run), digest(d3po_loss)],
-    }
+    options = "lambda_simple steps batch_objects lr attention_only lora seed checkpointing".split()
+    options += "loss beta_dpo kl min_gap num_steps".split() if candidates else []
+    made_by = {name: getattr(cfg, name) for name in options} | {"start": digest(start)}
+    made_by |= {"objects": digest(objects), "bf16": use_bf16(cfg.bf16, device), "on": device.type}
+    made_by |= {"code": [digest(f) for f in (run, d3po_loss, step_log_ratio, forward_log_ratio, simple_loss)]}
     if candidates:
         made_by |= {"pre": digest(pre), "rewards": digest(rewards), "feedback": cfg.feedback}
         made_by |= {"candidates": digest(load_json(candidates / "made_by.json"))}
