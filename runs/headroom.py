@@ -31,13 +31,7 @@ class Config:
     model: str = "checkpoints/objects"  # whose candidates
     data: str = "furniture"  # furniture, toys, or a folder of renders
     scorer: str = "out/scorer"  # a folder that train_scorer.py wrote
-    feedbacks: tuple[str, ...] = (
-        "contrastive",
-        "geometry",
-        "hull",
-        "oracle",
-        "random",
-    )  # names in train_d3po.FEEDBACKS
+    feedbacks: tuple[str, ...] = ("contrastive", "geometry", "hull", "oracle", "random")
     n: int = 32  # validation objects
     num_candidates: int = 8  # G
     num_steps: int = 10  # network calls K
@@ -58,9 +52,8 @@ def main(cfg: Config) -> dict:
     model = load(located(cfg.model), device)
     truth = load_split(cfg.data, "validation", cfg.n, model.cfg.image_size).float() / 255
     scorers = {"contrastive": Scorer.load(cfg.scorer, device)}
-    base = D.Config(
-        scorer=cfg.scorer, num_candidates=cfg.num_candidates, num_steps=cfg.num_steps, seed=cfg.seed
-    )
+    numbers = {"num_candidates": cfg.num_candidates, "num_steps": cfg.num_steps, "seed": cfg.seed}
+    base = D.Config(scorer=cfg.scorer, **numbers)
     designs = {"noised references (App. B)": ("noised", 0), "independent samples": ("independent", 0)}
     designs |= {f"branch at call {k}": ("branch", k) for k in cfg.branch_calls}
 
@@ -70,48 +63,40 @@ def main(cfg: Config) -> dict:
         images = []
         for part in tqdm(torch.arange(cfg.n).split(2), desc=label, disable=None):
             seeds = [key_seed(cfg.seed, 8, int(i)) for i in part]
-            images.append(
-                D.draw_candidates(model, truth[part, 0].to(device), seeds, call, options, bf16)[1].cpu()
-            )
+            ref = truth[part, 0].to(device)
+            images.append(D.draw_candidates(model, ref, seeds, call, options, bf16)[1].cpu())
         images = torch.cat(images)  # (N, G, V, 3, S, S)
         N, G = images.shape[:2]
         flat = truth.repeat_interleave(G, 0)
-        values = {
-            k: v.view(N, G)
-            for k, v in measure(images.flatten(0, 1), flat, flat[:, 0], scorers).items()
-            if k in METRICS
-        }
+        values = measure(images.flatten(0, 1), flat, flat[:, 0], scorers)
+        values = {k: values[k].view(N, G) for k in METRICS}
         spread = {}
         for name in cfg.feedbacks:
-            rewards = torch.stack(
-                [D.FEEDBACKS[name](y[0], x, y, options).cpu().double() for x, y in zip(images, truth)]
-            )
+            rewards = [D.FEEDBACKS[name](y[0], x, y, options).cpu().double() for x, y in zip(images, truth)]
+            rewards = torch.stack(rewards)  # (N, G)
             spread[name] = rewards.std(1).mean().item()
             best = rewards.argmax(1, keepdim=True)
             gains = {k: v.gather(1, best)[:, 0] - v.mean(1) for k, v in values.items()}
-            summary = {
+            gains = {
                 k: {"mean": g.mean().item(), "interval": bootstrap_interval(g)} for k, g in gains.items()
             }
-            rows.append({"candidates": label, "feedback": name, **summary})
+            rows.append({"candidates": label, "feedback": name, **gains})
         spreads.append({"candidates": label, **spread})
 
     text = [f"Best of {cfg.num_candidates} by a feedback minus their mean; {cfg.n} validation objects."]
     text += ["", "| candidates | best by | " + " | ".join(METRICS) + " |", "|---" * (2 + len(METRICS)) + "|"]
     for row in rows:
-        cells = [
-            f"{row[k]['mean']:+.3f} [{row[k]['interval'][0]:+.3f}, {row[k]['interval'][1]:+.3f}]"
-            for k in METRICS
-        ]
-        text.append(f"| {row['candidates']} | {row['feedback']} | " + " | ".join(cells) + " |")
+        cells = [(row[k]["mean"], *row[k]["interval"]) for k in METRICS]
+        cells = " | ".join(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in cells)
+        text.append(f"| {row['candidates']} | {row['feedback']} | {cells} |")
     text += [
         "",
         "Standard deviation of the reward among the candidates of a reference, mean over references:",
-        "",
     ]
-    text += ["| candidates | " + " | ".join(cfg.feedbacks) + " |", "|---" * (1 + len(cfg.feedbacks)) + "|"]
-    text += [
-        f"| {s['candidates']} | " + " | ".join(f"{s[k]:.3f}" for k in cfg.feedbacks) + " |" for s in spreads
-    ]
+    text += ["", "| candidates | " + " | ".join(cfg.feedbacks) + " |"]
+    text += ["|---" * (1 + len(cfg.feedbacks)) + "|"]
+    for row in spreads:
+        text.append(f"| {row['candidates']} | " + " | ".join(f"{row[k]:.3f}" for k in cfg.feedbacks) + " |")
     print("\n".join(text))
     out = Path(cfg.out)
     write_atomic(out.with_suffix(".md"), lambda p: p.write_text("\n".join(text) + "\n"))
