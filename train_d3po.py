@@ -83,9 +83,9 @@ class Config:
     matcher: str = "sift"  # sift, loftr, or a file of LoFTR weights, for --feedback matching
 
     loss: Literal["d3po", "diffusion_dpo"] = "d3po"  # which log-ratio of a candidate Eq. (2) compares
-    candidates: Literal["branch", "noised", "independent"] | None = None  # see candidates.py; None: RECIPES
-    num_candidates: int | None = None  # G (noised: one for each scale of App. B); None: RECIPES
-    beta_dpo: float | None = None  # beta of Eq. 2 on the log-ratio SUMMED over V c h w; None: RECIPES
+    candidates: Literal["auto", "branch", "noised", "independent"] = "auto"  # candidates.py; auto: RECIPES
+    num_candidates: int = 0  # G (noised: one for each scale of App. B); 0: RECIPES
+    beta_dpo: float = 0.0  # beta of Eq. 2 on the log-ratio SUMMED over V c h w; 0: RECIPES
     kl: float = 0.05  # weight of KL(pi_theta || pi_pre), in betas (paper: 0)
     num_steps: int = 10  # network calls K of the sampler (paper: 50)
     trained_calls: tuple[int, int] = (0, 4)  # first and last call that Eq. (2) trains (paper: last 40 of 50)
@@ -109,7 +109,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for name, value in RECIPES[self.loss].items():
-            if getattr(self, name) is None:
+            if getattr(self, name) in ("auto", 0):
                 object.__setattr__(self, name, value)  # the dataclass is frozen
 
 

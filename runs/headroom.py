@@ -11,6 +11,7 @@ Run:
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -52,7 +53,11 @@ def main(cfg: Config) -> dict:
     model = load(located(cfg.model), device)
     truth = load_split(cfg.data, "validation", cfg.n, model.cfg.image_size).float() / 255
     scorers = {"contrastive": Scorer.load(cfg.scorer, device)}
-    numbers = {"num_candidates": cfg.num_candidates, "num_steps": cfg.num_steps, "seed": cfg.seed}
+    numbers: dict[str, Any] = {
+        "num_candidates": cfg.num_candidates,
+        "num_steps": cfg.num_steps,
+        "seed": cfg.seed,
+    }
     base = D.Config(scorer=cfg.scorer, **numbers)
     designs = {"noised references (App. B)": ("noised", 0), "independent samples": ("independent", 0)}
     designs |= {f"branch at call {k}": ("branch", k) for k in cfg.branch_calls}
