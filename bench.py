@@ -363,7 +363,9 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, len(rows), figsize=(3.2 * len(rows), 6), layout="constrained")
+    figure, axes = plt.subplots(2, len(rows), figsize=(16, 6), sharey="row", layout="constrained")
+    axes[0, 0].set_ylabel("seconds")
+    axes[1, 0].set_ylabel("peak MB")
     for column, r in zip(axes.T, rows):
         flop_seconds = np.exp(np.mean(np.log(np.divide(r["seconds"], r["GFLOP"])))) * np.array(r["GFLOP"])
         curves = ((0, "seconds", r["seconds"], "C0o-"), (0, "GFLOP", flop_seconds, "k--"))
