@@ -1,29 +1,29 @@
-"""How fast is it, and does it fit? Measured against the published structure; counted at the paper's scale.
+"""How fast is it, how exact, does it fit? Against the published structure, and at the paper's scale.
 
 Measured: two forms of one computation, on one network, with equal weights and one batch. First both run once
-in float32, and their losses and gradients must be equal to 1e-4. Then they take turns, in bfloat16 where the
-hardware has it.
+in float32: losses and gradients must be equal to 1e-4. Then they take turns, in bfloat16 where it is fast.
 
     pair step     published order of calls: policy on the winner, frozen policy on the winner, the same two
                   on the loser. Ours: one forward (train_d3po.step_log_ratio); the frozen means are stored
-    pairs of G    published: that step in a loop over all pairs of G candidates. Ours: one forward for all.
-                  Candidates have states of their own (--candidates noised), or one for all (branch)
+    pairs of G    published: that in a loop over all pairs. Ours: one forward. Candidates have states of their
+                  own (--candidates noised), or one for all (branch)
     reference     published: the reference alone, then the views with its stored tokens. Ours: one forward
     sampling      five views of one object, by either form of that
 
-A loop over more than 12 pairs is timed on 12 and scaled: it is linear in them. On a CPU the seconds are those
-of the process, so that other programs do not count; on CUDA they are the clock's. Peak: a product of two
-2048 x 2048 matrices, measured anew at each turn.
+A loop over more than 12 pairs is timed on 12 and scaled: it is linear in them. Seconds are the process's on a
+CPU, so that other programs do not count, the clock's on CUDA. Peak: a product of two 2048 x 2048 matrices,
+measured anew at each turn. A second table says what bfloat16 does to the log-ratios of Eq. (2).
 
-Counted (--count True): the step of SDXL runs on tensors without data. Every allocation is followed to its
-peak, every product and convolution counted. What a GPU adds is not in it: a GB of context, the allocator's
-gaps, the VAE at work.
+Scaling: seconds, operations and memory of Eq. (2)'s forward and backward against its sizes. Attention is
+quadratic in views times pixels, all else is linear: the counted operations say which exponent that makes.
 
-    time = floating-point operations / (--utilisation x --tflops)         an estimate; memory is the count
+Counted: SDXL's step on tensors without data. Every allocation is followed to its peak, every product and
+convolution counted. What a GPU adds is not in it: a GB of context, the allocator's gaps, the VAE at work.
+Its seconds are an estimate: 40 % of an A100's bfloat16.
 
 Run:
     python bench.py --out results/bench                    # a few minutes of one CPU core
-    python bench.py --device cuda
+    python bench.py --scaling True --out results/bench     # a minute
     python bench.py --count True --out results/memory      # a few minutes; also with --lora 16
 
 Letters: B objects, P pairs, G candidates, R states, V views. One object is V + 1 = 6 rows of the UNet.
@@ -37,25 +37,39 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from einops import rearrange
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import InputError, cli, get_device, keyed_generator, provenance, save_json, use_bf16, write_atomic
-from model import NUM_VIEWS, PRESETS, MultiViewAttention, MultiViewUNet, from_pipeline, load
-from sample import Schedule, ddpm_step, log_ratio, noised_reference, policy_mean, sample
-from train_d3po import Batch, batch_means, d3po_loss, step_log_ratio
+import train_d3po as D
+from candidates import Batch, make_batch, read_rollouts
+from common import InputError, check_at_least, cli, get_device, keyed_generator, provenance, save_json
+from common import use_bf16, write_atomic
+from model import NUM_VIEWS, PRESETS, ModelConfig, MultiViewAttention, MultiViewUNet, from_pipeline, load
+from sample import Schedule, log_ratio, policy_mean, sample
 from train_sft import simple_loss
 
 TIMED_PAIRS = 12
 BETA = 0.1
+JOB: dict[str, Any] = {"num_references": 24, "num_candidates": 4, "eval_objects": 2, "steps": 20}
+SWEEPS = {  # what grows: its letters (S pixels), its values
+    "views": ("V", (2, 3, 5, 8)),
+    "pixels": ("S", (32, 64, 128)),
+    "candidates, states of their own": ("RG", (1, 2, 5, 9, 16)),
+    "candidates, one state": ("G", (1, 2, 5, 9, 16)),
+    "objects": ("B", (1, 2, 4, 8)),
+}
 
 
 @dataclass(frozen=True)
@@ -64,23 +78,21 @@ class Config:
 
     model: str = "checkpoints/objects"  # the network that is measured
     groups: tuple[int, ...] = (2, 5, 9, 16)  # G, candidates of one reference
-    num_steps: int = 10  # network calls of a sample
     repeats: int = 5  # turns of each form
     bf16: str = "auto"  # auto (where it is fast), on or off
     device: str = "auto"  # auto, cpu or cuda
+    scaling: bool = False  # measure one step against its sizes instead
 
     count: bool = False  # count SDXL's step instead
     base: str = "tests/sdxl"  # hub id or folder with unet/config.json; no weights are read
     sizes: tuple[int, ...] = (256, 512)  # pixels
     lora: int = 0  # rank; 0: train the attention layers themselves
     checkpointing: bool = True  # gradient checkpointing, as in runs/paper.sh
-    tflops: float = 312  # what the GPU can do in bfloat16 at best (A100: 312, H100: 989, RTX 4090: 165)
-    utilisation: float = 0.4  # the share of it that such a network reaches
 
-    out: str = ""  # folder for the table, as Markdown and JSON; empty: print only
+    out: str = ""  # folder for tables and plot; empty: print only
 
 
-# --- the published forms ---
+# --- the published forms, and ours ---
 
 
 class TwoPass:
@@ -89,234 +101,107 @@ class TwoPass:
 
     def __init__(self, model: MultiViewUNet) -> None:
         self.model, self.cfg, self.encode, self.decode = model, model.cfg, model.encode, model.decode
-        self.layers = [m for m in model.modules() if isinstance(m, MultiViewAttention)]
-        self.stored: dict[int, tuple[Tensor, Tensor]] = {}
+        self.stored: dict[Any, tuple[Tensor, Tensor]] = {}
 
-    def attend(self, layer: Any, storing: bool, x: Tensor, **_: Any) -> Tensor:  # ((B R), N, C)
-        tables = 0 if layer.position is None else layer.position[NUM_VIEWS if storing else slice(NUM_VIEWS)]
-        if storing:
-            placed, own = x + tables, x
-            self.stored[id(layer)] = placed, own
-            keys, values = placed, own
-        else:  # all views of an object are one sequence
-            placed, own = (
-                z.flatten(1, 2)
-                for z in (x.unflatten(0, (-1, NUM_VIEWS)) + tables, x.unflatten(0, (-1, NUM_VIEWS)))
-            )
-            keys, values = (torch.cat(z, 1) for z in zip((placed, own), self.stored[id(layer)]))
-        q, k, v = (
-            project(z).unflatten(-1, (layer.heads, -1)).transpose(1, 2)
-            for project, z in ((layer.to_q, placed), (layer.to_k, keys), (layer.to_v, values))
-        )
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    def attend(self, layer: Any, x: Tensor, **_: Any) -> Tensor:  # ((B R), N, C), R = 1 or V
+        rows = [*range(NUM_VIEWS)] if layer in self.stored else [NUM_VIEWS]
+        own = rearrange(x, "(B R) N C -> B R N C", R=len(rows))
+        placed, own = (own + layer.position[rows]).flatten(1, 2), own.flatten(1, 2)
+        keys, values = placed, own
+        if layer in self.stored:  # all views of an object are one sequence, then the reference
+            keys, values = (torch.cat(z, 1) for z in zip((placed, own), self.stored.pop(layer)))
+        else:
+            self.stored[layer] = placed, own
+        projected = (layer.to_q(placed), layer.to_k(keys), layer.to_v(values))
+        q, k, v = (rearrange(z, "B N (H d) -> B H N d", H=layer.heads) for z in projected)
+        out = rearrange(F.scaled_dot_product_attention(q, k, v), "B H N d -> B N (H d)")
         return layer.to_out[0](out).reshape(x.shape)
 
     def __call__(self, x_t: Tensor, t: Tensor, ref_t: Tensor) -> Tensor:
-        try:
-            for layer in self.layers:
-                layer.forward = partial(self.attend, layer, True)  # type: ignore
-            label = torch.full((len(ref_t),), NUM_VIEWS, device=ref_t.device)
-            self.model.unet(ref_t, t, class_labels=label, **self.model.conditions(ref_t))
-            for layer in self.layers:
-                layer.forward = partial(self.attend, layer, False)  # type: ignore
-            return self.model(x_t, t, None)
-        finally:
-            for layer in self.layers:
-                del layer.forward
+        layers: list[Any] = [m for m in self.model.modules() if isinstance(m, MultiViewAttention)]
+        for layer in layers:
+            layer.forward = partial(self.attend, layer)
+        label = torch.full((len(ref_t),), NUM_VIEWS, device=ref_t.device)
+        self.model.unet(ref_t, t, class_labels=label, **self.model.conditions(ref_t))
+        views = self.model(x_t, t, None)
+        for layer in layers:
+            del layer.forward
+        return views
 
 
-def published_pair(
-    policy: MultiViewUNet, pre: MultiViewUNet, batch: Batch, pair: tuple[int, int], bf16: bool
-) -> Tensor:
-    """Eq. (2) of one pair: four calls of a network, as in D3PO's loop."""
-    schedule, R, ratios = Schedule(policy.cfg), batch.x_t.shape[1], []
-    for g in pair:
-        given = (batch.x_t[:, min(g, R - 1)], batch.y, batch.ref_noise, batch.t, batch.s, bf16)
-        mean, var = policy_mean(policy, schedule, *given)
-        with torch.no_grad():
-            mean_pre, _ = policy_mean(pre, schedule, *given)
-        ratios.append(log_ratio(batch.action[:, g], mean, mean_pre, var))
-    return d3po_loss(ratios[0], ratios[1], BETA)[0]
-
-
-def published_loop(
-    policy: MultiViewUNet, pre: MultiViewUNet, batch: Batch, bf16: bool, timed: bool = False
-) -> Tensor:
-    """All pairs of the candidates, one after the other; the loss is their mean."""
-    pairs = list(combinations(range(batch.action.shape[1]), 2))
-    total = torch.zeros(())
-    for pair in pairs[:TIMED_PAIRS] if timed else pairs:
-        loss = published_pair(policy, pre, batch, pair, bf16) / len(pairs)
+def published_loop(policy: MultiViewUNet, pre: MultiViewUNet, batch: Batch, limit: int, bf16: bool) -> Tensor:
+    """Eq. (2) of all pairs, or of the first `limit`, in D3PO's order: four calls of a network for each."""
+    pairs, R = list(combinations(range(batch.action.shape[1]), 2)), batch.x_t.shape[1]
+    schedule, total = Schedule(policy.cfg), torch.zeros((), device=batch.t.device)
+    for pair in pairs[:limit]:
+        ratios = []
+        for g in pair:
+            given = (batch.x_t[:, min(g, R - 1)], batch.y, batch.ref_noise, batch.t, batch.s, bf16)
+            mean, var = policy_mean(policy, schedule, *given)
+            with torch.no_grad():
+                mean_pre, _ = policy_mean(pre, schedule, *given)
+            ratios.append(log_ratio(batch.action[:, g], mean, mean_pre, var))
+        loss = D.d3po_loss(ratios[0], ratios[1], BETA)[0] / len(pairs)
         loss.backward()
-        total = total + loss.detach().cpu()
+        total = total + loss.detach()
     return total
 
 
 def our_step(policy: MultiViewUNet, batch: Batch, mean_pre: Tensor, bf16: bool) -> Tensor:
     """All pairs of the candidates from one forward."""
-    ratio, _ = step_log_ratio(policy, Schedule(policy.cfg), batch, mean_pre, bf16)
-    w, l = torch.tensor(list(combinations(range(ratio.shape[1]), 2))).T  # noqa: E741
-    loss, _ = d3po_loss(ratio[0, w], ratio[0, l], BETA)
+    ratio, _ = D.step_log_ratio(policy, Schedule(policy.cfg), batch, mean_pre, bf16)
+    loss, _ = D.d3po_loss(*pairs_of(ratio[0]), BETA)
     loss.backward()
     return loss.detach()
 
 
-def toy_batch(pre: MultiViewUNet, G: int, R: int, device: Any) -> tuple[Batch, Tensor]:
-    """One reference, R states, G actions that the frozen policy could have taken; and its means there."""
-    g, cfg, schedule = keyed_generator(G, R), pre.cfg, Schedule(pre.cfg)
-    shape = (cfg.latent_channels, cfg.latent_size, cfg.latent_size)
-    draw = lambda *rows: torch.randn(*rows, *shape, generator=g).to(device)  # noqa: E731
-    t, s = (torch.full((1,), z, device=device) for z in schedule.timesteps(10)[2])
-    x = draw(1, R, NUM_VIEWS)
-    batch = Batch(x, x, draw(1), draw(1), x, t, s)
-    with torch.no_grad():
-        mean, var = batch_means(pre, schedule, batch, False)
-    action = mean.repeat_interleave(G // R, 0)[None] + var[0].sqrt() * draw(1, G, NUM_VIEWS)
-    return batch._replace(action=action), mean[None]
+def eq2(model: MultiViewUNet, batch: Batch, bf16: bool) -> None:
+    """Forward and backward without pairs: d3po_loss wants numbers, which tensors without data have not."""
+    ratio, kl = D.step_log_ratio(model, Schedule(model.cfg), batch, 0 * batch.x_t, bf16)
+    (ratio.mean() + kl.mean()).backward()
 
 
-# --- measuring ---
+def pairs_of(ratio: Tensor) -> tuple[Tensor, Tensor]:  # (..., G) -> (..., P), (..., P)
+    """The log-ratios of the first and the second of every two candidates."""
+    w, l = torch.tensor([*combinations(range(ratio.shape[-1]), 2)]).T  # noqa: E741
+    return ratio[..., w], ratio[..., l]
 
 
-def clock(device: torch.device) -> float:
-    """Seconds: of this process on a CPU, of the wall on CUDA, when all that was asked for is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
+def random_batch(
+    cfg: ModelConfig, device: Any = "cpu", B: int = 1, R: int = 1, G: int = 1, V: int = NUM_VIEWS
+) -> Batch:
+    """Noise in the shapes of a step, at the third call of ten."""
+    g, shape = keyed_generator(B, R, G, V), (cfg.latent_channels, cfg.latent_size, cfg.latent_size)
+    x, action, y, noise = (
+        torch.randn(*rows, *shape, generator=g).to(device) for rows in ((B, R, V), (B, G, V), (B,), (B,))
+    )
+    t, s = (torch.full((B,), z, device=device) for z in Schedule(cfg).timesteps(10)[2])
+    return Batch(x, action, y, noise, action, t, s)
 
 
-def peak_flops(device: torch.device, bf16: bool, size: int = 2048) -> float:
-    """Floating-point operations a second of a matrix product, the best of three."""
-    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
-    seconds = []
-    for _ in range(3):
-        start = clock(device)
-        torch.matmul(a, a)
-        seconds.append(clock(device) - start)
-    return 2 * size**3 / min(seconds)
+# --- instruments ---
 
 
-Run = Callable[..., Tensor]  # (bf16, timed) -> loss or picture; its gradients are in p.grad
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Of this process on a CPU; of the wall on CUDA, when all that was asked for is done."""
+    gpu = device.type == "cuda"
+    clock = (lambda: (torch.cuda.synchronize(), time.perf_counter())[1]) if gpu else time.process_time
+    start = clock()
+    run()
+    return clock() - start
 
 
-def compare(
-    label: str,
-    published: Run,
-    ours: Run,
-    scale: float,
-    networks: list[MultiViewUNet],
-    cfg: Config,
-    bf16: bool,
-) -> dict[str, Any]:
-    """Assert that both forms are equal, count their calls and operations, and time them in turn."""
-    device, policy, results = get_device(cfg.device), networks[0], []
-    for form in (published, ours):
-        calls: list[int] = []
-        hooks = [n.unet.register_forward_hook(lambda *_, calls=calls: calls.append(1)) for n in networks]
-        # the plain backend: not all fused attentions are counted
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
-            value = form(False)
-        for hook in hooks:
-            hook.remove()
-        grads = [p.grad.flatten() for p in policy.parameters() if p.grad is not None]
-        policy.zero_grad()
-        results.append(
-            (value, torch.cat(grads) if grads else value.new_zeros(1), len(calls), flops.get_total_flops())
-        )
-    (value, grad, *theirs), (our_value, our_grad, *own) = results
-    for name, a, b in (("loss", value, our_value), ("gradient", grad, our_grad)):
-        if (a.cpu() - b.cpu()).norm() > 1e-4 * a.cpu().norm():
-            raise InputError(
-                f"{label}: the {name} of the two forms differs by more than 1e-4, expected equal ones."
-            )
-
-    seconds: list[tuple[float, float]] = []
-    shares: list[float] = []
-    for turn in range(cfg.repeats + 1):  # the first warms up
-        peak, took = peak_flops(device, bf16), []
-        for form in (published, ours):
-            start = clock(device)
-            form(bf16, True)
-            took.append(clock(device) - start)
-            policy.zero_grad()
-        if turn:
-            seconds.append((scale * took[0], took[1]))
-            shares.append(own[1] / took[1] / peak)
-    ratios = sorted(a / b for a, b in seconds)
-    middle = len(ratios) // 2
-    return {
-        "label": label,
-        "ratio": ratios[middle],
-        "low": ratios[0],
-        "high": ratios[-1],
-        "seconds": [sorted(z)[middle] for z in zip(*seconds)],
-        "calls": [theirs[0], own[0]],
-        "gflop": [theirs[1] / 1e9, own[1] / 1e9],
-        "of_peak": sorted(shares)[middle],
-    }
-
-
-def measure(cfg: Config) -> list[dict[str, Any]]:
-    """All comparisons."""
-    device = get_device(cfg.device)
-    bf16 = use_bf16(cfg.bf16, device)
-    pre = load(cfg.model, device).requires_grad_(False)
-    policy = copy.deepcopy(pre).requires_grad_(True)
-    g = torch.Generator().manual_seed(0)
-    with torch.no_grad():  # a policy that has moved a little, or the loss would be log 2 whatever is computed
-        for p in policy.parameters():
-            p.add_(1e-3 * torch.randn(p.shape, generator=g).to(device) * p.std(unbiased=False))
-    rows = []
-
-    def add(label: str, published: Run, ours: Run, scale: float = 1.0) -> None:
-        rows.append(compare(label, published, ours, scale, [policy, pre], cfg, bf16))
-        print(line(rows[-1]), flush=True)
-
-    for G in cfg.groups:
-        pairs = G * (G - 1) // 2
-        for R, kind in ((G, "states of their own"), (1, "one state")):
-            batch, means = toy_batch(pre, G, R, device)
-            loop = partial(published_loop, policy, pre, batch)
-            label = "pair step" if G == 2 else f"{pairs} pairs of {G}"
-            ours = lambda half, timed=False, b=batch, m=means: our_step(policy, b, m, half)  # noqa: E731
-            add(f"{label}, {kind}", loop, ours, max(1, pairs / TIMED_PAIRS))
-
-    batch, _ = toy_batch(pre, 2, 2, device)
-    given = batch.x_t[0], batch.t.expand(2), batch.action[0, :, 0]
-
-    def step(network: Any, half: bool, timed: bool = False) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            loss = network(*given).square().mean()
-        loss.backward()
-        return loss.detach()
-
-    two = TwoPass(policy)
-    add("reference attention, step of 2 objects", partial(step, two), partial(step, policy))
-    ref = torch.rand(1, 3, pre.cfg.image_size, pre.cfg.image_size, generator=g).to(device)
-    draw = lambda network, half, timed=False: sample(network, ref, [0], cfg.num_steps, bf16=half).images  # noqa: E731
-    add(f"sampling five views, {cfg.num_steps} steps", partial(draw, two), partial(draw, policy))
-    return rows
-
-
-HEAD = "| | times faster (min to max) | seconds | network calls | GFLOP | per cent of peak |\n"
-HEAD += "|---" * 6 + "|"
-
-
-def line(r: dict[str, Any]) -> str:
-    """A row of the measured table; two numbers are published and ours."""
-    pairs = [f"{a:.{d}f} / {b:.{d}f}" for (a, b), d in ((r["seconds"], 3), (r["calls"], 0), (r["gflop"], 1))]
-    ratio = f"{r['ratio']:.2f} ({r['low']:.2f} to {r['high']:.2f})"
-    return f"| {r['label']} | {ratio} | " + " | ".join(pairs) + f" | {100 * r['of_peak']:.0f} |"
-
-
-# --- counting ---
+def flops_of(run: Callable[[], object]) -> int:
+    """Floating-point operations. The counter passes over fused attention: here it is plain products."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
+        run()
+    return flops.get_total_flops()
 
 
 class PeakMemory(TorchDispatchMode):
     """Bytes of all tensors made inside the block that are alive, and the most they ever were."""
 
-    def __init__(self, before: Iterable[Tensor]) -> None:  # what is there already and is not counted
+    def __init__(self, before: Iterable[Tensor] = ()) -> None:  # what is there already and is not counted
         super().__init__()
         self.now = self.peak = 0
         self.alive = {id(tensor.untyped_storage()) for tensor in before}
@@ -324,14 +209,12 @@ class PeakMemory(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in self.alive:
                 storage = tensor.untyped_storage()  # views share one
-                key, size = id(storage), storage.nbytes()
-                if key not in self.alive:
-                    self.alive.add(key)
-                    self.now += size
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self.free, key, size)
+                self.alive.add(id(storage))
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, id(storage), storage.nbytes())
         return out
 
     def free(self, key: int, size: int) -> None:
@@ -339,118 +222,267 @@ class PeakMemory(TorchDispatchMode):
         self.now -= size
 
 
+def peak_flops(device: torch.device, bf16: bool, size: int = 2048) -> float:
+    """Floating-point operations a second of a matrix product, the best of three."""
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    return 2 * size**3 / min(seconds_of(lambda: a @ a, device) for _ in range(3))
+
+
+# --- measuring ---
+
+Form = Callable[[bool], Tensor]  # bf16 -> loss or picture; its gradients are in p.grad
+
+
+def compare(label: str, *forms: Form, networks: Any, cfg: Config, quick: Any = None, scale: float = 1):
+    """Assert that the published form and ours are equal, count calls and operations, and time them in turn.
+
+    quick is timed in place of the published form, which takes `scale` times as long."""
+    device, policy, found, seconds, shares = get_device(cfg.device), networks[0], [], [], []
+    bf16 = use_bf16(cfg.bf16, device)
+    for form in forms:
+        calls, value = [], []
+        hooks = [n.unet.register_forward_hook(lambda *_, calls=calls: calls.append(1)) for n in networks]
+        flop = flops_of(lambda form=form, value=value: value.append(form(False)))
+        for hook in hooks:
+            hook.remove()
+        gradient = [p.grad.flatten() for p in policy.parameters() if p.grad is not None]
+        policy.zero_grad()
+        found.append((value[0], torch.cat(gradient or value), len(calls), flop / 1e9))
+    for name, a, b in zip(("loss", "gradient"), *found):
+        if (a - b).norm() > 1e-4 * a.norm():
+            raise InputError(f"{label}: the {name} of the two forms differs by more than 1e-4.")
+    for turn in range(cfg.repeats + 1):
+        peak, took = peak_flops(device, bf16), []
+        for form in (quick or forms[0], forms[1]):
+            took.append(seconds_of(partial(form, bf16), device))
+            policy.zero_grad()
+        if turn:  # the first warms up
+            seconds.append((scale * took[0], took[1]))
+            shares.append(1e9 * found[1][3] / took[1] / peak)
+    ratios = sorted(a / b for a, b in seconds)
+    times = {"times faster": median(ratios), "min": ratios[0], "max": ratios[-1]}
+    times["seconds"] = tuple(median(z) for z in zip(*seconds))
+    counts = {"network calls": tuple(f[2] for f in found), "GFLOP": tuple(f[3] for f in found)}
+    return {"published / ours": label, **times, **counts, "share of peak": median(shares)}
+
+
+def measure(cfg: Config, device: torch.device) -> list[dict[str, Any]]:
+    """All comparisons."""
+    pre = load(cfg.model, device).requires_grad_(False)
+    policy = copy.deepcopy(pre).requires_grad_(True)
+    g, rows = torch.Generator().manual_seed(0), []
+    with torch.no_grad():  # a policy that has moved a little, or the loss would be log 2 whatever is computed
+        for p in policy.parameters():
+            p.add_(1e-3 * torch.randn(p.shape, generator=g).to(device) * p.std(unbiased=False))
+
+    def add(*forms: Any, **quick: Any) -> None:
+        rows.append(compare(*forms, networks=(policy, pre), cfg=cfg, **quick))
+        print(f"{rows[-1]['published / ours']}: {rows[-1]['times faster']:.2f}", flush=True)
+
+    for G in cfg.groups:
+        pairs = G * (G - 1) // 2
+        for R, kind in ((G, "states of their own"), (1, "one state")):
+            batch = random_batch(pre.cfg, device, R=R, G=G)
+            with torch.no_grad():
+                mean_pre = D.batch_means(pre, Schedule(pre.cfg), batch, False)[0][None]
+            loop = partial(published_loop, policy, pre, batch)
+            ours = partial(our_step, policy, batch, mean_pre)
+            label = "pair step" if G == 2 else f"{pairs} pairs of {G}"
+            quick = {"quick": partial(loop, TIMED_PAIRS), "scale": max(1, pairs / TIMED_PAIRS)}
+            add(f"{label}, {kind}", partial(loop, pairs), ours, **quick)
+
+    def step(network: Any, bf16: bool) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = network(two.x_t[:, 0], two.t, two.y).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    def draw(network: Any, bf16: bool) -> Tensor:
+        return sample(network, ref, [0], bf16=bf16).images.flatten()
+
+    two = random_batch(pre.cfg, device, B=2)
+    ref = torch.rand(1, 3, pre.cfg.image_size, pre.cfg.image_size, generator=g).to(device)
+    for label, run in (("reference attention, step of 2 objects", step), ("sampling, 10 calls", draw)):
+        add(label, partial(run, TwoPass(policy)), partial(run, policy))
+    return rows
+
+
+def precision(cfg: Config, device: torch.device) -> list[dict[str, Any]]:
+    """What bfloat16 does to the differences of log-ratios that Eq. (2) compares, at each trained call of a
+    small main job, and to the log-ratio of equal weights."""
+    pre, rows = load(cfg.model, device), []
+    with TemporaryDirectory() as out:
+        job = D.Config("oracle", cfg.model, out=out, device=cfg.device, **JOB)
+        policy = load(D.main(job)["folder"], device)
+        rollouts, schedule = read_rollouts(next(Path(out).glob("candidates-*"))), Schedule(pre.cfg)
+    for call in rollouts.call.unique().tolist():
+        chosen, nats = (rollouts.call[:, 0] == call).nonzero()[:, 0], []
+        batch = make_batch(rollouts, chosen, 0 * chosen, schedule, job.num_steps, device)
+        for bf16 in (False, True):
+            with torch.no_grad():
+                mean_pre = D.batch_means(pre, schedule, batch, bf16)[0].unflatten(0, (len(chosen), -1))
+                moved, equal = (
+                    D.step_log_ratio(p, schedule, batch, mean_pre, bf16)[0] for p in (policy, pre)
+                )
+            w, l = pairs_of(moved)  # noqa: E741
+            nats.append(w - l)
+        row = {"call": call, "pairs": nats[0].numel(), "deviation, nats": nats[0].std().item()}
+        error = (nats[1] - nats[0]).abs().mean().item()
+        rows.append(row | {"error of bfloat16": error, "equal weights": equal.abs().max().item()})
+    return rows
+
+
+def scaling(cfg: Config, device: torch.device) -> list[dict[str, Any]]:
+    """Seconds, operations and peak memory of Eq. (2)'s forward and backward along each sweep, random weights,
+    all other sizes at 1 (V at 5, S at the model's). Exponents: least squares on logarithms."""
+    bf16, rows = use_bf16(cfg.bf16, device), []
+    architecture = replace(load(cfg.model).cfg, position=False)  # its tables know five views only
+    for sweep, (letters, values) in SWEEPS.items():
+        points = []
+        for x in values:
+            sizes: dict[str, int] = {letter: x for letter in letters}
+            model = MultiViewUNet(replace(architecture, image_size=sizes.pop("S", architecture.image_size)))
+            embedding: Any = model.unet.class_embedding
+            model.unet.class_embedding = nn.Embedding(9, embedding.embedding_dim)  # of up to eight views
+            step = partial(eq2, model.to(device), random_batch(model.cfg, device, **sizes), bf16)
+            with PeakMemory() as memory:
+                step()
+            seconds = min(seconds_of(step, device) for _ in range(cfg.repeats))
+            points.append((seconds, flops_of(step) / 1e9, memory.peak / 1e6))
+        row: dict[str, Any] = {"against": sweep, "values": values}
+        for name, y in zip(("seconds", "GFLOP", "peak MB"), zip(*points)):
+            row |= {name: y, f"exponent, {name}": float(np.polyfit(np.log(values), np.log(y), 1)[0])}
+        rows.append(row)
+    return rows
+
+
+def plot(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Above: seconds, and counted operations at the mean speed. Below: memory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, len(rows), figsize=(16, 6), sharey="row", layout="constrained")
+    axes[0, 0].set_ylabel("seconds")
+    axes[1, 0].set_ylabel("peak MB")
+    for column, r in zip(axes.T, rows):
+        flop_seconds = np.exp(np.mean(np.log(np.divide(r["seconds"], r["GFLOP"])))) * np.array(r["GFLOP"])
+        curves = ((0, "seconds", r["seconds"], "C0o-"), (0, "GFLOP", flop_seconds, "k--"))
+        for at, name, y, style in (*curves, (1, "peak MB", r["peak MB"], "C1o-")):
+            column[at].loglog(r["values"], y, style, label=f"{name}: {r[f'exponent, {name}']:.2f}")
+            column[at].set_xticks(r["values"], map(str, r["values"]))
+            column[at].set_xlabel(r["against"])
+            column[at].minorticks_off()
+            column[at].legend(title="exponent")
+    write_atomic(path, lambda p: figure.savefig(p, dpi=80, format="png"))
+    plt.close(figure)
+
+
+# --- counting ---
+
+
 def float32_norms(model: nn.Module) -> None:
     """Normalise in float32 and hand that on, as autocast does on CUDA and does not on a CPU."""
 
-    def group(m: Any, input: Tensor) -> Tensor:
-        return F.group_norm(input.float(), m.num_groups, m.weight.float(), m.bias.float(), m.eps)
-
-    def layer(m: Any, input: Tensor) -> Tensor:
-        return F.layer_norm(input.float(), m.normalized_shape, m.weight.float(), m.bias.float(), m.eps)
+    def norm(m: Any, input: Tensor) -> Tensor:
+        x, weight, bias = input.float(), m.weight.float(), m.bias.float()
+        if isinstance(m, nn.GroupNorm):
+            return F.group_norm(x, m.num_groups, weight, bias, m.eps)
+        return F.layer_norm(x, m.normalized_shape, weight, bias, m.eps)
 
     for module in model.modules():
         if isinstance(module, nn.GroupNorm | nn.LayerNorm):
-            module.forward = partial(group if isinstance(module, nn.GroupNorm) else layer, module)
-
-
-def steps_of(model: MultiViewUNet, parameters: list[nn.Parameter]) -> dict[str, Callable[[], Any]]:
-    """The kinds of step, with the project's own functions on latents of the right shape."""
-    cfg, schedule = model.cfg, Schedule(model.cfg)
-    t = torch.ones(1, dtype=torch.long)
-
-    def latents(*rows: int) -> Tensor:
-        return torch.randn(*rows, NUM_VIEWS, cfg.latent_channels, cfg.latent_size, cfg.latent_size)
-
-    def simple() -> None:
-        x, noise = latents(1), latents(1)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = simple_loss(model, schedule, x, x[:, 0], t, noise, noise[:, 0]).mean()
-        torch.autograd.grad(loss, parameters)
-
-    def d3po(states: int, candidates: int) -> None:
-        x, action = latents(1, states), latents(1, candidates)
-        batch = Batch(x, action, x[:, 0, 0], action[:, 0, 0], action, 500 * t, 480 * t)
-        ratio, kl = step_log_ratio(model, schedule, batch, latents(1, states), True)
-        # d3po_loss's metrics want numbers, and these tensors have none: the loss alone
-        loss = -F.logsigmoid(0.01 * (ratio[:, 0] - ratio[:, 1])).mean() + kl.mean()
-        torch.autograd.grad(loss, parameters)
-
-    @torch.no_grad()
-    def collect() -> None:
-        x, five = latents(5), t.expand(5)
-        with torch.autocast("cpu", torch.bfloat16):
-            prediction = model(x, five, noised_reference(schedule, cfg, x[:, 0], five, x[:, 1]))
-        ddpm_step(schedule, prediction, x, five * 500, five * 480)
-
-    return {
-        "collect: one call for 5 candidates": collect,
-        "SFT step: 1 object": simple,
-        "D3PO step: 1 pair and 1 object": lambda: (d3po(2, 2), simple()),
-        "D3PO step: 8 candidates of one state and 1 object": lambda: (d3po(1, 8), simple()),
-    }
+            module.forward = partial(norm, module)
 
 
 def count(cfg: Config, size: int, kind: str = "") -> list[dict[str, Any]]:
-    """Peak memory by owner in GB (10^9 bytes) and TFLOP of each kind of step, or of those with this name."""
-    rows = []
-    architecture = replace(PRESETS["sdxl"], base=cfg.base, image_size=size)
+    """Peak memory by owner in GB (10^9 bytes) and TFLOP of each kind of step, or of those with this name: the
+    project's own functions on latents of the right shape."""
+
+    def simple() -> None:
+        b = random_batch(model.cfg)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = simple_loss(model, schedule, b.x_t[:, 0], b.y, b.t, b.action[:, 0], b.ref_noise)
+        loss.mean().backward()
+
+    def d3po(**sizes: int) -> None:
+        eq2(model, random_batch(model.cfg, **sizes), True)
+        simple()  # on top of these gradients, as in the loop
+
+    @torch.no_grad()
+    def collect() -> None:
+        b = random_batch(model.cfg, B=5)
+        policy_mean(model, schedule, b.x_t[:, 0], b.y, b.ref_noise, b.t, b.s, True)
+
+    steps: dict[str, Callable[[], object]] = {
+        "collect: one call for 5 candidates": collect,
+        "SFT step: 1 object": simple,
+        "D3PO step: 1 pair and 1 object": partial(d3po, R=2, G=2),
+        "D3PO step: 8 candidates of one state and 1 object": partial(d3po, G=8),
+    }
     stock: Any = from_pipeline(UNet2DConditionModel.load_config, cfg.base, subfolder="unet")
+    rows = []
     with FakeTensorMode():
         unet: Any = UNet2DConditionModel.from_config(stock)
-        model = MultiViewUNet(architecture, unet).train()
+        model = MultiViewUNet(replace(PRESETS["sdxl"], base=cfg.base, image_size=size), unet).train()
         if cfg.lora:
             model.add_lora(cfg.lora)
-        parameters = model.freeze(attention_only=True, frozen_bf16=True)
+        parameters, schedule = model.freeze(attention_only=True, frozen_bf16=True), Schedule(model.cfg)
         float32_norms(model)
         if cfg.checkpointing:
             model.unet.enable_gradient_checkpointing()
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         adam = 8 * sum(p.numel() for p in parameters)  # two float32 averages of each gradient
-        for name, step in ((n, s) for n, s in steps_of(model, parameters).items() if n.startswith(kind)):
+        for name, step in ((n, s) for n, s in steps.items() if n.startswith(kind)):
             with PeakMemory(model.parameters()) as memory:
                 step()
-            with FlopCounterMode(display=False) as flops:  # by itself: it keeps tensors alive
-                step()
-            owners = {"weights": weights, "adam": 0 if "collect" in name else adam, "rest": memory.peak}
-            gb, tflop = {k: v / 1e9 for k, v in owners.items()}, flops.get_total_flops() / 1e12
-            more = {
-                "total": sum(gb.values()),
-                "tflop": tflop,
-                "seconds": tflop / (cfg.tflops * cfg.utilisation),
-            }
-            rows.append({"size": size, "step": name, **gb, **more})
+            model.zero_grad()
+            flop = flops_of(step)  # by itself: the counter keeps tensors alive
+            model.zero_grad()
+            owners = {"weights": weights, "Adam": 0 if "collect" in name else adam, "rest": memory.peak}
+            row: dict[str, Any] = {"px": size, "step": name, **{k: v / 1e9 for k, v in owners.items()}}
+            row |= {"total GB": sum(owners.values()) / 1e9, "TFLOP": flop / 1e12}
+            rows.append(row | {"seconds": flop / (0.4 * 312e12)})
     return rows
 
 
-def counted_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
-    lines = [
-        "| px | step | weights | Adam | gradients and activations | total GB | TFLOP | seconds |",
-        "|---" * 8 + "|",
-    ]
-    for r in rows:
-        gb = " | ".join(f"{r[k]:.1f}" for k in ("weights", "adam", "rest", "total", "tflop"))
-        lines.append(f"| {r['size']} | {r['step']} | {gb} | {r['seconds']:.2f} |")
-    return "\n".join(lines)
+# --- the script ---
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown of rows with equal keys."""
+
+    def cell(v: Any) -> str:
+        several = isinstance(v, (list, tuple))
+        return " / ".join(map(cell, v)) if several else f"{v:.3g}" if isinstance(v, float) else f"{v}"
+
+    lines = [[*rows[0]], ["---"] * len(rows[0]), *(map(cell, r.values()) for r in rows)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def main(cfg: Config) -> dict:
-    """Measure or count, print a Markdown table, write it."""
-    if cfg.repeats < 1 or min(cfg.groups) < 2:
-        raise InputError(f"--repeats {cfg.repeats} --groups {cfg.groups}: expected 1 or more, and 2 or more.")
+    """Measure or count; each table goes to the screen and, with the plot, to the folder."""
+    check_at_least(cfg, 1, "repeats", "sizes")
+    check_at_least(cfg, 2, "groups")
+    device, tables = get_device(cfg.device), {}
     if cfg.count:
-        rows = [row for size in cfg.sizes for row in count(cfg, size)]
-        table, name = counted_table(rows), f"lora{cfg.lora}" if cfg.lora else "attention"
-        print(table)
+        name = f"lora{cfg.lora}" if cfg.lora else "attention"
+        tables[name] = [row for size in cfg.sizes for row in count(cfg, size)]
+    elif cfg.scaling:
+        tables["scaling"] = scaling(cfg, device)
     else:
-        print(HEAD)
-        rows = measure(cfg)
-        table, name = "\n".join([HEAD, *map(line, rows)]), "table"
-    result = {**provenance(cfg), "computed": cfg.count, "rows": rows}
-    if cfg.out:
-        save_json(Path(cfg.out) / f"{name}.json", result)
-        write_atomic(Path(cfg.out) / f"{name}.md", lambda p: p.write_text(table + "\n"))
-    return result
+        tables = {"table": measure(cfg, device), "bf16": precision(cfg, device)}
+    for name, rows in tables.items():
+        print(f"\n{table(rows)}")
+        if cfg.out:
+            save_json(
+                Path(cfg.out) / f"{name}.json", {**provenance(cfg), "computed": cfg.count, "rows": rows}
+            )
+            write_atomic(Path(cfg.out) / f"{name}.md", lambda p, rows=rows: p.write_text(table(rows)))
+    if cfg.scaling and cfg.out:
+        plot(Path(cfg.out) / "scaling.png", tables["scaling"])
+    return tables
 
 
 if __name__ == "__main__":

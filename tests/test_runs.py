@@ -19,20 +19,41 @@ ROOT = Path(__file__).parent.parent
 
 def test_bench_counts_and_measures_both_forms(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "peak_flops", lambda *_: 1e12)
-    out = tmp_path / "bench"
-    cfg = bench.Config(
-        tiny_folder, groups=(2, 3), num_steps=2, repeats=1, bf16="off", device="cpu", out=str(out)
+    monkeypatch.setattr(
+        bench, "JOB", {"num_references": 8, "num_candidates": 3, "eval_objects": 2, "steps": 3}
     )
-    rows = {r["label"]: r for r in bench.main(cfg)["rows"]}
-    calls = {name: r["calls"] for name, r in rows.items()}
-    assert list(calls.values()) == [[4, 1], [4, 1], [12, 1], [12, 1], [2, 1], [4, 2]]
+    out = tmp_path / "bench"
+    cfg = bench.Config(tiny_folder, groups=(2, 3), repeats=1, bf16="off", device="cpu", out=str(out))
+    tables = bench.main(cfg)
+    rows = tables["table"]
+    assert [r["network calls"] for r in rows] == [(4, 1), (4, 1), (12, 1), (12, 1), (2, 1), (20, 10)]
     # in forwards of one object: 2 with gradient (3 each) and 2 without, against 1 with it for each state
-    work = [r["gflop"][0] / r["gflop"][1] for r in rows.values()]
+    work = [r["GFLOP"][0] / r["GFLOP"][1] for r in rows]
     assert work[:4] == pytest.approx([8 / 6, 8 / 3, 24 / 9, 24 / 3], rel=0.05)
-    assert all(r["low"] <= r["ratio"] <= r["high"] and 0 < r["of_peak"] < 1 for r in rows.values())
-    assert (out / "table.md").read_text().count("\n") == 2 + len(rows) and load_json(out / "table.json")[
-        "rows"
-    ]
+    assert all(r["min"] <= r["times faster"] <= r["max"] and 0 < r["share of peak"] < 1 for r in rows)
+    assert (out / "table.md").read_text().count("\n") == 2 + len(rows)
+    assert load_json(out / "table.json")["rows"]
+    # bfloat16: no log-ratio at equal weights; otherwise an error, and a small one
+    assert 2 <= len(tables["bf16"]) <= 5
+    for row in tables["bf16"]:
+        assert row["equal weights"] == 0 < row["error of bfloat16"] < row["deviation, nats"]
+
+
+def test_bench_scales_as_its_operations_do(tiny_folder, tmp_path, monkeypatch):
+    sweeps = {
+        "views": ("V", (2, 8)),
+        "pixels": ("S", (16, 64)),
+        "own": ("RG", (1, 16)),
+        "one": ("G", (1, 16)),
+    }
+    monkeypatch.setattr(bench, "SWEEPS", sweeps | {"objects": ("B", (1, 16))})
+    cfg = bench.Config(tiny_folder, scaling=True, repeats=1, bf16="off", device="cpu", out=str(tmp_path))
+    rows = {r["against"]: r for r in bench.main(cfg)["scaling"]}
+    views, pixels, *rest = (r["exponent, GFLOP"] for r in rows.values())
+    assert 0.7 < views < 2 < pixels < 4  # a reference is a view, too; attention is quadratic in tokens
+    assert rest == pytest.approx([1, 0, 1], abs=0.01)
+    assert rows["own"]["exponent, peak MB"] > 0.7 and rows["one"]["exponent, peak MB"] < 0.5
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000 and (tmp_path / "scaling.md").is_file()
 
 
 def test_bench_refuses_forms_that_differ(tiny_folder, monkeypatch):

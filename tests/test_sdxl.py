@@ -265,9 +265,9 @@ def test_memory_is_counted(base):
     trained = sum(p.numel() for p in model.attention_parameters())
     every = sum(p.numel() for p in model.parameters())
     assert full["weights"] == pytest.approx((2 * every + 2 * trained) / 1e9)
-    assert full["adam"] == pytest.approx(8 * trained / 1e9)
+    assert full["Adam"] == pytest.approx(8 * trained / 1e9)
     assert full["rest"] > 4 * trained / 1e9
-    assert full["total"] > lora["total"] and kept["rest"] > full["rest"]
+    assert full["total GB"] > lora["total GB"] and kept["rest"] > full["rest"]
 
 
 @pytest.mark.slow
@@ -275,9 +275,9 @@ def test_flops_are_counted(base):
     import bench
 
     collect, sft, d3po, branch = bench.count(bench.Config(base=base), SIZE)
-    assert collect["adam"] == 0 and collect["tflop"] < sft["tflop"] * 2.5
-    assert 2.5 < d3po["tflop"] / sft["tflop"] < 3.5  # 18 rows against 6
-    assert 1.7 < branch["tflop"] / sft["tflop"] < 2.3  # 12 rows, whatever the number of candidates
+    assert collect["Adam"] == 0 and collect["TFLOP"] < sft["TFLOP"] * 2.5
+    assert 2.5 < d3po["TFLOP"] / sft["TFLOP"] < 3.5  # 18 rows against 6
+    assert 1.7 < branch["TFLOP"] / sft["TFLOP"] < 2.3  # 12 rows, whatever the number of candidates
 
 
 @pytest.mark.parametrize(
