@@ -37,7 +37,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import InputError, cli, get_device, keyed_generator, provenance, save_json, use_bf16, write_atomic
+from common import InputError, check_at_least, check_output, cli, get_device, keyed_generator, provenance
+from common import save_json, use_bf16, write_atomic
 from model import NUM_VIEWS, PRESETS, MultiViewAttention, MultiViewUNet, from_pipeline, load
 from sample import Schedule, ddpm_step, log_ratio, noised_reference, policy_mean, sample
 from train_d3po import Batch, batch_means, d3po_loss, step_log_ratio
@@ -66,7 +67,7 @@ class Config:
     groups: tuple[int, ...] = (2, 5, 9, 16)  # G, candidates of one reference
     num_steps: int = 10  # network calls of a sample
     repeats: int = 5  # turns of each form
-    bf16: str = "auto"  # auto (where it is fast), on or off
+    bf16: Literal["auto", "on", "off"] = "auto"  # auto (where it is fast), on or off
     device: str = "auto"  # auto, cpu or cuda
 
     count: bool = False  # count SDXL's step instead
@@ -262,6 +263,7 @@ def measure(cfg: Config) -> list[dict[str, Any]]:
     device = get_device(cfg.device)
     bf16 = use_bf16(cfg.bf16, device)
     pre = load(cfg.model, device).requires_grad_(False)
+    Schedule(pre.cfg).timesteps(cfg.num_steps)  # a wrong number of them shows now
     policy = copy.deepcopy(pre).requires_grad_(True)
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():  # a policy that has moved a little, or the loss would be log 2 whatever is computed
@@ -436,8 +438,13 @@ def counted_table(rows: list[dict[str, Any]]) -> str:
 
 def main(cfg: Config) -> dict:
     """Measure or count, print a Markdown table, write it."""
-    if cfg.repeats < 1 or min(cfg.groups) < 2:
-        raise InputError(f"--repeats {cfg.repeats} --groups {cfg.groups}: expected 1 or more, and 2 or more.")
+    check_at_least(cfg, 1, "repeats", "sizes", "tflops")
+    check_at_least(cfg, 2, "groups", "num_steps")
+    check_at_least(cfg, 0, "lora")
+    if not 0 < cfg.utilisation <= 1:
+        raise InputError(f"--utilisation {cfg.utilisation}: expected more than 0, at most 1.")
+    if cfg.out:
+        check_output("out", cfg.out)
     if cfg.count:
         rows = [row for size in cfg.sizes for row in count(cfg, size)]
         table, name = counted_table(rows), f"lora{cfg.lora}" if cfg.lora else "attention"
