@@ -138,7 +138,7 @@ def check_output(option: str, path: str | Path, suffix: str = "", inputs: Sequen
         if suffix and (place.suffix.lower() != suffix or place.is_dir()):
             raise InputError(f"{name}: expected the name of a {suffix} file.")
         if read := [p for p in inputs if p and Path(p).resolve() in (place, *place.parents)]:
-            raise InputError(f"{name}: lies in {read[0]}, which is read. Expected another place.")
+            raise InputError(f"{name}: lies in {read[0]}, which is read; expected another place.")
         folder = place.parent if suffix else place
         folder.mkdir(parents=True, exist_ok=True)
         NamedTemporaryFile(dir=folder, prefix=f".{place.name}").close()
@@ -479,7 +479,7 @@ class Log:
 
     def line(self, step: int, **values: Any) -> None:
         """Write one line now."""
-        with open(self.path, "a") as file:
+        with explained(f"{self.path}: cannot be written. Expected room."), open(self.path, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
 

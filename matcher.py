@@ -126,8 +126,10 @@ def loftr_model(weights: str, device: torch.device) -> KF.LoFTR:
         f"LoFTR weights {weights or LOFTR_URL}: expected loftr_outdoor.ckpt of {LOFTR_URL}. {remedy}"
     ):
         options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
-        read = torch.load if weights else torch.hub.load_state_dict_from_url
-        state = read(regular(weights) if weights else LOFTR_URL, **options)["state_dict"]
+        if weights:
+            state = torch.load(regular(weights), **options)["state_dict"]
+        else:
+            state = torch.hub.load_state_dict_from_url(LOFTR_URL, **options)["state_dict"]
         if not all(v.isfinite().all() for v in state.values()):
             raise ValueError("a weight is not finite")
         model.load_state_dict(state)

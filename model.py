@@ -60,7 +60,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("image_size", "patch", "channels", "head_dim", "schedule_shift", "ref_scale"):
             if not 0 < getattr(self, name) <= 10**4:
-                raise InputError(f"{name} {getattr(self, name)}: expected a number above 0, at most 10000.")
+                value = getattr(self, name)
+                raise InputError(f"{name} {value}: expected a finite number above 0, at most 10000.")
         if self.image_size % self.patch:
             raise InputError(f"image_size {self.image_size}: expected a multiple of patch, {self.patch}.")
         if self.channels % 16 or self.channels % self.head_dim:  # 16 groups are normalised together

@@ -472,6 +472,13 @@ FAULTS: list[tuple[str, str, str, str]] = [
         'what / name) for name in ("config.json",)',
         COMMON,
     ),
+    (COMMON, "digest({k: digest(v) for k, v in tensors.items()})):", 'noted.get("digest")):', "damage"),
+    (COMMON, "damaged += [note.name] * (noted != made_by)", "pass", COMMON),
+    (COMMON, 'for path in folder.rglob(".[0-9]*.*"):', "for path in ():", "damage"),
+    (COMMON, "(link.exists() and not link.is_symlink())", "False", COMMON),
+    (COMMON, "not abs(v) < limit", "abs(v) >= limit", COMMON),
+    (COMMON, "if not (v.is_floating_point() and", "if not (True and", COMMON),
+    (SFT, '"validation": digest(val_views),', "", "damage"),
     # theory, bench
     ("theory", "return 2 * (y - a @ x0) * a - 2 *", "return 2 * (y - a @ x0) * a + 2 *", "theory"),
     (
