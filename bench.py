@@ -39,7 +39,7 @@ from itertools import combinations
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -54,8 +54,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_d3po as D
 from candidates import Batch, make_batch, read_rollouts
-from common import InputError, check_at_least, cli, get_device, keyed_generator, provenance, save_json
-from common import use_bf16, write_atomic
+from common import InputError, check_at_least, check_output, cli, get_device, keyed_generator, provenance
+from common import save_json, use_bf16, write_atomic
 from model import NUM_VIEWS, PRESETS, ModelConfig, MultiViewAttention, MultiViewUNet, from_pipeline, load
 from sample import Schedule, log_ratio, policy_mean, sample
 from train_sft import simple_loss
@@ -465,6 +465,9 @@ def main(cfg: Config) -> dict:
     """Measure or count; each table goes to the screen and, with the plot, to the folder."""
     check_at_least(cfg, 1, "repeats", "sizes")
     check_at_least(cfg, 2, "groups")
+    check_at_least(cfg, 0, "lora")
+    if cfg.out:
+        check_output("out", cfg.out)
     device, tables = get_device(cfg.device), {}
     if cfg.count:
         name = f"lora{cfg.lora}" if cfg.lora else "attention"

@@ -11,21 +11,25 @@ import inspect
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from tempfile import NamedTemporaryFile
+from typing import Any, BinaryIO, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 import tyro
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -47,8 +51,8 @@ class InputError(ValueError):
     """Wrong input from the user: one line with what, got, expected and remedy, which `cli` prints."""
 
 
-def cli(main: Callable[[Any], Any], config: type, doc: str | None) -> None:
-    """Parse the command line into `config` and run `main`.
+def cli(main: Callable[[Any], T], config: type, doc: str | None) -> T:
+    """Parse the command line into `config` and run `main`. Returns what it returns.
 
     An error of the user's or of the system's is one line on stderr and exit status 1; --debug shows where it
     came from. Ctrl-C and SIGTERM stop a training loop at its next step, with everything saved
@@ -59,13 +63,22 @@ def cli(main: Callable[[Any], Any], config: type, doc: str | None) -> None:
     if twice := {f for f in flags if flags.count(f) > 1}:
         print(f"error: {min(twice).replace('__', '--')} is given twice, expected once.", file=sys.stderr)
         raise SystemExit(1)
-    cfg = tyro.cli(
-        config, description=doc, use_underscores=True, config=(tyro.conf.FlagConversionOff,), args=args
-    )
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):  # tyro draws a box of ten lines
+            options = (tyro.conf.FlagConversionOff,)
+            cfg = tyro.cli(config, description=doc, use_underscores=True, config=options, args=args)
+    except SystemExit as stop:
+        if stop.code:
+            text = re.sub("For full helptext.*", "See --help.", re.sub("[─│╭╮╰╯]|-{5,}", "", said.getvalue()))
+            print("error: " + " ".join(text.split()), file=sys.stderr)
+        raise
+    warnings.filterwarnings("ignore", module="huggingface_hub")  # its own old habits
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell job starts with it ignored
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
-        main(cfg)
+        check_options(cfg)
+        return main(cfg)
     except KeyboardInterrupt as stop:
         where = f": {stop}" if str(stop) else ""
         print(f"stopped{where}. The same command goes on from what is saved.", file=sys.stderr)
@@ -79,6 +92,13 @@ def cli(main: Callable[[Any], Any], config: type, doc: str | None) -> None:
         raise SystemExit(1) from None
 
 
+def regular(path: str | Path) -> BinaryIO:
+    """An open file; not a named pipe, which would be waited for."""
+    if not Path(path).is_file():
+        raise OSError("no such file")
+    return open(path, "rb")
+
+
 @contextmanager
 def explained(message: str) -> Iterator[None]:
     """Turn whatever a foreign reader raises into an InputError: `message`, and its own in brackets."""
@@ -89,6 +109,40 @@ def explained(message: str) -> Iterator[None]:
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0][:200]
         raise InputError(f"{message} ({type(error).__name__}: {reason})") from error
+
+
+def same_place(a: str | Path, b: str | Path) -> bool:
+    """Are two paths one, links not followed: a run moves the link to its result."""
+    return os.path.abspath(a) == os.path.abspath(b)
+
+
+def check_options(cfg: Any) -> None:
+    """What holds for every script: numbers are finite, lists are not empty, what is written is not read."""
+    for option in fields(cfg):
+        value, out = getattr(cfg, option.name), getattr(cfg, "out", "")
+        values = value if isinstance(value, tuple) else (value,)
+        if not values and option.default:
+            raise InputError(f"--{option.name}: is empty, expected one or more.")
+        for v in values:
+            limit = 2**63 if option.name.startswith("seed") else 10**9
+            if isinstance(v, int | float) and not abs(v) < limit:
+                raise InputError(f"--{option.name} {v}: expected a number below {limit}.")
+            if isinstance(v, str) and v and out and option.name != "out" and same_place(v, out):
+                raise InputError(f"--out {out}: is --{option.name}, too. Expected another place.")
+
+
+def check_output(option: str, path: str | Path, suffix: str = "", inputs: Sequence[str] = ()) -> Path:
+    """What cannot be written, or is read, is said before the work, not after it. No suffix: a folder."""
+    place, name = Path(path).resolve(), f"--{option} {path}"
+    with explained(f"{name}: cannot be written, expected another place."):
+        if suffix and (place.suffix.lower() != suffix or place.is_dir()):
+            raise InputError(f"{name}: expected the name of a {suffix} file.")
+        if read := [p for p in inputs if p and Path(p).resolve() in (place, *place.parents)]:
+            raise InputError(f"{name}: lies in {read[0]}, which is read; expected another place.")
+        folder = place.parent if suffix else place
+        folder.mkdir(parents=True, exist_ok=True)
+        NamedTemporaryFile(dir=folder, prefix=f".{place.name}").close()
+    return place
 
 
 def check_at_least(cfg: Any, low: float, *names: str) -> None:
@@ -155,19 +209,18 @@ def keyed_generator(*key: int) -> torch.Generator:
 def write_atomic(path: str | Path, write: Callable[[Path], object]) -> None:
     """Call `write` on a temporary path in the same folder, then rename it to `path`."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(
-        f".{os.getpid()}.{path.name}"
-    )  # keeps the suffix: Pillow chooses a format by it
-    temporary.unlink(missing_ok=True)
-    try:
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # ours: no link is followed
-        mode = temporary.stat().st_mode & 0o777
-        write(temporary)
-        temporary.chmod(mode)  # safetensors would leave 0600
-        os.replace(temporary, path)
-    finally:
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # keeps the suffix: Pillow's format
+    with explained(f"{path}: cannot be written. Expected a place with room and permission."):
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)
+        try:
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # no link is followed
+            mode = temporary.stat().st_mode & 0o777
+            write(temporary)
+            temporary.chmod(mode)  # safetensors would leave 0600
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def save_json(path: str | Path, value: Any) -> None:
@@ -177,8 +230,11 @@ def save_json(path: str | Path, value: Any) -> None:
 
 def load_json(path: str | Path) -> Any:
     """Read a JSON file; a missing or broken one raises InputError."""
-    with explained(f"{path}: not readable as JSON, expected a file this project wrote."):
-        return json.loads(Path(path).read_text())
+    with (
+        explained(f"{path}: not readable as JSON, expected a file this project wrote."),
+        regular(path) as file,
+    ):
+        return json.load(file)
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -211,12 +267,11 @@ def typed(kind: Callable[..., T], values: Any, where: str) -> T:
         return kind(**made)
 
 
-def save_tensors(
-    path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
-) -> None:
-    """Write a flat dict of tensors as safetensors."""
+def save_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
+    """Write a flat dict of tensors as safetensors, with a digest that `load_tensors` checks."""
     whole = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    write_atomic(path, lambda p: save_file(whole, str(p), metadata=metadata))
+    noted = {"digest": digest({k: digest(v) for k, v in whole.items()})}
+    write_atomic(path, lambda p: save_file(whole, str(p), metadata=noted))
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -224,7 +279,12 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
     with explained(
         f"{path}: not readable as safetensors, expected a whole file. Delete it and make it again."
     ):
-        return load_file(str(path))
+        regular(path).close()
+        with safe_open(path, "pt") as file:
+            tensors, noted = {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
+        if noted.get("digest") not in (None, digest({k: digest(v) for k, v in tensors.items()})):
+            raise ValueError("its numbers are not those that were written")
+        return tensors
 
 
 def load_weights(module: torch.nn.Module, path: str | Path, assign: bool = False) -> None:
@@ -240,9 +300,9 @@ def load_weights(module: torch.nn.Module, path: str | Path, assign: bool = False
             f"{path}: {len(wrong)} tensors are missing, unexpected or of another shape (first: {wrong[0]}); "
             f"expected the weights of {type(module).__name__} with the config beside the file."
         )
-    if broken := [k for k, v in tensors.items() if not torch.isfinite(v).all()]:
+    if broken := [k for k, v in tensors.items() if not (v.is_floating_point() and v.isfinite().all())]:
         raise InputError(
-            f"{path}: {broken[0]} is not finite, expected numbers. The run that made it diverged."
+            f"{path}: {broken[0]} is not finite, expected real numbers. The run that made it diverged."
         )
     module.load_state_dict(tensors, assign=assign)
 
@@ -276,10 +336,8 @@ def digest(what: Any) -> str:
     (Path; its config.json and model.safetensors), or anything JSON can say. A missing file raises
     InputError."""
     if isinstance(what, Tensor):
-        # .view: numpy has no bfloat16
-        return hashlib.sha256(what.detach().cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()[
-            :16
-        ]
+        plain = what.detach().cpu().contiguous().flatten().view(torch.uint8)  # numpy has no bfloat16
+        return hashlib.sha256(plain.numpy().data).hexdigest()[:16]
     if callable(what):  # a function's code, without its comments
         return digest(ast.dump(ast.parse(textwrap.dedent(inspect.getsource(what)))))
     if not isinstance(what, Path):
@@ -305,9 +363,13 @@ def cached(root: str | Path, name: str, made_by: dict[str, Any], make: Callable[
     last."""
     made_by = json.loads(json.dumps({**made_by, "torch": torch.__version__}, default=str))  # as in the file
     folder = Path(root) / f"{name}-{digest(made_by)[:8]}"
-    note = folder / "made_by.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    note, link = folder / "made_by.json", Path(root) / name
+    if name in ("", "..") or (link.exists() and not link.is_symlink()):
+        raise InputError(f"--out {link}: is there, and no link to a result. Expected a new name.")
+    with explained(f"--out {link}: cannot be made. Expected a place to write."):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "a")  # "w" would empty what a link leads to
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when a run is killed
         except BlockingIOError:
@@ -318,7 +380,9 @@ def cached(root: str | Path, name: str, made_by: dict[str, Any], make: Callable[
             fcntl.flock(lock, fcntl.LOCK_EX)  # another run is only reading it: soon done
         if note.is_file():
             try:
-                damaged = [f for f, d in load_json(note)["files"].items() if digest(folder / f) != d]
+                noted = load_json(note)
+                damaged = [f for f, d in noted.pop("files").items() if digest(folder / f) != d]
+                damaged += [note.name] * (noted != made_by)
             except (InputError, KeyError, TypeError, AttributeError):
                 damaged = [note.name]
             if not damaged:
@@ -328,13 +392,13 @@ def cached(root: str | Path, name: str, made_by: dict[str, Any], make: Callable[
                 for path in (p for p in folder.iterdir() if p.name != ".lock"):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         if not note.is_file():
+            for path in folder.rglob(".[0-9]*.*"):  # what a killed run was writing
+                path.unlink()
             make(folder)
             files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
             save_json(note, {**made_by, "files": {str(p.relative_to(folder)): digest(p) for p in files}})
-    link = Path(root) / name
-    if link.is_symlink() or not link.exists():
-        link.unlink(missing_ok=True)
-        link.symlink_to(folder.name)
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.name)
     return folder
 
 
@@ -399,8 +463,9 @@ class Log:
         """Lines after step `start` are dropped: a killed run may have logged steps that are now done again.
         `sums`: the numbers of its unfinished line."""
         self.path, self.every, self.last = path, every, last
-        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() and start else []
+        with explained(f"{path}: damaged, expected lines of JSON. Delete its folder."):
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
         write_atomic(path, lambda p: p.write_text("".join(kept)))
         self.sums = dict(sums or {})
 
@@ -414,7 +479,7 @@ class Log:
 
     def line(self, step: int, **values: Any) -> None:
         """Write one line now."""
-        with open(self.path, "a") as file:
+        with explained(f"{self.path}: cannot be written. Expected room."), open(self.path, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
 

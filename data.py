@@ -29,6 +29,7 @@ from common import (
     InputError,
     cached,
     check_at_least,
+    check_output,
     cli,
     digest,
     explained,
@@ -363,10 +364,9 @@ def main(cfg: Config) -> dict:
         raise InputError("nothing to do, expected one of --meshes, --toys, --sheet, --strip. See --help.")
     if (cfg.meshes or cfg.toys or cfg.strip) and (bool(cfg.meshes and cfg.toys) or not cfg.out):
         raise InputError("expected --out DIR and one of --meshes DIR, --toys N, --strip PNG.")
-    for path in filter(None, (cfg.sheet, cfg.strip)):
-        inside = [d for d in (cfg.meshes, cfg.out) if d and Path(d).resolve() in Path(path).resolve().parents]
-        if Path(path).suffix.lower() != ".png" or inside:
-            raise InputError(f"{path}: expected a .png outside of --meshes and --out.")
+    for option, path in (("sheet", cfg.sheet), ("strip", cfg.strip)):
+        if path:
+            check_output(option, path, ".png", (cfg.meshes, cfg.out))
 
     result: dict = {"objects": cfg.toys, "skipped": []}
     if cfg.meshes or cfg.toys:

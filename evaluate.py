@@ -26,7 +26,6 @@ Expect (64 validation pieces of furniture):
     Writes --out (means by row, numbers of each seed and object, differences with intervals) and --grid.
 """
 
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +39,7 @@ import metrics
 from common import (
     InputError,
     check_at_least,
+    check_output,
     cli,
     digest,
     explained,
@@ -72,7 +72,7 @@ class Config:
     seeds: int = 1  # samples of each object, with seeds seed, seed + 1, ...
     num_steps: int = 10  # network calls a sample (paper: 50)
     batch_size: int = 8  # objects sampled at a time
-    bf16: str = "auto"  # sample in bfloat16: auto (where it is fast), on or off
+    bf16: Literal["auto", "on", "off"] = "auto"  # sample in bfloat16: auto (where it is fast), on or off
     scorer: tuple[str, ...] = ()  # scorer folders: column contrastive, the others contrastive_<folder's name>
     lpips: str = ""  # "hub" (downloads 244 MB once), or a folder with alexnet-owt-7be5be79.pth and alex.pth
     known_rows: bool = True  # also measure truth, white, copied and spoilt views: the same for every model
@@ -209,27 +209,21 @@ def check_outputs(cfg: Config, made_by: dict[str, Any]) -> None:
 
     --images_out holds the views of one run: a note in it says of which. Others are not mixed in.
     """
-    inputs = [p for p in (cfg.model, cfg.images, cfg.data, cfg.lpips, *cfg.scorer) if p and Path(p).is_dir()]
+    inputs = [p for p in (cfg.model, cfg.images, cfg.data, cfg.lpips, *cfg.scorer) if Path(p).is_dir()]
     for option, suffix in {"out": ".json", "grid": ".png", "images_out": ""}.items():
         path = getattr(cfg, option)
         if not path and option != "out":
             continue
-        name, place = f"--{option} {path}", Path(path).resolve()
+        name = f"--{option} {path}"
+        if cfg.against and Path(path).resolve() == Path(cfg.against).resolve():
+            raise InputError(f"{name}: is --against itself. Choose another name.")
+        place = check_output(option, path, suffix, inputs)
         with explained(f"{name}: cannot be written. Choose another place."):
-            if suffix and (place.suffix.lower() != suffix or place.is_dir()):
-                raise InputError(f"{name}: expected the name of a {suffix} file.")
-            if read := [p for p in inputs if Path(p).resolve() in (place, *place.parents)]:
-                raise InputError(f"{name}: lies in {read[0]}, which is read. Choose another place.")
-            if cfg.against and place == Path(cfg.against).resolve():
-                raise InputError(f"{name}: is --against itself. Choose another name.")
             if option == "out" and place.exists():
                 with explained(f"{name}: exists, and is no evaluation. Choose another name."):
                     load_json(place)["rows"]
-            place.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.NamedTemporaryFile(dir=place.parent, prefix=f".{place.name}").close()
             if option == "images_out":
                 note = place / ".made_by.json"
-                place.mkdir(exist_ok=True)
                 ours = note.exists() and load_json(note) == [digest(made_by)]
                 if not ours and not all(p.name.startswith(".") for p in place.iterdir()):
                     raise InputError(f"{name}: holds other pictures. Choose a new folder.")
@@ -242,23 +236,24 @@ def paired_difference(
     path: str,
 ) -> dict[str, dict[str, float]]:
     """Ours minus the other run's, by metric. Objects, pictures, scorers and sampler must be equal."""
-    other = load_json(path)
-    if not isinstance(other, dict) or not judged.keys() <= other.keys():
-        raise InputError(f"--against {path}: not an evaluation, expected a file that this script wrote.")
-    remedies = {
-        "ids": "it has other objects. Use equal --data, --split and --n",
-        "size": f"made at {other['size']} pixels, not {judged['size']}. Name a --size",
-        "truth": "pictures of the same names differ there. Use that run's --data, or make that run again",
-        "sampler": f"sampled by {other['sampler']}, not {judged['sampler']}. Use equal seeds and --num_steps",
-    }
-    for key, remedy in remedies.items():
-        unknown = key == "sampler" and None in (other[key], judged[key])  # pictures of --images
-        if other[key] != judged[key] and not unknown:
-            raise InputError(f"--against {path}: {remedy}.")
-    for name in judged["judges"].keys() & other["judges"].keys():
-        if judged["judges"][name] != other["judges"][name]:
-            raise InputError(f"--against {path}: column {name} is by other weights there. Use equal ones.")
-    theirs = {name: torch.tensor(values, dtype=torch.float64) for name, values in other["objects"].items()}
+    with explained(f"--against {path}: not an evaluation, expected a file that this script wrote."):
+        other, N = load_json(path), len(judged["ids"])
+        remedies = {
+            "ids": "it has other objects. Use equal --data, --split and --n",
+            "size": f"made at {other['size']} pixels, not {judged['size']}. Name a --size",
+            "truth": "pictures of the same names differ there. Use that run's --data, or make that run again",
+            "sampler": f"sampled by {other['sampler']}, not {judged['sampler']}. Use equal seeds and steps",
+        }
+        for key, remedy in remedies.items():
+            unknown = key == "sampler" and None in (other[key], judged[key])  # pictures of --images
+            if other[key] != judged[key] and not unknown:
+                raise InputError(f"--against {path}: {remedy}.")
+        for name in judged["judges"].keys() & other["judges"].keys():
+            if judged["judges"][name] != other["judges"][name]:
+                raise InputError(
+                    f"--against {path}: column {name} is by other weights there. Use equal ones."
+                )
+        theirs = {k: torch.tensor(v, dtype=torch.float64).view(-1, N) for k, v in other["objects"].items()}
     return {name: with_interval(measured[name] - theirs[name]) for name in measured if name in theirs}
 
 

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor
 
-from common import InputError, cli, explained, get_device
+from common import InputError, check_at_least, cli, explained, get_device, regular
 from data import VIEWS, read_image
 
 MIN_SIZE = 256  # both methods find next to nothing on a 64-pixel image: smaller ones are enlarged to this
@@ -126,8 +126,10 @@ def loftr_model(weights: str, device: torch.device) -> KF.LoFTR:
         f"LoFTR weights {weights or LOFTR_URL}: expected loftr_outdoor.ckpt of {LOFTR_URL}. {remedy}"
     ):
         options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
-        read = torch.load if weights else torch.hub.load_state_dict_from_url
-        state = read(weights or LOFTR_URL, **options)["state_dict"]
+        if weights:
+            state = torch.load(regular(weights), **options)["state_dict"]
+        else:
+            state = torch.hub.load_state_dict_from_url(LOFTR_URL, **options)["state_dict"]
         if not all(v.isfinite().all() for v in state.values()):
             raise ValueError("a weight is not finite")
         model.load_state_dict(state)
@@ -209,6 +211,7 @@ def print_views(values: Tensor) -> dict[str, float]:  # (V,)
 
 def main(cfg: Config) -> dict[str, float]:
     """Print the number of matches of each view, and the reward."""
+    check_at_least(cfg, 1, "size")
     device = get_device(cfg.device)
     ref, views = (images.to(device) for images in read_set(cfg.ref, cfg.views, cfg.size))
     return print_views(count_matches(ref, views, cfg.method, cfg.weights)[0])

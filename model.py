@@ -59,8 +59,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch", "channels", "head_dim", "schedule_shift", "ref_scale"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise InputError(f"{name} {getattr(self, name)}: expected a finite number above 0.")
+            if not 0 < getattr(self, name) <= 10**4:
+                value = getattr(self, name)
+                raise InputError(f"{name} {value}: expected a finite number above 0, at most 10000.")
         if self.image_size % self.patch:
             raise InputError(f"image_size {self.image_size}: expected a multiple of patch, {self.patch}.")
         if self.channels % 16 or self.channels % self.head_dim:  # 16 groups are normalised together
@@ -412,8 +413,8 @@ def load(folder: str | Path, device: torch.device | str = "cpu", half: bool = Fa
     """
     folder = located(folder)
     config, weights = folder / "config.json", folder / "model.safetensors"
-    if not config.is_file():
-        raise InputError(f"{folder}: no config.json found, expected a model's folder. Make one: train_sft.py")
+    if missing := [p.name for p in (config, weights) if not p.is_file()]:
+        raise InputError(f"{folder}: no {missing[0]}, expected a model's folder. Make one: train_sft.py")
     cfg = typed(ModelConfig, load_json(config), str(config))
     unreadable = f"{weights}: not readable as safetensors, expected a whole model."
     with explained(unreadable), safe_open(weights, "pt") as file:

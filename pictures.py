@@ -165,8 +165,10 @@ def fingerprint(views: Tensor | Views) -> str:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """One run at a time in a folder; the system lets go of the lock when a run is killed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    with explained(f"--out {folder}: cannot be written, expected another place."):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "a")  # "w" would empty what a link leads to
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

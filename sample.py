@@ -23,12 +23,13 @@ Run:
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import InputError, cli, get_device, key_seed, keyed_generator, use_bf16
+from common import InputError, check_output, cli, get_device, key_seed, keyed_generator, use_bf16
 from data import VIEWS, read_image, write_png
 from model import ModelConfig, MultiViewUNet, load
 
@@ -315,18 +316,18 @@ class Config:
     out: str = "views.png"  # strip of the five views; each view also goes to <out without suffix>/<view>.png
     seed: int = 0  # of x_T and all noises
     num_steps: int = 10  # network calls K: as many as it was fine-tuned with (runs/paper.sh: 50)
-    bf16: str = "auto"  # run the network in bfloat16: auto (where it is fast), on or off
+    bf16: Literal["auto", "on", "off"] = "auto"  # run the network in bfloat16; auto: where it is fast
     device: str = "auto"  # auto, cpu or cuda
 
 
 def main(cfg: Config) -> dict:
     """Image -> five views. Returns the paths that were written."""
-    if not cfg.out.endswith(".png"):
-        raise InputError(f"--out {cfg.out}: expected a name ending in .png.")
+    check_output("out", cfg.out, ".png", (cfg.model,))
     folder = Path(cfg.out).with_suffix("")
     written = {path.resolve() for path in (Path(cfg.out), *(folder / f"{view}.png" for view in VIEWS))}
     if Path(cfg.image).resolve() in written:
         raise InputError(f"--out {cfg.out}: would overwrite --image {cfg.image}. Take another name.")
+    check_output("out", folder)
     device = get_device(cfg.device)
     bf16 = use_bf16(cfg.bf16, device)
     model = load(cfg.model, device, half=bf16)

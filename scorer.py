@@ -68,9 +68,12 @@ class EncoderConfig:
     use_swiglu_ffn: bool = False
 
     def __post_init__(self) -> None:
-        if min(self.image_size, self.patch_size, self.num_hidden_layers, self.num_attention_heads) < 1:
-            raise InputError(f"encoder {self}: expected sizes of 1 or more.")
-        if self.hidden_size < 1 or self.hidden_size % self.num_attention_heads:  # transformers would go on
+        for name in ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+            if not 1 <= getattr(self, name) <= 10**4:
+                raise InputError(f"encoder {name} {getattr(self, name)}: expected 1 to 10000.")
+        if min(self.mlp_ratio, self.layer_norm_eps, self.initializer_range) <= 0:
+            raise InputError(f"encoder {self}: expected mlp_ratio, eps and range above 0.")
+        if self.hidden_size % self.num_attention_heads:  # transformers would go on
             raise InputError(f"hidden_size {self.hidden_size}: expected a multiple of the heads.")
 
 

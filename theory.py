@@ -12,7 +12,7 @@ Expect PASS on every line, after about a second of one CPU core:
     refuted    A sentence of the paper (in quotes) is false as written. The number says by how much a
                counterexample violates it and must exceed the margin. What is true ends the line.
 
-Letters (no other file is imported, and some letters differ from the other files'):
+Letters (some differ from the other files', of which only the command line is used):
     D, M        dimension of the 3-D data, number of views; A (D, M) = [a_1 ... a_M], A^T A = I
     z, x0, x    latent (M,), z ~ N(mu, Sigma); clean data x0 = A z (D,); noised data (D,)
     tau         noise level, int_0^t beta(s) ds: the schedule beta only relabels time
@@ -28,9 +28,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
-import tyro
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from common import cli
 
 
 @dataclass(frozen=True)
@@ -492,8 +493,13 @@ def run_checks(checks: Iterable[Callable[[int], list[Check]]], seed: int) -> int
     return failed
 
 
+def main(cfg: Config) -> int:
+    """Run and print everything; returns the number of failures."""
+    failures = run_checks(CHECKS, cfg.seed)
+    print(SAMPLES)
+    return failures
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)  # the matrices are tiny
-    failures = run_checks(CHECKS, tyro.cli(Config, description=__doc__).seed)
-    print(SAMPLES)
-    raise SystemExit(failures > 0)
+    raise SystemExit(cli(main, Config, __doc__) > 0)

@@ -47,7 +47,7 @@ import train_scorer
 from candidates import Batch, Rollouts, draw_candidates, make_batch, read_rollouts
 from common import InputError, Log, cached, check_at_least, cli, digest, get_device, key_seed, keyed_generator
 from common import load_json, load_state, load_tensors, located, optimizer_step, provenance, save_json
-from common import save_state, save_tensors, training_steps, use_bf16
+from common import same_place, save_state, save_tensors, training_steps, use_bf16
 from data import load_references, load_split
 from evaluate import before_after, print_table
 from feedback import FEEDBACKS, preference_pairs
@@ -465,10 +465,17 @@ def check(cfg: Config) -> None:
     if not 0 <= first <= last < cfg.num_steps - 1:  # the last call of a chain has no density
         limit = cfg.num_steps - 2
         raise InputError(f"--trained_calls {first} {last}: expected 0 <= first <= last <= {limit}.")
+    link = Path(cfg.out) / ("sft" if cfg.feedback == "none" else f"d3po_{cfg.feedback}")
+    if same_place(cfg.model, link):
+        raise InputError(f"--model {link}: this run moves that link. Expected its folder, {link.resolve()}.")
     check_at_least(cfg, 1, "steps", "batch_objects", "batch_size", "num_references", "eval_objects", "rounds")
     check_at_least(cfg, 2, "num_candidates")
     check_at_least(cfg, 0, "beta_dpo", "kl", "lambda_simple", "min_gap", "lr", "lora")
-    Schedule(load(cfg.model).cfg).timesteps(cfg.num_steps)
+    model = load(cfg.model).cfg
+    Schedule(model).timesteps(cfg.num_steps)
+    if cfg.scorer:  # does it see the model's images?
+        views = torch.zeros(1, 1, 3, model.image_size, model.image_size)
+        Scorer.load(cfg.scorer).score(views[:, 0], views)
 
 
 def main(cfg: Config) -> dict:

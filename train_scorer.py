@@ -307,9 +307,11 @@ def train(
 def main(cfg: Config) -> dict[str, Any]:
     """Negatives, training, evaluation; returns the content of results.json and the folder."""
     check_at_least(
-        cfg, 1, "steps", "eval_every", "num_steps", "patch_size", "hidden_size", "num_layers", "num_heads"
+        cfg, 1, "steps", "eval_every", "patch_size", "hidden_size", "num_layers", "num_heads", "backbone_size"
     )
-    check_at_least(cfg, 2, "num_references", "num_val", "batch_size")  # views of another object are needed
+    check_at_least(
+        cfg, 2, "num_references", "num_val", "batch_size", "num_steps"
+    )  # views of another object are needed
     check_at_least(cfg, 0, "lr", "head_lr", "weight_decay", "mismatch")
     device = get_device(cfg.device)
     truth, fake, n = make_pairs(cfg, device)

@@ -321,7 +321,9 @@ def train(
 def main(cfg: Config) -> dict:
     """Train a model unless it is there; returns its results and folder."""
     check_at_least(cfg, 1, "steps", "batch_size", "warmup", "eval_every", "num_objects", "eval_objects")
-    check_at_least(cfg, 0, "lr", "muon_lr", "ema", "lora")
+    check_at_least(cfg, 0, "lr", "muon_lr", "ema", "lora", "image_size")
+    if not cfg.ema <= 1:
+        raise InputError(f"--ema {cfg.ema}: expected at most 1.")
     device = get_device(cfg.device)
     model = new_model(cfg)
     Schedule(model.cfg).timesteps(cfg.num_steps)  # a wrong number of them shows now, not after training
@@ -333,6 +335,7 @@ def main(cfg: Config) -> dict:
     made_by = settings(cfg, "eval_every", "bf16", "init", "base") | {
         "start": digest(Path(cfg.init)) if cfg.init else model.cfg.base,
         "objects": [fingerprint(sources[source]) for source in cfg.data],
+        "validation": digest(val_views),
         "bf16": use_bf16(cfg.bf16, device),
         "on": device.type,
     }

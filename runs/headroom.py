@@ -10,14 +10,14 @@ Run:
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 
 import train_d3po as D
-from common import cli, get_device, key_seed, located, provenance, save_json, use_bf16, write_atomic
+from common import check_at_least, check_output, cli, get_device, key_seed, located, provenance, save_json
+from common import use_bf16, write_atomic
 from data import load_split
 from evaluate import measure
 from metrics import bootstrap_interval
@@ -38,7 +38,7 @@ class Config:
     num_steps: int = 10  # network calls K
     branch_calls: tuple[int, ...] = (0, 1, 2, 3, 4, 6, 8)  # k of the design "branch"
     seed: int = 1
-    bf16: str = "auto"  # auto, on or off
+    bf16: Literal["auto", "on", "off"] = "auto"
     out: str = "out/headroom"  # writes .md and .json
     device: str = "auto"  # auto, cpu or cuda
 
@@ -48,17 +48,23 @@ METRICS = ("psnr_unseen", "ssim_unseen", "hull", "geometry", "contradiction", "c
 
 def main(cfg: Config) -> dict:
     """Draw, rate, print and write the table."""
-    device = get_device(cfg.device)
-    bf16 = use_bf16(cfg.bf16, device)
-    model = load(located(cfg.model), device)
-    truth = load_split(cfg.data, "validation", cfg.n, model.cfg.image_size).float() / 255
-    scorers = {"contrastive": Scorer.load(cfg.scorer, device)}
     numbers: dict[str, Any] = {
         "num_candidates": cfg.num_candidates,
         "num_steps": cfg.num_steps,
         "seed": cfg.seed,
     }
-    base = D.Config(scorer=cfg.scorer, **numbers)
+    base = D.Config(model=cfg.model, scorer=cfg.scorer, **numbers)
+    check_at_least(cfg, 1, "n")
+    for name in cfg.feedbacks:
+        for k in cfg.branch_calls:
+            D.check(replace(base, feedback=name, trained_calls=(k, k)))
+    for suffix in (".md", ".json"):
+        check_output("out", cfg.out + suffix, suffix)
+    device = get_device(cfg.device)
+    bf16 = use_bf16(cfg.bf16, device)
+    model = load(located(cfg.model), device)
+    truth = load_split(cfg.data, "validation", cfg.n, model.cfg.image_size).float() / 255
+    scorers = {"contrastive": Scorer.load(cfg.scorer, device)}
     designs = {"noised references (App. B)": ("noised", 0), "independent samples": ("independent", 0)}
     designs |= {f"branch at call {k}": ("branch", k) for k in cfg.branch_calls}
 
@@ -66,7 +72,7 @@ def main(cfg: Config) -> dict:
     for label, (candidates, call) in designs.items():
         options = replace(base, candidates=candidates, trained_calls=(call, call))
         images = []
-        for part in tqdm(torch.arange(cfg.n).split(2), desc=label, disable=None):
+        for part in tqdm(torch.arange(len(truth)).split(2), desc=label, disable=None):
             seeds = [key_seed(cfg.seed, 8, int(i)) for i in part]
             ref = truth[part, 0].to(device)
             images.append(D.draw_candidates(model, ref, seeds, call, options, bf16)[1].cpu())
@@ -88,7 +94,7 @@ def main(cfg: Config) -> dict:
             rows.append({"candidates": label, "feedback": name, **gains})
         spreads.append({"candidates": label, **spread})
 
-    text = [f"Best of {cfg.num_candidates} by a feedback minus their mean; {cfg.n} validation objects."]
+    text = [f"Best of {cfg.num_candidates} by a feedback minus their mean; {len(truth)} validation objects."]
     text += ["", "| candidates | best by | " + " | ".join(METRICS) + " |", "|---" * (2 + len(METRICS)) + "|"]
     for row in rows:
         cells = [(row[k]["mean"], *row[k]["interval"]) for k in METRICS]
@@ -103,10 +109,9 @@ def main(cfg: Config) -> dict:
     for row in spreads:
         text.append(f"| {row['candidates']} | " + " | ".join(f"{row[k]:.3f}" for k in cfg.feedbacks) + " |")
     print("\n".join(text))
-    out = Path(cfg.out)
-    write_atomic(out.with_suffix(".md"), lambda p: p.write_text("\n".join(text) + "\n"))
+    write_atomic(f"{cfg.out}.md", lambda p: p.write_text("\n".join(text) + "\n"))
     result = {**provenance(cfg), "rows": rows, "spread": spreads}
-    save_json(out.with_suffix(".json"), result)
+    save_json(f"{cfg.out}.json", result)
     return result
 
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 import train_d3po as D
 import train_scorer as S
-from common import cached, cli, digest, get_device, key_seed, load_tensors, located, provenance, save_json
-from common import save_tensors, use_bf16, write_atomic
+from common import InputError, cached, check_at_least, check_output, cli, digest, get_device, key_seed
+from common import load_tensors, located, provenance, save_json, save_tensors, use_bf16, write_atomic
 from data import load_split
 from evaluate import measure
 from grid import grid
@@ -214,6 +214,11 @@ def curves(path: Path, points: dict[str, list[tuple[float, dict[str, float]]]], 
 
 def main(cfg: Config) -> dict:
     """Train, draw, measure, write."""
+    check_at_least(cfg, 1, "n")
+    check_at_least(cfg, 0, "rates")
+    if strange := [row for row in cfg.rows if row not in ROWS] or {"pre"} - {*cfg.rows}:
+        raise InputError(f"--rows {' '.join(strange)}: expected pre and others of {', '.join(ROWS)}.")
+    check_output("results", cfg.results)
     n = 4 if cfg.small else cfg.n
     scorers = make_scorers(cfg)
     judges = {name: Scorer.load(folder, get_device(cfg.device)) for name, folder in scorers.items()}

@@ -18,11 +18,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-import tyro
 from torch import Tensor
 from torch.nn.functional import normalize
 
 import theory
+from common import check_output, cli, write_atomic
 from theory import A1, A_SPAN, AP, F64, Check, Holds, Refuted, alpha_h, cosine, max_error, random_basis, vec
 
 
@@ -386,8 +386,7 @@ def plot_figure(laws: dict[str, Law], folder: Path) -> Path:
     axis.set_title("(e) at equal similarity contrast helps some models, hurts others")
     axis.set(xlabel="r = alpha2/alpha1 (dotted: simple guidance, $a_1$)", ylabel="mean cosine to $a_1$")
     axis.legend(loc="lower right", ncols=2)
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / "figure3.png", dpi=110)
+    write_atomic(folder / "figure3.png", lambda p: figure.savefig(p, dpi=110))
     plt.close(figure)
     return folder / "figure3.png"
 
@@ -397,6 +396,8 @@ CHECKS = (check_reverse, check_laws, check_condition, check_wins)
 
 def main(cfg: Config) -> int:
     """Run and print everything; returns the number of failures."""
+    if cfg.out:
+        check_output("out", cfg.out)
     failed, laws = theory.run_checks(CHECKS, cfg.seed), matched_laws()
     cosines = torch.stack([mean_cosine(law, A1) for law in laws.values()], 1)  # (models, columns)
     print_table(dict(zip(MODELS, cosines.tolist(), strict=True)))
@@ -407,4 +408,4 @@ def main(cfg: Config) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # the matrices are tiny
-    raise SystemExit(main(tyro.cli(Config, description=__doc__)) > 0)
+    raise SystemExit(cli(main, Config, __doc__) > 0)

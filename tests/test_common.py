@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -65,12 +66,48 @@ def test_broken_files_are_input_errors(tmp_path, content):
         C.load_tensors(tmp_path / "a")
 
 
+def test_what_is_not_a_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a")
+    for read in (C.load_json, C.load_tensors, C.regular):
+        with pytest.raises((InputError, OSError), match="no such file"):
+            read(tmp_path / "a")
+
+
+def test_another_number_in_a_file_of_tensors_is_noticed(tmp_path):
+    tensors = {"w": torch.arange(4.0), "n": torch.tensor(3), "half": torch.ones(2).bfloat16()}
+    C.save_tensors(tmp_path / "a", tensors)
+    assert all(torch.equal(v, tensors[k]) for k, v in C.load_tensors(tmp_path / "a").items())
+    content = bytearray((tmp_path / "a").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(InputError, match="not those that were written"):
+        C.load_tensors(tmp_path / "a")
+
+
+def test_what_cannot_be_written_is_said_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for path, suffix, message in (
+        ("file/x.json", ".json", "cannot be written"),
+        ("n" * 300 + ".json", ".json", "cannot be written"),
+        ("file", "", "cannot be written"),
+        ("x.txt", ".json", "the name of a .json file"),
+        ("read/x.json", ".json", "which is read"),
+    ):
+        with pytest.raises(InputError, match=f"--out .*{message}"):
+            C.check_output("out", tmp_path / path, suffix, [str(tmp_path / "read")])
+    C.check_output("out", tmp_path / "new" / "x.json", ".json")
+    with pytest.raises(InputError, match="file/a.json: cannot be written. Expected a place"):
+        C.save_json(tmp_path / "file" / "a.json", {})
+    assert (tmp_path / "file").read_text() == "mine" and not list((tmp_path / "new").iterdir())
+
+
 def test_weights_that_do_not_fit_or_are_not_finite_are_refused(tmp_path):
     module = torch.nn.Linear(2, 1)
     for tensors, message in (
         ({"weight": torch.zeros(1, 2)}, "missing"),
         ({"weight": torch.zeros(1, 3), "bias": torch.zeros(1)}, "another shape"),
         ({"weight": torch.zeros(1, 2), "bias": torch.tensor([torch.nan])}, "bias is not finite"),
+        ({"weight": torch.zeros(1, 2), "bias": torch.tensor([1])}, "bias .*expected real numbers"),
     ):
         C.save_tensors(tmp_path / "w", tensors)
         with pytest.raises(InputError, match=message):
@@ -124,15 +161,34 @@ def test_a_result_is_made_once_for_each_content(tmp_path):
     assert (tmp_path / "x").resolve() == one.resolve() and (tmp_path / "runs").read_text() == "2"
 
 
-@pytest.mark.parametrize("damage", ["delete", "truncate", "flip", "note"])
+@pytest.mark.parametrize("name", ["", "..", "mine", "file/x"])
+def test_a_result_takes_nobodys_place(tmp_path, name):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="--out .*xpected"):
+        C.cached(tmp_path, name, {}, count)
+
+
+def test_a_link_in_place_of_the_lock_empties_nothing(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    folder = C.cached(tmp_path, "x", {}, count)
+    (folder / ".lock").unlink()
+    (folder / ".lock").symlink_to(tmp_path / "precious")
+    C.cached(tmp_path, "x", {}, count)
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize("damage", ["delete", "truncate", "flip", "note", "claim"])
 def test_a_damaged_result_is_made_again(tmp_path, damage, capsys):
     folder = C.cached(tmp_path, "x", {}, count)
-    file = folder / ("made_by.json" if damage == "note" else "result.json")
+    file = folder / ("made_by.json" if damage in ("note", "claim") else "result.json")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.unlink()
     if damage != "delete":
-        file.write_bytes({"truncate": content[:3], "flip": content, "note": content[:9]}[damage])
+        claim = json.dumps({"torch": "1.0", "files": {}}).encode()
+        damaged = {"truncate": content[:3], "flip": content, "note": content[:9], "claim": claim}
+        file.write_bytes(damaged[damage])
     assert C.cached(tmp_path, "x", {}, count) == folder
     assert (tmp_path / "runs").read_text() == "2" and C.load_json(folder / "result.json") == {"run": 2}
     assert "made again" in capsys.readouterr().out
@@ -183,6 +239,9 @@ def test_the_log_writes_means_and_forgets_what_is_done_again(tmp_path):
     again.add(3, loss=1.0)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert lines == [{"step": 2, "loss": 2.0}, {"step": 4, "loss": 3.0}]
+    (tmp_path / "log.jsonl").write_text("{\n")
+    with pytest.raises(InputError, match="log.jsonl: damaged, expected lines of JSON"):
+        C.Log(tmp_path / "log.jsonl", 3, every=2, last=9)
 
 
 def test_steps_save_when_asked_to_stop(monkeypatch):
@@ -220,6 +279,9 @@ def test_optimizer_step_clips_scales_the_rate_and_clears():
 @dataclass(frozen=True)
 class Config:
     n: tuple[float, ...] = (1.0,)  # numbers
+    seed: int = 0  # of nothing
+    read: str = ""  # a file
+    out: str = "out"  # another
 
 
 @pytest.mark.parametrize("value", [(), (0.0,), (float("nan"),), (float("inf"),), (2.0, -1.0)])
@@ -227,6 +289,28 @@ def test_numbers_out_of_range_are_refused(value):
     with pytest.raises(InputError, match="--n"):
         C.check_at_least(Config(value), 1, "n")
     C.check_at_least(Config((1.0, 2.0)), 1, "n")
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["--n", "x"], "error: .*--n.* --n "),
+        (["--m", "1"], "error: .*--m, 1 .*See --help."),
+        (["--n", "nan"], "error: --n nan: expected a number below 1000000000"),
+        (["--n"], "error: --n: is empty, expected one or more"),
+        (["--seed", str(2**63)], "error: --seed 9223372036854775808: expected a number below"),
+        (["--read", "there", "--out", "./there"], "error: --out ./there: is --read, too. Expected"),
+    ],
+)
+def test_every_wrong_option_is_one_line(monkeypatch, capsys, args, line):
+    monkeypatch.setattr(sys, "argv", ["x.py", *args])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as stop:
+        C.cli(lambda cfg: None, Config, "doc")
+    errors = capsys.readouterr().err
+    assert stop.value.code and re.match(line, errors) and errors.count("\n") == 1
+    monkeypatch.setattr(sys, "argv", ["x.py", "--seed", str(2**63 - 1), "--read", "."])
+    assert C.cli(lambda cfg: cfg.seed, Config, "doc") == 2**63 - 1
 
 
 SCRIPT = """

@@ -11,7 +11,7 @@ from PIL import Image
 
 import evaluate
 import metrics
-from common import InputError, digest, save_json
+from common import InputError, digest, load_json, save_json
 from data import SPLITS, VIEWS, load_views, make_toys, write_views
 from grid import grid
 from model import ModelConfig, MultiViewUNet
@@ -186,11 +186,13 @@ def test_only_what_is_comparable_is_compared(folder, toys) -> None:
     assert "contrastive" not in evaluate.main(replace(again, scorer=()))["difference"]
     stranger = folder / "stranger.json"
     save_json(stranger, {"ids": ["chair"], "objects": {}})
+    save_json(folder / "odd.json", load_json(first.out) | {"objects": {"psnr": [[1.0]]}})
     for change, message in [
         ({"size": 96, "scorer": ()}, "made at 64 pixels, not 96"),
         ({"scorer": (str(folder / "two"),)}, "column contrastive is by other weights"),
         ({"n": 2}, "other objects"),
         ({"against": str(stranger)}, "not an evaluation"),
+        ({"against": str(folder / "odd.json")}, "not an evaluation"),
     ]:
         with pytest.raises(InputError, match=message):
             evaluate.main(replace(again, **change))

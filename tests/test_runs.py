@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from conftest import random_model
 
 import bench
 from common import InputError, load_json
-from runs import headroom
+from runs import headroom, table1, theory_extra
 from scorer import small_scorer
 
 ROOT = Path(__file__).parent.parent
@@ -95,6 +96,37 @@ def test_headroom_finds_the_better_candidates(tmp_path, monkeypatch):
     assert (
         all(s["contrastive"] > 0 for s in result["spread"]) and "branch at call 1" in Path("h.md").read_text()
     )
+
+
+@pytest.mark.parametrize(
+    ("main", "cfg", "message"),
+    [
+        (bench.main, bench.Config(groups=(1,)), "--groups"),
+        (bench.main, bench.Config(tflops=0), "--tflops"),
+        (bench.main, bench.Config(utilisation=2), "--utilisation 2"),
+        (bench.main, bench.Config("MODEL", num_steps=1000), "--num_steps 1000"),
+        (bench.main, bench.Config(out="file/x"), "--out file/x"),
+        (table1.main, table1.Config(rows=("pre", "nope")), "--rows nope"),
+        (table1.main, table1.Config(rows=("sft",)), "--rows pre"),
+        (table1.main, table1.Config(rates=(-1.0,)), "--rates"),
+        (table1.main, table1.Config(results="file/x"), "--results file/x"),
+        (headroom.main, headroom.Config("MODEL", "toys", "SCORER", feedbacks=("taste",)), "--feedback taste"),
+        (headroom.main, headroom.Config("MODEL", "toys", "SCORER", branch_calls=(9,)), "--trained_calls 9 9"),
+        (headroom.main, headroom.Config("MODEL", "toys", "SCORER", n=0), "--n 0"),
+        (headroom.main, headroom.Config("MODEL", "toys", "SCORER", out="file/x"), "--out file/x"),
+        (theory_extra.main, theory_extra.Config(out="file/x"), "--out file/x"),
+    ],
+)
+def test_wrong_input_is_one_line_before_any_work(tiny_folder, tmp_path, monkeypatch, main, cfg, message):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    small_scorer("bilinear", 16, 8, 32, 1, 2).save("scorer")
+    for name, path in (("model", tiny_folder), ("scorer", "scorer")):
+        if getattr(cfg, name, "") == name.upper():
+            cfg = replace(cfg, **{name: path})
+    with pytest.raises(InputError, match=message):
+        main(cfg)
+    assert Path("file").read_text() == "mine"
 
 
 @pytest.mark.slow

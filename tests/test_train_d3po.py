@@ -645,8 +645,16 @@ def test_wrong_input_is_one_line_before_any_work(tmp_path, changes, message):
 
 def test_a_scorer_of_another_size_is_refused(tmp_path):
     small_scorer("bilinear", 32, 8, 32, 1, 2).save(tmp_path / "scorer")
-    with pytest.raises(InputError, match="expected 32 x 32|not a scorer for 16"):
+    with pytest.raises(InputError, match="expected 32 x 32"):
         D.main(config(tmp_path, feedback="contrastive", scorer=str(tmp_path / "scorer")))
+    assert not list((tmp_path / "out").glob("candidates*"))  # before any work
+
+
+def test_a_run_does_not_move_the_link_it_starts_from(tmp_path):
+    random_model().save(tmp_path / "out" / "other")
+    (tmp_path / "out" / "d3po_oracle").symlink_to("other")
+    with pytest.raises(InputError, match="this run moves that link. Expected its folder, .*/other"):
+        D.main(config(tmp_path, model=str(tmp_path / "out" / "d3po_oracle")))
 
 
 @pytest.mark.slow

@@ -269,6 +269,7 @@ def test_furniture_trains_on_its_training_split(tmp_path, monkeypatch):
         ({"data": ("nowhere",)}, "nowhere: no such folder"),
         ({"steps": 0}, "--steps"),
         ({"lr": float("nan")}, "--lr"),
+        ({"ema": 1.5}, "--ema 1.5"),
         ({"num_steps": 1000}, "--num_steps 1000"),
         ({"init": "nowhere"}, "nowhere: no config.json"),
     ],
