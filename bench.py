@@ -79,7 +79,7 @@ class Config:
     model: str = "checkpoints/objects"  # the network that is measured
     groups: tuple[int, ...] = (2, 5, 9, 16)  # G, candidates of one reference
     repeats: int = 5  # turns of each form
-    bf16: str = "auto"  # auto (where it is fast), on or off
+    bf16: Literal["auto", "on", "off"] = "auto"  # auto (where it is fast), on or off
     device: str = "auto"  # auto, cpu or cuda
     scaling: bool = False  # measure one step against its sizes instead
 
