@@ -8,9 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Dinov2Config, Dinov2Model
 
-import scorer as scorer_module
 from common import InputError
-from data import VIEWS, make_toys, write_views
+from data import VIEWS
 from scorer import Scorer, contrastive_reward, pretrained_scorer, small_scorer
 
 V = len(VIEWS)
@@ -33,17 +32,12 @@ def images(*shape: int) -> torch.Tensor:
 # --- heads ---
 
 
-def exchange(scorer: Scorer) -> tuple[float, float]:
-    """f(Y1, X1) + f(Y2, X2) and f(Y1, X2) + f(Y2, X1)."""
-    y, x = images(2, 3, 16, 16), images(2, V, 3, 16, 16) ** 3
-    return float(scorer.score(y, x).double().sum()), float(scorer.score(y, x.flip(0)).double().sum())
-
-
 def test_concat_cannot_see_an_exchange_of_objects_and_bilinear_can():
-    own, exchanged = exchange(tiny("concat"))
-    assert abs(own - exchanged) < 1e-4
-    own, exchanged = exchange(tiny("bilinear"))
-    assert abs(own - exchanged) > 1e-2
+    """f(Y1, X1) + f(Y2, X2) against f(Y1, X2) + f(Y2, X1)."""
+    y, x = images(2, 3, 16, 16), images(2, V, 3, 16, 16) ** 3
+    for head, low, high in (("concat", 0, 1e-4), ("bilinear", 1e-2, 1e9)):
+        own, exchanged = (tiny(head).score(y, z).double().sum() for z in (x, x.flip(0)))
+        assert low <= abs(own - exchanged) <= high
 
 
 def test_bilinear_without_w_is_concat():
@@ -51,8 +45,7 @@ def test_bilinear_without_w_is_concat():
     concat.load_state_dict({k: v for k, v in scorer.state_dict().items() if k != "W"})
     y, x = images(2, 3, 16, 16), images(2, V, 3, 16, 16)
     assert not torch.allclose(scorer.score(y, x), concat.score(y, x))
-    assert scorer.W is not None
-    torch.nn.init.zeros_(scorer.W)
+    torch.nn.init.zeros_(scorer.W)  # type: ignore
     assert torch.allclose(scorer.score(y, x), concat.score(y, x), atol=1e-6)
 
 
@@ -126,8 +119,6 @@ def test_wrong_files_and_sizes_give_one_line(tmp_path: Path):
     scorer.save(tmp_path)
     with pytest.raises(InputError, match="32 x 32 px, expected 16 x 16"):
         scorer.score(images(1, 3, 32, 32), images(1, V, 3, 32, 32))
-    with pytest.raises(InputError, match="expected"):
-        scorer.score(images(1, 3, 16, 16), images(2, V, 3, 16, 16))
     weights = tmp_path / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
@@ -149,19 +140,18 @@ def test_a_config_cannot_ask_for_code_or_nonsense(tmp_path: Path):
     good = json.loads((tmp_path / "config.json").read_text())
     Scorer.load(tmp_path)
     encoder = good["encoder"]
+    for name, value, text in (
+        ("_attn_implementation", "someone/kernel", "encoder: _attn_implementation unknown"),
+        ("auto_map", {"AutoModel": "theirs--code.Model"}, "encoder: auto_map unknown"),
+        ("hidden_act", "someone/activation", "hidden_act.*expected.*gelu"),
+        ("hidden_size", 0, "hidden_size 0"),
+        ("num_attention_heads", 7, "hidden_size 16: expected a multiple"),
+        ("layer_norm_eps", float("nan"), "layer_norm_eps nan"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**good, "encoder": {**encoder, name: value}}))
+        with pytest.raises(InputError, match=text):
+            Scorer.load(tmp_path)
     for change, text in (
-        (
-            {"encoder": {**encoder, "_attn_implementation": "someone/kernel"}},
-            "encoder: _attn_implementation unknown",
-        ),
-        (
-            {"encoder": {**encoder, "auto_map": {"AutoModel": "theirs--code.Model"}}},
-            "encoder: auto_map unknown",
-        ),
-        ({"encoder": {**encoder, "hidden_act": "someone/activation"}}, "hidden_act.*expected.*gelu"),
-        ({"encoder": {**encoder, "hidden_size": 0}}, "hidden_size 0"),
-        ({"encoder": {**encoder, "num_attention_heads": 7}}, "hidden_size 16: expected a multiple"),
-        ({"encoder": {**encoder, "layer_norm_eps": float("nan")}}, "layer_norm_eps nan"),
         ({"encoder": "dinov2"}, "encoder: .* missing"),
         ({"std": [0.3, 0.0, 0.3]}, "std .*more than 0"),
         ({"std": [0.3, float("inf"), 0.3]}, "std .*inf"),
@@ -182,20 +172,6 @@ def test_a_config_cannot_ask_for_code_or_nonsense(tmp_path: Path):
         Scorer.load(tmp_path)
 
 
-def test_command_line_prints_each_view_and_the_reward(tmp_path: Path, capsys: pytest.CaptureFixture):
-    views = make_toys(1, 16, 7)[0]
-    write_views(tmp_path / "toy", views)
-    scorer = tiny()
-    scorer.save(tmp_path / "scorer")
-    paths = {"scorer": str(tmp_path / "scorer"), "ref": str(tmp_path / "toy" / "back.png")}
-    result = scorer_module.main(scorer_module.Config(**paths, views=str(tmp_path / "toy"), device="cpu"))
-    expected = scorer.score(views[None, 2] / 255, views[None] / 255)[0]
-    assert [result[v] for v in VIEWS] == pytest.approx(expected.tolist(), abs=1e-5)
-    assert result["sum"] == pytest.approx(expected[1:].sum().item(), abs=1e-5)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == V + 1 and [i for i, line in enumerate(lines) if "not in the sum" in line] == [0]
-
-
 def test_a_small_encoder_reads_64_pixels_in_65_tokens():
     scorer = small_scorer("bilinear", 64, 8, hidden_size=8, num_layers=1, num_heads=1)
     assert scorer.encoder.embeddings.position_embeddings.shape == (1, 65, 8)
@@ -212,10 +188,8 @@ def test_a_small_encoder_reads_64_pixels_in_65_tokens():
 @pytest.fixture
 def backbone(tmp_path: Path) -> str:
     torch.manual_seed(0)
-    config = Dinov2Config(
-        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=70, patch_size=14
-    )
-    Dinov2Model(config).save_pretrained(tmp_path / "dino")
+    sizes = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2)
+    Dinov2Model(Dinov2Config(**sizes, image_size=70, patch_size=14)).save_pretrained(tmp_path / "dino")  # type: ignore
     return str(tmp_path / "dino")
 
 
