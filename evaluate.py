@@ -13,15 +13,8 @@ Letters: N objects, V views, R sampler seeds, S side of a square picture.
 
 Run:
     python evaluate.py --model checkpoints/toy --data toys --n 64 --grid out/views.png
-
     python evaluate.py --model out/c --scorer out/scorer --against out/evaluation.json --out out/c.json
-
     python evaluate.py --images DIR --data renders     # any other model's views: DIR/<object>/{view}.png
-
-Expect (64 validation pieces of furniture):
-    contradiction: truth .08, mirrored .30, swapped .88, all white and the reference copied 1.00.
-
-    On one core an object takes 10 ms a row at 64 px, most of it SSIM, and 11 ms more with LPIPS.
 
     Writes --out (means by row, numbers of each seed and object, differences with intervals) and --grid.
 """
@@ -37,19 +30,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import metrics
-from common import (
-    InputError,
-    check_at_least,
-    cli,
-    digest,
-    explained,
-    get_device,
-    load_json,
-    provenance,
-    save_json,
-    use_bf16,
-)
-from data import SPLITS, VIEWS, load_split, load_views, object_names, open_image, write_views
+from common import InputError, check_at_least, cli, digest, explained, get_device, load_json, provenance
+from common import save_json, use_bf16
+from data import SPLITS, VIEWS, load_split, load_views, object_names, open_image
 from grid import grid
 from metrics import Lpips, bootstrap_interval, psnr, spoilt_views
 from model import load
@@ -76,7 +59,6 @@ class Config:
     scorer: tuple[str, ...] = ()  # scorer folders: column contrastive, the others contrastive_<folder's name>
     lpips: str = ""  # "hub" (downloads 244 MB once), or a folder with alexnet-owt-7be5be79.pth and alex.pth
     known_rows: bool = True  # also measure truth, white, copied and spoilt views: the same for every model
-    images_out: str = ""  # new folder for the first seed's views, in the format that --images reads
     against: str = ""  # JSON file of an earlier run on the same objects: adds paired differences to it
     out: str = "out/evaluation.json"  # JSON file to write
     grid: str = ""  # picture of the first objects to write (PNG)
@@ -95,8 +77,7 @@ def measure(
 ) -> dict[str, Tensor]:  # name -> (N,)
     """One number an object and metric. FORK: another metric is another line here.
 
-    Thresholds of contradiction are known for 64 pixels. At other sizes the truth of this call gives them.
-    """
+    Thresholds of contradiction are known for 64 pixels. At other sizes the truth of this call gives them."""
     if not torch.isfinite(images).all():
         raise InputError("the views hold numbers that are not finite, expected [0, 1]. The model diverged.")
     known = truth.shape[-1] == 64
@@ -133,10 +114,8 @@ def shown(names: Iterable[str]) -> list[str]:
 def markdown(rows: Mapping[str, Mapping[str, float]]) -> str:
     """A table with a row for each entry and a column for each metric."""
     names, width = shown(next(iter(rows.values()))), max(len(label) for label in rows)
-    lines = [
-        f"| {'':{width}} | " + " | ".join(f"{k:>6}" for k in names) + " |",
-        "|---" * (len(names) + 1) + "|",
-    ]
+    lines = [f"| {'':{width}} | " + " | ".join(f"{k:>6}" for k in names) + " |"]
+    lines += ["|---" * (len(names) + 1) + "|"]
     for label, row in rows.items():
         cells = [f"{row[k]:{max(len(k), 6)}.{2 if 'psnr' in k else 4}f}" for k in names]
         lines.append(f"| {label:{width}} | " + " | ".join(cells) + " |")
@@ -157,11 +136,10 @@ def before_after(
 ) -> dict[str, dict[str, float]]:  # metric -> before, after, difference, low, high
     """What training changed. The entry `change` says how much of the pictures it changed at all."""
     old, new = (measure(images, truth, truth[:, 0], scorers) for images in (before, after))
-    table = {
-        name: {"before": old[name].mean().item(), "after": new[name].mean().item()}
-        | with_interval(new[name] - old[name])
-        for name in old
-    }
+    table = {}
+    for name in old:
+        means = {"before": old[name].mean().item(), "after": new[name].mean().item()}
+        table[name] = means | with_interval(new[name] - old[name])
     changes = {"grey_levels": metrics.grey_levels_changed, "share": metrics.share_changed, "psnr": psnr}
     return table | {"change": {name: f(before, after).mean().item() for name, f in changes.items()}}
 
@@ -204,19 +182,14 @@ def read_truth(cfg: Config, size: int) -> tuple[list[str], Tensor]:  # names, (N
     return ids, load_split(cfg.data, cfg.split, cfg.n, size).float() / 255
 
 
-def check_outputs(cfg: Config, made_by: dict[str, Any]) -> None:
-    """Nothing of the user's is overwritten, and what cannot be written is said before an hour of sampling.
-
-    --images_out holds the views of one run: a note in it says of which. Others are not mixed in.
-    """
+def check_outputs(cfg: Config) -> None:
+    """Nothing of the user's is overwritten, and what cannot be written is said before an hour of sampling."""
     inputs = [p for p in (cfg.model, cfg.images, cfg.data, cfg.lpips, *cfg.scorer) if p and Path(p).is_dir()]
-    for option, suffix in {"out": ".json", "grid": ".png", "images_out": ""}.items():
-        path = getattr(cfg, option)
-        if not path and option != "out":
-            continue
+    outputs = {"out": (cfg.out, ".json")} | ({"grid": (cfg.grid, ".png")} if cfg.grid else {})
+    for option, (path, suffix) in outputs.items():
         name, place = f"--{option} {path}", Path(path).resolve()
         with explained(f"{name}: cannot be written. Choose another place."):
-            if suffix and (place.suffix.lower() != suffix or place.is_dir()):
+            if place.suffix.lower() != suffix or place.is_dir():
                 raise InputError(f"{name}: expected the name of a {suffix} file.")
             if read := [p for p in inputs if Path(p).resolve() in (place, *place.parents)]:
                 raise InputError(f"{name}: lies in {read[0]}, which is read. Choose another place.")
@@ -227,13 +200,6 @@ def check_outputs(cfg: Config, made_by: dict[str, Any]) -> None:
                     load_json(place)["rows"]
             place.parent.mkdir(parents=True, exist_ok=True)
             tempfile.NamedTemporaryFile(dir=place.parent, prefix=f".{place.name}").close()
-            if option == "images_out":
-                note = place / ".made_by.json"
-                place.mkdir(exist_ok=True)
-                ours = note.exists() and load_json(note) == [digest(made_by)]
-                if not ours and not all(p.name.startswith(".") for p in place.iterdir()):
-                    raise InputError(f"{name}: holds other pictures. Choose a new folder.")
-                save_json(note, [digest(made_by)])
 
 
 def paired_difference(
@@ -285,16 +251,16 @@ def main(cfg: Config) -> dict:
     lpips = Lpips.load(cfg.lpips, device) if cfg.lpips else None
     ids, truth = read_truth(cfg, size)
     ref = truth[:, 0]  # evaluation always takes the front
+    views = [] if model else [read_views(cfg.images, ids, size)]
     seeds = list(range(cfg.seed, cfg.seed + cfg.seeds))
     judges = {name: digest(Path(folder)) for name, folder in zip(scorers, cfg.scorer)}
     if lpips:
         judges["lpips"] = digest([digest(v) for v in lpips.state_dict().values()])
     sampler = {"seeds": seeds, "num_steps": cfg.num_steps} if model else None
     judged = {"ids": ids, "size": size, "truth": digest(truth), "judges": judges, "sampler": sampler}
-    views = [] if model else [read_views(cfg.images, ids, size)]
     if cfg.against:
         paired_difference({}, judged, cfg.against)  # is it there, and comparable?
-    check_outputs(cfg, {**judged, "of": digest(Path(cfg.model)) if model else digest(views[0])})
+    check_outputs(cfg)
 
     if model:
         how = {"num_steps": cfg.num_steps, "batch_size": cfg.batch_size, "bf16": bf16}
@@ -317,12 +283,10 @@ def main(cfg: Config) -> dict:
         print(f"\nminus {cfg.against}, mean and 95 % interval over objects and seeds:")
         for name, d in result["difference"].items():
             print(f"    {name:16s} {d['difference']:+.4f}   [{d['low']:+.4f}, {d['high']:+.4f}]")
-    for name, images in zip(ids, views[0]) if cfg.images_out else ():
-        write_views(Path(cfg.images_out) / name, images)
     if cfg.grid:
         grid(cfg.grid, {"truth": truth[:8], Path(label).name: views[0][:8]}, ref[:8])
     save_json(cfg.out, result)  # last: a resumed experiment takes it for a sign that all is there
-    print(f"\nwrote {' and '.join(filter(None, (cfg.out, cfg.grid, cfg.images_out)))}")
+    print(f"\nwrote {cfg.out}" + f" and {cfg.grid}" * bool(cfg.grid))
     return result
 
 
