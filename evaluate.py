@@ -9,7 +9,8 @@ White background makes PSNR and SSIM look high. So the table shows the scale: tr
 copied into every view, and spoilt truth, which a judge of consistency must mark down. Geometry needs no
 truth: an independent judge of every method but the one that used it as feedback.
 
-Letters: N objects, V views, R sampler seeds, S side of a square picture.
+Letters: N objects, V views, R sampler seeds, S side of a square picture. Images and truth are (N, V, 3, S, S)
+in [0, 1], references (N, 3, S, S).
 
 Run:
     python evaluate.py --model checkpoints/toy --data toys --n 64 --grid out/views.png
@@ -32,7 +33,7 @@ from tqdm import tqdm
 import metrics
 from common import InputError, check_at_least, cli, digest, explained, get_device, load_json, provenance
 from common import save_json, use_bf16
-from data import SPLITS, VIEWS, load_split, load_views, object_names, open_image
+from data import VIEWS, load_split, load_views, object_names, open_image
 from grid import grid
 from metrics import Lpips, bootstrap_interval, psnr, spoilt_views
 from model import load
@@ -47,10 +48,8 @@ class Config:
     model: str = ""  # model folder to sample from
     images: str = ""  # or: folder of views, <object>/{front,right,back,left,top}.png, named as in --data
     data: str = "furniture"  # ground truth: furniture, toys, or a folder of renders in the same format
-    # heldout is for tables only
     split: Literal["all", "train", "preference", "validation", "heldout"] = "validation"  # which objects
     n: int = 200  # objects, the first ones (paper: 200)
-    size: int = 0  # pixels of a compared view; 0: what the model makes, or what the pictures of --images have
     seed: int = 0  # first seed of the sampler
     seeds: int = 1  # samples of each object, with seeds seed, seed + 1, ...
     num_steps: int = 10  # network calls a sample (paper: 50)
@@ -69,9 +68,9 @@ class Config:
 
 
 def measure(
-    images: Tensor,  # (N, V, 3, S, S) in [0, 1]
-    truth: Tensor,  # (N, V, 3, S, S)
-    ref: Tensor,  # (N, 3, S, S)
+    images: Tensor,
+    truth: Tensor,
+    ref: Tensor,
     scorers: Mapping[str, Scorer] | None = None,  # column -> scorer
     lpips: Lpips | None = None,
 ) -> dict[str, Tensor]:  # name -> (N,)
@@ -129,12 +128,9 @@ def with_interval(difference: Tensor) -> dict[str, float]:  # (N,) or (R, N)
 
 
 def before_after(
-    before: Tensor,  # (N, V, 3, S, S) in [0, 1]
-    after: Tensor,  # (N, V, 3, S, S), the same seeds
-    truth: Tensor,  # (N, V, 3, S, S)
-    scorers: Mapping[str, Scorer] | None = None,
+    before: Tensor, after: Tensor, truth: Tensor, scorers: Mapping[str, Scorer] | None = None
 ) -> dict[str, dict[str, float]]:  # metric -> before, after, difference, low, high
-    """What training changed. The entry `change` says how much of the pictures it changed at all."""
+    """What training changed, at equal seeds. The entry `change`: how much of the pictures it changed."""
     old, new = (measure(images, truth, truth[:, 0], scorers) for images in (before, after))
     table = {}
     for name in old:
@@ -174,8 +170,6 @@ def read_views(folder: str, names: list[str], size: int) -> Tensor:  # (N, V, 3,
 def read_truth(cfg: Config, size: int) -> tuple[list[str], Tensor]:  # names, (N, V, 3, size, size) in [0, 1]
     """The first n objects of the split."""
     if cfg.split == "all":
-        if cfg.data in ("toys", "furniture"):
-            raise InputError(f"--split all: expected one of {', '.join(SPLITS)}, for {cfg.data} have no end.")
         ids = load_views(cfg.data, size)[0][: cfg.n]
         return ids, read_views(cfg.data, ids, size)
     ids = object_names(cfg.data, cfg.split, cfg.n)
@@ -203,17 +197,15 @@ def check_outputs(cfg: Config) -> None:
 
 
 def paired_difference(
-    measured: Mapping[str, Tensor],  # metric -> (R, N)
-    judged: Mapping[str, Any],
-    path: str,
+    measured: Mapping[str, Tensor], judged: Mapping[str, Any], path: str
 ) -> dict[str, dict[str, float]]:
-    """Ours minus the other run's, by metric. Objects, pictures, scorers and sampler must be equal."""
+    """Ours (R, N) minus the other run's, by metric. Objects, pictures, scorers and sampler must be equal."""
     other = load_json(path)
     if not isinstance(other, dict) or not judged.keys() <= other.keys():
         raise InputError(f"--against {path}: not an evaluation, expected a file that this script wrote.")
     remedies = {
         "ids": "it has other objects. Use equal --data, --split and --n",
-        "size": f"made at {other['size']} pixels, not {judged['size']}. Name a --size",
+        "size": f"made at {other['size']} pixels, not {judged['size']}. Compare equal sizes",
         "truth": "pictures of the same names differ there. Use that run's --data, or make that run again",
         "sampler": f"sampled by {other['sampler']}, not {judged['sampler']}. Use equal seeds and --num_steps",
     }
@@ -233,7 +225,7 @@ def main(cfg: Config) -> dict:
     if bool(cfg.model) == bool(cfg.images):
         raise InputError("got both or neither of --model and --images, expected one of them.")
     check_at_least(cfg, 1, "n", "seeds", "num_steps", "batch_size")
-    check_at_least(cfg, 0, "seed", "size")
+    check_at_least(cfg, 0, "seed")
     device = get_device(cfg.device)
     bf16 = use_bf16(cfg.bf16, device)
     model = load(cfg.model, device, half=bf16) if cfg.model else None
@@ -241,9 +233,8 @@ def main(cfg: Config) -> dict:
         size = model.cfg.image_size
     else:  # as the first picture of --images has them
         size = open_image(load_views(cfg.images, 0)[1].folders[0] / f"{VIEWS[0]}.png").shape[-1]
-    size = cfg.size or size
-    if size < 32 or (model and size != model.cfg.image_size):
-        raise InputError(f"--size {size}: expected 32 or more, and what the model makes. Leave --size away.")
+    if size < 32:
+        raise InputError(f"{cfg.model or cfg.images}: views of {size} pixels, expected 32 or more.")
     columns = [f"contrastive_{Path(f).name}" if i else "contrastive" for i, f in enumerate(cfg.scorer)]
     if len(set(columns)) < len(columns):
         raise InputError(f"--scorer {' '.join(cfg.scorer)}: two have one name, expected different ones.")

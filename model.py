@@ -343,7 +343,8 @@ class MultiViewUNet(nn.Module):
     @torch.no_grad()
     def with_vae(self, function: Any, z: Tensor) -> Tensor:
         """function(vae, z), image by image and in float32. The VAE stays on the GPU for this call only."""
-        vae = self.vae.to(z.device)
+        vae: Any = self.vae
+        vae.to(z.device)
         with torch.autocast(z.device.type, enabled=False):
             out = torch.cat([function(vae, part) for part in z.flatten(0, -4).float().split(1)])
         vae.to("cpu")

@@ -14,6 +14,8 @@ and we take the DDPM posterior (Ho et al. 2020, Eq. 7), as D3PO's code and every
 smaller by the factor (ab_t / ab_s) (1 - ab_s) / (1 - ab_t), because the clean image is taken to be known.
 
 Letters: B rows (an object with one candidate's noise), V views, K network calls, c h w latent sizes.
+Shapes: x, mean, noise, action (B, V, c, h, w); reference y and its noise (B, c, h, w); var (B, 1, 1, 1, 1);
+timestep t and the next, lower one s (B,), where -1 is clean.
 
 Run:
     python sample.py --image photo.png --out views.png
@@ -69,13 +71,7 @@ def forward_noise(schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> T
     return ab.sqrt() * x0 + (1 - ab).sqrt() * noise
 
 
-def noised_reference(
-    schedule: Schedule,
-    cfg: ModelConfig,
-    y: Tensor,  # (B, c, h, w) reference latent
-    t: Tensor,  # (B,)
-    noise: Tensor,  # (B, c, h, w) epsilon_Y
-) -> Tensor:  # (B, c, h, w) Y_t
+def noised_reference(schedule: Schedule, cfg: ModelConfig, y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """Y_t: the reference noised at the views' t, scaled up first so that it is seen before they are.
 
         Y_t = [ sqrt(ab_t) r y + sqrt(1 - ab_t) noise ] / sqrt(ab_t r^2 + 1 - ab_t)         r = ref_scale
@@ -99,12 +95,8 @@ def split_prediction(schedule: Schedule, prediction: Tensor, x_t: Tensor, t: Ten
 
 
 def ddpm_step(
-    schedule: Schedule,
-    prediction: Tensor,  # (B, V, c, h, w) the network's output at x_t
-    x_t: Tensor,  # (B, V, c, h, w)
-    t: Tensor,  # (B,) timestep of x_t
-    s: Tensor,  # (B,) the next, lower timestep; -1 is clean
-) -> tuple[Tensor, Tensor]:  # mean (B, V, c, h, w), var (B, 1, 1, 1, 1)
+    schedule: Schedule, prediction: Tensor, x_t: Tensor, t: Tensor, s: Tensor
+) -> tuple[Tensor, Tensor]:  # mean, var
     """The Gaussian of one denoising step: q(x_s | x_t, x_0) with the predicted x0 in place of x_0.
 
     Into the clean image (s = -1) the variance is 0: that step has no density, and nothing trains on it."""
@@ -117,25 +109,16 @@ def ddpm_step(
     return mean, var
 
 
-def log_prob(
-    x: Tensor,  # (B, V, c, h, w) the action taken
-    mean: Tensor,  # (B, V, c, h, w)
-    var: Tensor,  # (B, 1, 1, 1, 1), > 0
-) -> Tensor:  # (B,) sum over V c h w
-    """log N(x; mean, var I), SUMMED over all dimensions of all views: the density of the joint action.
+def log_prob(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:  # (B,) nats
+    """log N(x; mean, var I), SUMMED over V c h w, all dimensions of all views: the joint action's density.
 
     (D3PO's and DDPO's code take the mean over c h w, the same number divided by their count.)"""
     # log N = -1/2 [ |x - mean|^2 / var + D log(2 pi var) ]
     return -0.5 * ((x - mean) ** 2 / var + (2 * torch.pi * var).log()).flatten(1).sum(1)
 
 
-def log_ratio(
-    action: Tensor,  # (B, V, c, h, w)
-    mean_theta: Tensor,  # (B, V, c, h, w) mean of the policy in training
-    mean_pre: Tensor,  # (B, V, c, h, w) mean of the frozen pre-trained policy
-    var: Tensor,  # (B, 1, 1, 1, 1)
-) -> Tensor:  # (B,) sum over V c h w
-    """log pi_theta(a|s) - log pi_pre(a|s), summed, as a factored difference of squares:
+def log_ratio(action: Tensor, mean_theta: Tensor, mean_pre: Tensor, var: Tensor) -> Tensor:  # (B,) nats
+    """log pi_theta(a|s) - log pi_pre(a|s), summed over V c h w, as a factored difference of squares:
 
         [ |a - mean_pre|^2 - |a - mean_theta|^2 ] / (2 var)
             = < mean_theta - mean_pre, a - (mean_theta + mean_pre) / 2 > / var
@@ -156,13 +139,13 @@ def kl_divergence(mean_theta: Tensor, mean_pre: Tensor, var: Tensor) -> Tensor: 
 def policy_mean(
     model: MultiViewUNet,
     schedule: Schedule,
-    x_t: Tensor,  # (B, V, c, h, w)
-    y: Tensor,  # (B, c, h, w) reference latent that the policy is shown
-    ref_noise: Tensor,  # (B, c, h, w) epsilon_Y
-    t: Tensor,  # (B,)
-    s: Tensor,  # (B,)
+    x_t: Tensor,
+    y: Tensor,  # what the policy is shown
+    ref_noise: Tensor,
+    t: Tensor,
+    s: Tensor,
     bf16: bool = False,  # run the network in bfloat16; the step itself stays float32
-) -> tuple[Tensor, Tensor]:  # mean (B, V, c, h, w), var (B, 1, 1, 1, 1)
+) -> tuple[Tensor, Tensor]:  # mean, var
     """The policy pi_theta(. | x_t, t, c) = N(mean, var I) of one call of the network."""
     with torch.autocast(x_t.device.type, torch.bfloat16, enabled=bf16):
         prediction = model(x_t, t, noised_reference(schedule, model.cfg, y, t, ref_noise))

@@ -119,11 +119,8 @@ class Scorer(nn.Module):
             f = f + ((e_ref @ self.W) * e_views).sum(-1)  # + e_Y^T W e_X
         return f
 
-    def forward(
-        self,
-        ref: Tensor,  # (B, 3, H, W) reference images Y in [0, 1]
-        views: Tensor,  # (B, V, 3, H, W) views X_m in [0, 1], real or generated
-    ) -> Tensor:  # (B, V) one score for each view
+    def forward(self, ref: Tensor, views: Tensor) -> Tensor:
+        """References Y (B, 3, H, W) and views X_m (B, V, 3, H, W), in [0, 1] -> a score a view (B, V)."""
         both = torch.cat([ref[:, None], views], dim=1)  # (B, 1+V, 3, H, W): one pass of the encoder for all
         e = self.embed(rearrange(both, "B R C H W -> (B R) C H W"))
         e = rearrange(e, "(B R) d -> B R d", B=len(ref))
@@ -155,12 +152,11 @@ class Scorer(nn.Module):
 
 def small_scorer(
     head: Literal["bilinear", "concat"],
-    image_size: int,  # pixels that the encoder sees
+    image_size: int,
     patch_size: int,
     hidden_size: int,
     num_layers: int,
     num_heads: int,
-    resize: bool = False,  # bring images of another size to image_size, instead of an error
 ) -> Scorer:
     """A small DINOv2 architecture from scratch, for toys.
 
@@ -170,7 +166,7 @@ def small_scorer(
     background is most of every token."""
     sizes = (image_size, patch_size, hidden_size, num_layers, num_heads)
     encoder = EncoderConfig(*sizes, initializer_range=max(hidden_size, 1) ** -0.5)
-    return Scorer(ScorerConfig(head, image_size, resize, encoder=encoder))
+    return Scorer(ScorerConfig(head, image_size, encoder=encoder))
 
 
 def pretrained_scorer(backbone: str, head: Literal["bilinear", "concat"], image_size: int = 224) -> Scorer:
@@ -190,10 +186,6 @@ def pretrained_scorer(backbone: str, head: Literal["bilinear", "concat"], image_
     return scorer
 
 
-def contrastive_reward(
-    scorer: Scorer,
-    ref: Tensor,  # (B, 3, H, W)
-    views: Tensor,  # (B, V, 3, H, W), view 0 being the reference's own
-) -> Tensor:  # (B,)
+def contrastive_reward(scorer: Scorer, ref: Tensor, views: Tensor) -> Tensor:  # (B,)
     """The paper's contrastive score: the sum over the other views; view 0 would reward a copy of ref."""
     return scorer.score(ref, views)[:, 1:].sum(dim=1)

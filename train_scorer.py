@@ -84,12 +84,8 @@ def consistency_loss(f_true: Tensor, f_fake: Tensor) -> Tensor:
     return ((f_true - 1) ** 2).mean() + (f_fake**2).mean()
 
 
-def scorer_loss(
-    scorer: Scorer,
-    images: Tensor,  # (B, 1 + 2 (V-1), 3, S, S): reference, true views, generated views
-    bf16: bool = False,
-) -> tuple[Tensor, Tensor]:  # L_3D-Consistency, and the mismatch term
-    """Both losses of a batch from one pass of the encoder."""
+def scorer_loss(scorer: Scorer, images: Tensor, bf16: bool = False) -> tuple[Tensor, Tensor]:
+    """L_3D-Consistency and the mismatch term of a batch (make_batch), from one pass of the encoder."""
     B, others = len(images), images.shape[1] // 2
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         e = rearrange(scorer.embed(images.flatten(0, 1)), "(B R) d -> B R d", B=B).float()
@@ -132,9 +128,9 @@ def make_pairs(cfg: Config, device: torch.device) -> tuple[Tensor, Tensor, int]:
     made_by = {"generator": digest(Path(cfg.negatives)), "references": digest(truth[:, 0])}
     made_by |= {"num_steps": cfg.num_steps, "seed": cfg.seed}
     made_by |= {"bf16": use_bf16(cfg.bf16, device), "on": device.type}
-    make = partial(generate, cfg, truth[:, 0], device)
-    files = sorted(cached(Path(cfg.out).parent, "negatives", made_by, make).glob("*.safetensors"))
-    return truth, torch.cat([load_tensors(path)["views"] for path in files]), len(train)
+    folder = cached(Path(cfg.out).parent, "negatives", made_by, partial(generate, cfg, truth[:, 0], device))
+    fake = torch.cat([load_tensors(path)["views"] for path in sorted(folder.glob("*.safetensors"))])
+    return truth, fake, len(train)
 
 
 def twin(images: Tensor, g: torch.Generator, cameras: list[int] | None = None) -> Tensor:
@@ -205,8 +201,9 @@ def new_scorer(cfg: Config) -> Scorer:
     return small_scorer(cfg.head, *sizes)
 
 
-def run(truth: Tensor, fake: Tensor, n: int, cfg: Config, device: torch.device, folder: Path) -> None:
+def run(truth: Tensor, fake: Tensor, n: int, cfg: Config, folder: Path) -> None:
     """The loop: train on the first n objects, evaluate on the others; weights, log, results in `folder`."""
+    device = get_device(cfg.device)
     bf16 = device.type == "cuda" and use_bf16(cfg.bf16, device)
     scorer = new_scorer(cfg).to(device)
     parameters = list(scorer.parameters())
@@ -265,7 +262,7 @@ def main(cfg: Config) -> dict[str, Any]:
         "on": device.type,
     }
     out = Path(cfg.out)
-    folder = cached(out.parent, out.name, made_by, partial(run, truth, fake, n, cfg, device))
+    folder = cached(out.parent, out.name, made_by, partial(run, truth, fake, n, cfg))
     return {**load_json(folder / "results.json"), "folder": str(folder)}
 
 

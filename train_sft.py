@@ -4,12 +4,10 @@
 
 One of the side views is drawn as the reference Y and the others are renamed relative to it
 (data.relative_views). Views and reference get independent noise at one common t. The small network predicts
-the clean image, so the loss is its squared error times a weight; we weight it as v-prediction would, which is
-1 / (1 - alpha_bar_t).
+the clean image. The loss is its squared error, weighted as v-prediction would: 1 / (1 - alpha_bar_t).
 
-`python train_sft.py` trains a toy model from nothing, --preset sdxl starts from published weights, --init
-from a model of ours. (Table 1's SFT row is not made here but by `train_d3po.py --feedback none`, with all
-else equal.)
+It starts from nothing, with --preset sdxl from published weights, with --init from a model of ours. (Table
+1's SFT row is not made here but by `train_d3po.py --feedback none`, with all else equal.)
 
 Run:
     python train_sft.py                                                    # toy, from nothing
@@ -83,11 +81,11 @@ class Config:
 def simple_loss(
     model: MultiViewUNet,
     schedule: Schedule,
-    latents: Tensor,  # (B, V, c, h, w) clean views
-    y: Tensor,  # (B, c, h, w) clean reference
+    latents: Tensor,  # (B, V, c, h, w) clean views, and their noise
+    y: Tensor,  # (B, c, h, w) clean reference, and its noise
     t: Tensor,  # (B,)
-    noise: Tensor,  # (B, V, c, h, w)
-    ref_noise: Tensor,  # (B, c, h, w)
+    noise: Tensor,
+    ref_noise: Tensor,
 ) -> Tensor:  # (B,) weighted squared error, mean over V c h w
     """L_simple-MV of each object at one t."""
     x_t = forward_noise(schedule, latents, t, noise)
@@ -134,18 +132,13 @@ def training_batch(
 
 
 @torch.no_grad()
-def reference_use(
-    model: MultiViewUNet,
-    views: Tensor,  # (N, V, 3, S, S) uint8
-    device: torch.device,
-    batch_size: int,
-) -> dict[str, float]:
+def reference_use(model: MultiViewUNet, views: Tensor, batch_size: int) -> dict[str, float]:
     """Squared error of x0 with the right and with a wrong reference, by t: the first thing to look at.
 
     A network that ignores its reference has equal numbers. At high t, where the views are all noise, only a
     network that has learned to look things up in the reference has a small first number."""
-    schedule, result = Schedule(model.cfg), {}
-    latents = model.encode(views.to(device).float() / 255)
+    schedule, device, result = Schedule(model.cfg), views.device, {}
+    latents = model.encode(views.float() / 255)  # of (N, V, 3, S, S) uint8
     for t_int in (200, 500, 800, 950):
         t = torch.full((len(latents),), t_int, device=device)
         g = keyed_generator(t_int)
@@ -170,7 +163,7 @@ def evaluate(
     bf16 = use_bf16(cfg.bf16, device)
     images = sample_images(model, truth[:, 0], cfg.seed, cfg.num_steps, cfg.batch_size, "evaluate", bf16)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        use = reference_use(model, views, device, cfg.batch_size)
+        use = reference_use(model, views.to(device), cfg.batch_size)
     grid(picture, {"truth": truth[:8], "sampled": images[:8]}, truth[:8, 0])
 
     def mean_psnr(x: Tensor, first: int) -> float:
@@ -236,15 +229,9 @@ def average(ema: dict[str, Tensor], weights: dict[str, Tensor], decay: float, st
         ema[name].lerp_(value, 1 - d)
 
 
-def run(
-    model: MultiViewUNet,
-    sources: list[Tensor | Views],
-    val_views: Tensor,
-    cfg: Config,
-    device: torch.device,
-    folder: Path,
-) -> None:
+def run(model: MultiViewUNet, sources: list[Any], val_views: Tensor, cfg: Config, folder: Path) -> None:
     """The loop: train, evaluate, and leave averaged weights, log and results in `folder`."""
+    device = get_device(cfg.device)
     bf16 = use_bf16(cfg.bf16, device)
     parameters = prepare(model, cfg, device)
     schedule = Schedule(model.cfg)
@@ -311,7 +298,7 @@ def main(cfg: Config) -> dict:
         "on": device.type,
     }
     out = Path(cfg.out)
-    folder = cached(out.parent, out.name, made_by, partial(run, model, sources, val_views, cfg, device))
+    folder = cached(out.parent, out.name, made_by, partial(run, model, sources, val_views, cfg))
     return {**load_json(folder / "results.json"), "folder": str(folder)}
 
 

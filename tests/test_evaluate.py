@@ -170,6 +170,8 @@ def test_a_single_object_has_no_other(folder) -> None:
 def test_only_what_is_comparable_is_compared(folder, toys) -> None:
     for name in ("one", "two"):
         small_scorer("bilinear", 64, 16, 32, 1, 2).save(folder / name)
+    for i in range(3):
+        write_views(folder / "large" / f"object{i}", torch.ones(5, 3, 96, 96))
     first = config(folder, scorer=(str(folder / "one"),))
     evaluate.main(first)
     again = replace(first, against=first.out, out=str(folder / "b.json"))
@@ -178,7 +180,7 @@ def test_only_what_is_comparable_is_compared(folder, toys) -> None:
     stranger = folder / "stranger.json"
     save_json(stranger, {"ids": ["chair"], "objects": {}})
     for change, message in [
-        ({"size": 96, "scorer": ()}, "made at 64 pixels, not 96"),
+        ({"images": str(folder / "large"), "scorer": ()}, "made at 64 pixels, not 96"),
         ({"scorer": (str(folder / "two"),)}, "column contrastive is by other weights"),
         ({"n": 2}, "other objects"),
         ({"against": str(stranger)}, "not an evaluation"),
@@ -249,6 +251,7 @@ def test_wrong_input_is_one_line_before_any_work(folder) -> None:
         for view in VIEWS:
             if view != missing:
                 Image.new("RGB", (64, 64)).save(folder / name / "object7" / f"{view}.png")
+    write_views(folder / "small" / "object7", torch.ones(5, 3, 16, 16))
     none, out = str(folder / "none"), folder / "o" / "x.json"
     for name in ("a/s", "b/s"):
         small_scorer("bilinear", 64, 16, 32, 1, 2).save(folder / name)
@@ -261,11 +264,11 @@ def test_wrong_input_is_one_line_before_any_work(folder) -> None:
         ({"images": str(folder / "data2")}, "expected top too"),
         ({"images": str(folder / "data3")}, r"lacks 3 objects of --data \(first: object0\)"),
         ({"data": none}, "no such folder"),
-        ({"data": "toys"}, "--split all"),
+        ({"data": "toys"}, "toys: no such folder"),
         ({"n": 0}, "--n 0"),
         ({"seeds": 0}, "--seeds 0"),
         ({"seed": -1}, "--seed -1"),
-        ({"size": 16}, "32 or more"),
+        ({"images": str(folder / "small")}, "16 pixels, expected 32 or more"),
         ({"scorer": (none,)}, "none"),
         ({"scorer": twins}, "two have one name"),
         ({"lpips": none}, "--lpips"),

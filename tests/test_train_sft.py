@@ -202,7 +202,7 @@ def test_a_network_that_looks_at_its_reference_has_two_errors(monkeypatch):
     model.cfg.__dict__["ref_scale"] = 1e4  # then Y_t is the reference, scaled to unit size
     monkeypatch.setattr(type(model), "forward", lambda self, x_t, t, ref_t: ref_t[:, None].expand_as(x_t))
     views = make_toys(3, 16, 2)[:, :1].expand(-1, 5, -1, -1, -1)  # all views equal the reference
-    errors = T.reference_use(model, views, CPU, 2)
+    errors = T.reference_use(model, views, 2)
     assert errors["x0_error_t500_wrong_ref"] > 2 * errors["x0_error_t500_right_ref"]
 
 
