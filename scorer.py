@@ -23,6 +23,7 @@ from common import InputError, explained, load_json, load_weights, located, save
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, deviation that published weights expect
 Colour = tuple[float, float, float]
+Head = Literal["bilinear", "concat"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class EncoderConfig:
 class ScorerConfig:
     """What `config.json` holds: all that is needed to build the network again without its origin."""
 
-    head: Literal["bilinear", "concat"] = "bilinear"
+    head: Head = "bilinear"
     image_size: int = 64  # side of the square that the encoder sees, a multiple of its patch
     resize: bool = False  # True: any image is brought to image_size; False: another size is an error
     mean: Colour = (1.0, 1.0, 1.0)  # subtracted from each colour channel: here, white becomes 0
@@ -151,12 +152,7 @@ class Scorer(nn.Module):
 
 
 def small_scorer(
-    head: Literal["bilinear", "concat"],
-    image_size: int,
-    patch_size: int,
-    hidden_size: int,
-    num_layers: int,
-    num_heads: int,
+    head: Head, image_size: int, patch_size: int, hidden_size: int, num_layers: int, num_heads: int
 ) -> Scorer:
     """A small DINOv2 architecture from scratch, for toys.
 
@@ -169,7 +165,7 @@ def small_scorer(
     return Scorer(ScorerConfig(head, image_size, encoder=encoder))
 
 
-def pretrained_scorer(backbone: str, head: Literal["bilinear", "concat"], image_size: int = 224) -> Scorer:
+def pretrained_scorer(backbone: str, head: Head, image_size: int = 224) -> Scorer:
     """A published DINOv2 (hub id or folder) and a new head; image_size is rounded down to whole patches."""
     expected = "expected a hub id such as facebook/dinov2-base, or a local folder with a whole DINOv2."
     with explained(f"--backbone {backbone}: cannot load, {expected}"):

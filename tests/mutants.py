@@ -224,6 +224,7 @@ FAULTS: list[tuple[str, str, str, str]] = [
         "draw(latent, [(seed, 0) for seed in seeds])",
         SAMPLE,
     ),
+    (SAMPLE, "draw((len(VIEWS), *latent), [", "0 * torch.zeros(5, *latent) + draw((1, *latent), [", SAMPLE),
     (SAMPLE, "(seed, 3, call, g) for seed, g in zip", "(seed, 3, 0, g) for seed, g in zip", SAMPLE),
     (SAMPLE, "(seed, 3, call, g) for seed, g in zip", "(seed, 3, call, 0) for seed, g in zip", SAMPLE),
     (SAMPLE, "keys = [(seed, 2, round(1000 * a))", "keys = [(seed, 2)", SAMPLE),

@@ -167,6 +167,9 @@ def test_every_noise_has_a_key_of_its_own(monkeypatch, tiny):
     S.branch(tiny, refs(2), [7, 8], call=1, branches=2, num_steps=3)
     rest = ((0,), (1,), (3, 0, 0), (3, 1, 0), (3, 1, 1), (3, 2, 0))
     assert sorted(keys) == sorted((seed, *key) for seed in (7, 8) for key in rest)
+    chain = S.sample(tiny, refs(2), [7, 8], 2)  # nor do two views share one
+    rows = torch.cat([chain.states[:, 0].flatten(0, 1), chain.ref_noise]).flatten(1)
+    assert (torch.corrcoef(rows) - torch.eye(len(rows))).abs().max() < 0.25
 
 
 def test_a_trajectory_can_be_replayed_bit_by_bit(tiny):
