@@ -9,19 +9,13 @@ White background makes PSNR and SSIM look high. So the table shows the scale: tr
 copied into every view, and spoilt truth, which a judge of consistency must mark down. Geometry needs no
 truth: an independent judge of every method but the one that used it as feedback.
 
-Letters: N objects, V views, R sampler seeds, S side of a square picture.
+Letters: N objects, V views, R sampler seeds, S side of a square picture. Images and truth are (N, V, 3, S, S)
+in [0, 1], references (N, 3, S, S).
 
 Run:
     python evaluate.py --model checkpoints/toy --data toys --n 64 --grid out/views.png
-
     python evaluate.py --model out/c --scorer out/scorer --against out/evaluation.json --out out/c.json
-
     python evaluate.py --images DIR --data renders     # any other model's views: DIR/<object>/{view}.png
-
-Expect (64 validation pieces of furniture):
-    contradiction: truth .08, mirrored .30, swapped .88, all white and the reference copied 1.00.
-
-    On one core an object takes 10 ms a row at 64 px, most of it SSIM, and 11 ms more with LPIPS.
 
     Writes --out (means by row, numbers of each seed and object, differences with intervals) and --grid.
 """
@@ -36,20 +30,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import metrics
-from common import (
-    InputError,
-    check_at_least,
-    check_output,
-    cli,
-    digest,
-    explained,
-    get_device,
-    load_json,
-    provenance,
-    save_json,
-    use_bf16,
-)
-from data import SPLITS, VIEWS, load_split, load_views, object_names, open_image, write_views
+from common import InputError, check_at_least, check_output, cli, digest, explained, get_device, load_json
+from common import provenance, save_json, use_bf16
+from data import VIEWS, load_split, load_views, object_names, open_image
 from grid import grid
 from metrics import Lpips, bootstrap_interval, psnr, spoilt_views
 from model import load
@@ -64,10 +47,8 @@ class Config:
     model: str = ""  # model folder to sample from
     images: str = ""  # or: folder of views, <object>/{front,right,back,left,top}.png, named as in --data
     data: str = "furniture"  # ground truth: furniture, toys, or a folder of renders in the same format
-    # heldout is for tables only
     split: Literal["all", "train", "preference", "validation", "heldout"] = "validation"  # which objects
     n: int = 200  # objects, the first ones (paper: 200)
-    size: int = 0  # pixels of a compared view; 0: what the model makes, or what the pictures of --images have
     seed: int = 0  # first seed of the sampler
     seeds: int = 1  # samples of each object, with seeds seed, seed + 1, ...
     num_steps: int = 10  # network calls a sample (paper: 50)
@@ -76,7 +57,6 @@ class Config:
     scorer: tuple[str, ...] = ()  # scorer folders: column contrastive, the others contrastive_<folder's name>
     lpips: str = ""  # "hub" (downloads 244 MB once), or a folder with alexnet-owt-7be5be79.pth and alex.pth
     known_rows: bool = True  # also measure truth, white, copied and spoilt views: the same for every model
-    images_out: str = ""  # new folder for the first seed's views, in the format that --images reads
     against: str = ""  # JSON file of an earlier run on the same objects: adds paired differences to it
     out: str = "out/evaluation.json"  # JSON file to write
     grid: str = ""  # picture of the first objects to write (PNG)
@@ -87,16 +67,15 @@ class Config:
 
 
 def measure(
-    images: Tensor,  # (N, V, 3, S, S) in [0, 1]
-    truth: Tensor,  # (N, V, 3, S, S)
-    ref: Tensor,  # (N, 3, S, S)
+    images: Tensor,
+    truth: Tensor,
+    ref: Tensor,
     scorers: Mapping[str, Scorer] | None = None,  # column -> scorer
     lpips: Lpips | None = None,
 ) -> dict[str, Tensor]:  # name -> (N,)
     """One number an object and metric. FORK: another metric is another line here.
 
-    Thresholds of contradiction are known for 64 pixels. At other sizes the truth of this call gives them.
-    """
+    Thresholds of contradiction are known for 64 pixels. At other sizes the truth of this call gives them."""
     if not torch.isfinite(images).all():
         raise InputError("the views hold numbers that are not finite, expected [0, 1]. The model diverged.")
     known = truth.shape[-1] == 64
@@ -133,10 +112,8 @@ def shown(names: Iterable[str]) -> list[str]:
 def markdown(rows: Mapping[str, Mapping[str, float]]) -> str:
     """A table with a row for each entry and a column for each metric."""
     names, width = shown(next(iter(rows.values()))), max(len(label) for label in rows)
-    lines = [
-        f"| {'':{width}} | " + " | ".join(f"{k:>6}" for k in names) + " |",
-        "|---" * (len(names) + 1) + "|",
-    ]
+    lines = [f"| {'':{width}} | " + " | ".join(f"{k:>6}" for k in names) + " |"]
+    lines += ["|---" * (len(names) + 1) + "|"]
     for label, row in rows.items():
         cells = [f"{row[k]:{max(len(k), 6)}.{2 if 'psnr' in k else 4}f}" for k in names]
         lines.append(f"| {label:{width}} | " + " | ".join(cells) + " |")
@@ -150,18 +127,14 @@ def with_interval(difference: Tensor) -> dict[str, float]:  # (N,) or (R, N)
 
 
 def before_after(
-    before: Tensor,  # (N, V, 3, S, S) in [0, 1]
-    after: Tensor,  # (N, V, 3, S, S), the same seeds
-    truth: Tensor,  # (N, V, 3, S, S)
-    scorers: Mapping[str, Scorer] | None = None,
+    before: Tensor, after: Tensor, truth: Tensor, scorers: Mapping[str, Scorer] | None = None
 ) -> dict[str, dict[str, float]]:  # metric -> before, after, difference, low, high
-    """What training changed. The entry `change` says how much of the pictures it changed at all."""
+    """What training changed, at equal seeds. The entry `change`: how much of the pictures it changed."""
     old, new = (measure(images, truth, truth[:, 0], scorers) for images in (before, after))
-    table = {
-        name: {"before": old[name].mean().item(), "after": new[name].mean().item()}
-        | with_interval(new[name] - old[name])
-        for name in old
-    }
+    table = {}
+    for name in old:
+        means = {"before": old[name].mean().item(), "after": new[name].mean().item()}
+        table[name] = means | with_interval(new[name] - old[name])
     changes = {"grey_levels": metrics.grey_levels_changed, "share": metrics.share_changed, "psnr": psnr}
     return table | {"change": {name: f(before, after).mean().item() for name, f in changes.items()}}
 
@@ -196,51 +169,35 @@ def read_views(folder: str, names: list[str], size: int) -> Tensor:  # (N, V, 3,
 def read_truth(cfg: Config, size: int) -> tuple[list[str], Tensor]:  # names, (N, V, 3, size, size) in [0, 1]
     """The first n objects of the split."""
     if cfg.split == "all":
-        if cfg.data in ("toys", "furniture"):
-            raise InputError(f"--split all: expected one of {', '.join(SPLITS)}, for {cfg.data} have no end.")
         ids = load_views(cfg.data, size)[0][: cfg.n]
         return ids, read_views(cfg.data, ids, size)
     ids = object_names(cfg.data, cfg.split, cfg.n)
     return ids, load_split(cfg.data, cfg.split, cfg.n, size).float() / 255
 
 
-def check_outputs(cfg: Config, made_by: dict[str, Any]) -> None:
-    """Nothing of the user's is overwritten, and what cannot be written is said before an hour of sampling.
-
-    --images_out holds the views of one run: a note in it says of which. Others are not mixed in.
-    """
+def check_outputs(cfg: Config) -> None:
+    """Nothing of the user's is overwritten, and what cannot be written is said before an hour of sampling."""
     inputs = [p for p in (cfg.model, cfg.images, cfg.data, cfg.lpips, *cfg.scorer) if Path(p).is_dir()]
-    for option, suffix in {"out": ".json", "grid": ".png", "images_out": ""}.items():
-        path = getattr(cfg, option)
-        if not path and option != "out":
-            continue
+    outputs = {"out": (cfg.out, ".json")} | ({"grid": (cfg.grid, ".png")} if cfg.grid else {})
+    for option, (path, suffix) in outputs.items():
         name = f"--{option} {path}"
         if cfg.against and Path(path).resolve() == Path(cfg.against).resolve():
             raise InputError(f"{name}: is --against itself. Choose another name.")
         place = check_output(option, path, suffix, inputs)
-        with explained(f"{name}: cannot be written. Choose another place."):
-            if option == "out" and place.exists():
-                with explained(f"{name}: exists, and is no evaluation. Choose another name."):
-                    load_json(place)["rows"]
-            if option == "images_out":
-                note = place / ".made_by.json"
-                ours = note.exists() and load_json(note) == [digest(made_by)]
-                if not ours and not all(p.name.startswith(".") for p in place.iterdir()):
-                    raise InputError(f"{name}: holds other pictures. Choose a new folder.")
-                save_json(note, [digest(made_by)])
+        if option == "out" and place.exists():
+            with explained(f"{name}: exists, and is no evaluation. Choose another name."):
+                load_json(place)["rows"]
 
 
 def paired_difference(
-    measured: Mapping[str, Tensor],  # metric -> (R, N)
-    judged: Mapping[str, Any],
-    path: str,
+    measured: Mapping[str, Tensor], judged: Mapping[str, Any], path: str
 ) -> dict[str, dict[str, float]]:
-    """Ours minus the other run's, by metric. Objects, pictures, scorers and sampler must be equal."""
+    """Ours (R, N) minus the other run's, by metric. Objects, pictures, scorers and sampler must be equal."""
     with explained(f"--against {path}: not an evaluation, expected a file that this script wrote."):
         other, N = load_json(path), len(judged["ids"])
         remedies = {
             "ids": "it has other objects. Use equal --data, --split and --n",
-            "size": f"made at {other['size']} pixels, not {judged['size']}. Name a --size",
+            "size": f"made at {other['size']} pixels, not {judged['size']}. Compare equal sizes",
             "truth": "pictures of the same names differ there. Use that run's --data, or make that run again",
             "sampler": f"sampled by {other['sampler']}, not {judged['sampler']}. Use equal seeds and steps",
         }
@@ -250,9 +207,7 @@ def paired_difference(
                 raise InputError(f"--against {path}: {remedy}.")
         for name in judged["judges"].keys() & other["judges"].keys():
             if judged["judges"][name] != other["judges"][name]:
-                raise InputError(
-                    f"--against {path}: column {name} is by other weights there. Use equal ones."
-                )
+                raise InputError(f"--against {path}: column {name} is by other weights there.")
         theirs = {k: torch.tensor(v, dtype=torch.float64).view(-1, N) for k, v in other["objects"].items()}
     return {name: with_interval(measured[name] - theirs[name]) for name in measured if name in theirs}
 
@@ -262,7 +217,7 @@ def main(cfg: Config) -> dict:
     if bool(cfg.model) == bool(cfg.images):
         raise InputError("got both or neither of --model and --images, expected one of them.")
     check_at_least(cfg, 1, "n", "seeds", "num_steps", "batch_size")
-    check_at_least(cfg, 0, "seed", "size")
+    check_at_least(cfg, 0, "seed")
     device = get_device(cfg.device)
     bf16 = use_bf16(cfg.bf16, device)
     model = load(cfg.model, device, half=bf16) if cfg.model else None
@@ -270,9 +225,8 @@ def main(cfg: Config) -> dict:
         size = model.cfg.image_size
     else:  # as the first picture of --images has them
         size = open_image(load_views(cfg.images, 0)[1].folders[0] / f"{VIEWS[0]}.png").shape[-1]
-    size = cfg.size or size
-    if size < 32 or (model and size != model.cfg.image_size):
-        raise InputError(f"--size {size}: expected 32 or more, and what the model makes. Leave --size away.")
+    if size < 32:
+        raise InputError(f"{cfg.model or cfg.images}: views of {size} pixels, expected 32 or more.")
     columns = [f"contrastive_{Path(f).name}" if i else "contrastive" for i, f in enumerate(cfg.scorer)]
     if len(set(columns)) < len(columns):
         raise InputError(f"--scorer {' '.join(cfg.scorer)}: two have one name, expected different ones.")
@@ -280,16 +234,16 @@ def main(cfg: Config) -> dict:
     lpips = Lpips.load(cfg.lpips, device) if cfg.lpips else None
     ids, truth = read_truth(cfg, size)
     ref = truth[:, 0]  # evaluation always takes the front
+    views = [] if model else [read_views(cfg.images, ids, size)]
     seeds = list(range(cfg.seed, cfg.seed + cfg.seeds))
     judges = {name: digest(Path(folder)) for name, folder in zip(scorers, cfg.scorer)}
     if lpips:
         judges["lpips"] = digest([digest(v) for v in lpips.state_dict().values()])
     sampler = {"seeds": seeds, "num_steps": cfg.num_steps} if model else None
     judged = {"ids": ids, "size": size, "truth": digest(truth), "judges": judges, "sampler": sampler}
-    views = [] if model else [read_views(cfg.images, ids, size)]
     if cfg.against:
         paired_difference({}, judged, cfg.against)  # is it there, and comparable?
-    check_outputs(cfg, {**judged, "of": digest(Path(cfg.model)) if model else digest(views[0])})
+    check_outputs(cfg)
 
     if model:
         how = {"num_steps": cfg.num_steps, "batch_size": cfg.batch_size, "bf16": bf16}
@@ -312,12 +266,10 @@ def main(cfg: Config) -> dict:
         print(f"\nminus {cfg.against}, mean and 95 % interval over objects and seeds:")
         for name, d in result["difference"].items():
             print(f"    {name:16s} {d['difference']:+.4f}   [{d['low']:+.4f}, {d['high']:+.4f}]")
-    for name, images in zip(ids, views[0]) if cfg.images_out else ():
-        write_views(Path(cfg.images_out) / name, images)
     if cfg.grid:
         grid(cfg.grid, {"truth": truth[:8], Path(label).name: views[0][:8]}, ref[:8])
     save_json(cfg.out, result)  # last: a resumed experiment takes it for a sign that all is there
-    print(f"\nwrote {' and '.join(filter(None, (cfg.out, cfg.grid, cfg.images_out)))}")
+    print(f"\nwrote {cfg.out}" + f" and {cfg.grid}" * bool(cfg.grid))
     return result
 
 

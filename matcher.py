@@ -188,7 +188,7 @@ def matching_reward(
     return count_matches(ref, views[:, 1:], method, weights).sum(dim=1).float()
 
 
-# --- command line. scorer.py's is the same ---
+# --- command line ---
 
 
 def read_set(

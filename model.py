@@ -14,9 +14,6 @@ position tables. So the same class holds a toy that learns from nothing and SDXL
 as the stock model.
 
 Letters: B objects, V views, R = V + 1 rows, N tokens of one image, C channels of a layer, c h w latent sizes.
-
-Run:
-    python model.py                      # prints the presets' sizes
 """
 
 from dataclasses import asdict, dataclass
@@ -30,7 +27,6 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from einops import rearrange, repeat
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from common import InputError, explained, load_json, load_weights, located, save_json, save_tensors, typed
@@ -59,15 +55,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch", "channels", "head_dim", "schedule_shift", "ref_scale"):
-            if not 0 < getattr(self, name) <= 10**4:
-                value = getattr(self, name)
+            if not 0 < (value := getattr(self, name)) <= 10**4:
                 raise InputError(f"{name} {value}: expected a finite number above 0, at most 10000.")
         if self.image_size % self.patch:
             raise InputError(f"image_size {self.image_size}: expected a multiple of patch, {self.patch}.")
         if self.channels % 16 or self.channels % self.head_dim:  # 16 groups are normalised together
             raise InputError(f"channels {self.channels}: not a multiple of 16 and head_dim, {self.head_dim}.")
-        if self.prediction not in ("x0", "epsilon", "v"):
-            raise InputError(f"prediction {self.prediction!r}: expected x0, epsilon or v.")
         if self.is_sdxl and self.position:
             raise InputError("position True: expected False for SDXL, whose layers differ in size.")
 
@@ -85,6 +78,7 @@ class ModelConfig:
         return self.image_size // self.patch
 
 
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 # FORK: another size is another line here.
 PRESETS = {
     "toy": ModelConfig(),
@@ -92,12 +86,7 @@ PRESETS = {
     # SDXL's own prediction and schedule. Zero123++ shows the reference latent without its scaling factor:
     # about 5 times larger. (At the literal ref_scale 1, noise hides the reference at large t.)
     "sdxl": ModelConfig(
-        base="stabilityai/stable-diffusion-xl-base-1.0",
-        image_size=512,
-        position=False,
-        prediction="epsilon",
-        schedule_shift=1.0,
-        ref_scale=5.0,
+        base=SDXL, image_size=512, position=False, prediction="epsilon", schedule_shift=1.0, ref_scale=5.0
     ),
 }
 
@@ -105,11 +94,9 @@ PRESETS = {
 def position_table(size: int, channels: int) -> Tensor:  # (V + 1, size^2, channels)
     """What the position embedding starts from: the two world coordinates that a token's ray fixes.
 
-    A token looks along a ray. In the front view the ray fixes the world's X and Y, in a side view Z and Y, in
-    the top view X and Z; depth is unknown and left out. Two tokens that may see the same 3-D point share a
-    coordinate, hence similar embeddings, and attention finds the pair early in training. The reference counts
-    as a front view.
-    """
+    They are X and Y in the front view, Z and Y in a side view, X and Z in the top view; depth is unknown and
+    left out. Two tokens that may see the same 3-D point share a coordinate, hence similar embeddings, and
+    attention finds the pair early in training. The reference counts as a front view."""
     centre = (torch.arange(size) + 0.5) / size * 2 - 1
     up, right = torch.meshgrid(-centre, centre, indexing="ij")  # rows run downwards
     axes = CAMERAS[[*range(NUM_VIEWS), 0]]  # (V + 1, 3, 3): image right, image up, towards the camera
@@ -132,9 +119,9 @@ class MultiViewAttention(nn.Module):
         super().__init__()
         self.to_q, self.to_k, self.to_v, self.to_out = stock.to_q, stock.to_k, stock.to_v, stock.to_out
         self.heads, self.cross_view = stock.heads, cross_view
-        # Attention looks views up by place: "the same row of the reference", "my mirror image in the back
-        # view". A network trained from nothing learns this far sooner when queries and keys carry their
-        # place. Each kind of row has its own table, because what to look up differs by view.
+        # Attention looks views up by place: "my mirror image in the back view". A network from nothing learns
+        # this far sooner when queries and keys carry their place. What to look up differs by view: each kind
+        # of row has its own table.
         self.position = nn.Parameter(position_table(size, stock.to_q.in_features)) if size else None
         if size:  # equal projections make tokens of the same place attract each other from the start
             self.to_k.load_state_dict(self.to_q.state_dict())
@@ -191,8 +178,7 @@ class LoRALinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias  # old names: the state dict only grows
-        # Float32 copy of W on the CPU, not saved. `weight` may be stored in bfloat16; adding U D (about 1e-4)
-        # to it would round most of U D away, so `merged` adds it to this copy.
+        # `merged` adds U D, about 1e-4, to this float32 copy: a `weight` in bfloat16 would round it away.
         self.exact = linear.weight.detach().cpu()
         new = {"device": linear.weight.device, "dtype": torch.float32}
         self.down = nn.Parameter(torch.randn(rank, linear.in_features, **new) / linear.in_features**0.5)
@@ -211,8 +197,7 @@ class LoRALinear(nn.Linear):
 #      diffusers hands those `cross_attention_kwargs`.
 #   2. A label for each row: `class_embedding`, which a diffusers UNet adds to its embedding of t.
 #   3. A map between images and latents (`encode`, `decode`, `latent_channels`), and what else the network
-#   takes
-#      (`conditions`).
+#      takes (`conditions`).
 #   4. What it predicts, at which noise: `prediction`, `schedule_shift`, and the betas in sample.Schedule.
 
 
@@ -241,10 +226,8 @@ def small_unet(cfg: ModelConfig) -> UNet2DConditionModel:
 
 def from_pipeline(kind: Any, base: str, **options: Any) -> Any:
     """diffusers' `kind.from_pretrained` or `kind.load_config` on a part of a pipeline."""
-    with explained(
-        f"--base {base}: cannot load its {options['subfolder']}, expected a hub id such as "
-        "stabilityai/stable-diffusion-xl-base-1.0, or a local folder with unet/ and vae/ in it."
-    ):
+    remedy = f"expected a hub id such as {SDXL}, or a local folder with unet/ and vae/ in it."
+    with explained(f"--base {base}: cannot load its {options['subfolder']}, {remedy}"):
         return kind(base, **options)
 
 
@@ -256,10 +239,10 @@ class MultiViewUNet(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.unet = unet or small_unet(cfg)
+        size = cfg.latent_size if cfg.position else 0
         module: Any
         for module in list(self.unet.modules()):
             if hasattr(module, "attn1"):
-                size = cfg.latent_size if cfg.position else 0
                 module.attn1 = MultiViewAttention(module.attn1, cfg.cross_view, size)
                 if module.attn2 is not None:
                     module.attn2.set_processor(PromptAttention())
@@ -271,14 +254,17 @@ class MultiViewUNet(nn.Module):
 
     # --- what is trained ---
 
+    def attention_layers(self) -> list[MultiViewAttention]:
+        """All self-attention layers, in the order of the network."""
+        return [m for m in self.unet.modules() if isinstance(m, MultiViewAttention)]
+
     def attention_parameters(self) -> list[nn.Parameter]:
         """What the paper fine-tunes: the self-attention layers (App. B)."""
-        layers = [m for m in self.unet.modules() if isinstance(m, MultiViewAttention)]
-        return [p for layer in layers for p in layer.parameters()]
+        return [p for layer in self.attention_layers() for p in layer.parameters()]
 
     def add_lora(self, rank: int) -> None:
         """Give every attention projection a change of this rank; `freeze` then trains nothing else."""
-        for layer in [m for m in self.unet.modules() if isinstance(m, MultiViewAttention)]:
+        for layer in self.attention_layers():
             for name in ("to_q", "to_k", "to_v"):
                 setattr(layer, name, LoRALinear(getattr(layer, name), rank))
             layer.to_out[0] = LoRALinear(layer.to_out[0], rank)
@@ -288,10 +274,9 @@ class MultiViewUNet(nn.Module):
     ) -> list[nn.Parameter]:
         """Say what is trained, and return it: all, the attention layers only, or LoRA after `add_lora`.
 
-        frozen_bf16: store frozen weights in bfloat16, 2 bytes each. Trained ones stay float32: bfloat16 has
-        three digits, in which a step of 1e-5 of a weight is lost. view_embedding: train that embedding, too.
-        A fresh SDXL needs it: while it is zero, nothing tells one view from another.
-        """
+        frozen_bf16: store frozen weights in bfloat16, 2 bytes each. Trained ones stay float32: a step of 1e-5
+        of a weight is lost in bfloat16's three digits. view_embedding: train that embedding, too. A fresh
+        SDXL needs it: while it is zero, nothing tells one view from another."""
         chosen = [p for n, p in self.named_parameters() if n.endswith((".down", ".up"))]
         if not chosen:
             chosen = self.attention_parameters() if attention_only else list(self.parameters())
@@ -335,9 +320,7 @@ class MultiViewUNet(nn.Module):
     def conditions(self, rows: Tensor) -> dict[str, Any]:
         """SDXL's conditioning without a text: zero embeddings, as in its own pipeline, and the pixels.
 
-        With zero value vectors the attention output is zero whatever the weights are, so one zero token is
-        equivalent to the 77 of an empty prompt.
-        """
+        Attention to zero values is zero whatever the weights: one zero token equals an empty prompt's 77."""
         if not self.cfg.is_sdxl:
             return {"encoder_hidden_states": None}
         config: Any = self.unet.config
@@ -390,8 +373,7 @@ class MultiViewUNet(nn.Module):
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write config.json and model.safetensors, LoRA merged, weights in another dtype if asked.
 
-        Of SDXL the UNet is written; its configuration and the VAE are read from cfg.base again.
-        """
+        Of SDXL the UNet is written; its configuration and the VAE are read from cfg.base again."""
         tensors = {k: v for k, v in self.state_dict().items() if not k.endswith((".down", ".up"))}
         tensors |= {f"{n}.weight": m.merged() for n, m in self.named_modules() if isinstance(m, LoRALinear)}
         tensors = {k: v.to(dtype or v.dtype) for k, v in tensors.items()}
@@ -409,18 +391,12 @@ def from_base(cfg: ModelConfig) -> MultiViewUNet:
 def load(folder: str | Path, device: torch.device | str = "cpu", half: bool = False) -> MultiViewUNet:
     """Read a model that `MultiViewUNet.save` wrote. Wrong or broken files raise InputError.
 
-    half: of SDXL, weights in bfloat16, half the memory: to draw with, not to train.
-    """
+    half: of SDXL, weights in bfloat16, half the memory: to draw with, not to train."""
     folder = located(folder)
     config, weights = folder / "config.json", folder / "model.safetensors"
     if missing := [p.name for p in (config, weights) if not p.is_file()]:
         raise InputError(f"{folder}: no {missing[0]}, expected a model's folder. Make one: train_sft.py")
     cfg = typed(ModelConfig, load_json(config), str(config))
-    unreadable = f"{weights}: not readable as safetensors, expected a whole model."
-    with explained(unreadable), safe_open(weights, "pt") as file:
-        rows = file.get_slice("unet.class_embedding.weight").get_shape()[0]
-    if rows != NUM_VIEWS + 1:
-        raise InputError(f"{weights}: a model of {rows - 1} views, expected {NUM_VIEWS} (data.VIEWS).")
     with explained(f"{config}: makes no model, expected one that this project wrote."):
         if cfg.is_sdxl:  # no weights yet, and no memory for them: the file's own take their place
             with torch.device("meta"):
@@ -429,13 +405,6 @@ def load(folder: str | Path, device: torch.device | str = "cpu", half: bool = Fa
                 model = MultiViewUNet(cfg, unet)
         else:
             model = MultiViewUNet(cfg)
-    load_weights(model, weights, assign=cfg.is_sdxl)
+    load_weights(model, folder / "model.safetensors", assign=cfg.is_sdxl)
     model = model.bfloat16() if half and cfg.is_sdxl else model.float()
     return model.to(device).eval()
-
-
-if __name__ == "__main__":
-    for name, cfg in PRESETS.items():
-        size = cfg.base or f"{sum(p.numel() for p in MultiViewUNet(cfg).parameters()) / 1e6:.2f} M parameters"
-        latent = f"{cfg.latent_channels} x {cfg.latent_size} x {cfg.latent_size}"
-        print(f"{name}: {size}, {cfg.image_size} px, latent {latent}")

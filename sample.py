@@ -1,5 +1,4 @@
-"""Hand-written DDPM: noise schedule, posterior step, step log-prob, log-ratio, and a sampler that keeps
-trajectories.
+"""Hand-written DDPM: schedule, posterior step, step log-prob, log-ratio, a sampler that keeps trajectories.
 
 The denoising chain is the Markov decision process of Sec. 3.2.2. At step k the state is s_k = (x_t, t, c),
 where c is the noised reference; the action a_k is the next, less noisy x_s; and the policy is the sampler's
@@ -14,8 +13,9 @@ DEVIATION: the paper's step is its Eq. (1) with the score frozen between two tim
 and we take the DDPM posterior (Ho et al. 2020, Eq. 7), as D3PO's code and every peer does. Its variance is
 smaller by the factor (ab_t / ab_s) (1 - ab_s) / (1 - ab_t), because the clean image is taken to be known.
 
-Letters: B rows (an object with one candidate's noise), V views, K network calls, c h w latent sizes, n train
-timesteps.
+Letters: B rows (an object with one candidate's noise), V views, K network calls, c h w latent sizes.
+Shapes: x, mean, noise, action (B, V, c, h, w); reference y and its noise (B, c, h, w); var (B, 1, 1, 1, 1);
+timestep t and the next, lower one s (B,), where -1 is clean.
 
 Run:
     python sample.py --image photo.png --out views.png
@@ -35,36 +35,31 @@ from model import ModelConfig, MultiViewUNet, load
 
 
 class Schedule:
-    """q(x_t | x_0) = N(sqrt(ab_t) x_0, (1 - ab_t) I) with scaled-linear betas (Stable Diffusion), shifted to
-    noise."""
+    """q(x_t | x_0) = N(sqrt(ab_t) x_0, (1 - ab_t) I): Stable Diffusion's scaled-linear betas, shifted."""
 
-    def __init__(self, cfg: ModelConfig, num_train: int = 1000):
-        betas = torch.linspace(0.00085**0.5, 0.012**0.5, num_train, dtype=torch.float64) ** 2
+    num_train = 1000  # timesteps
+
+    def __init__(self, cfg: ModelConfig):
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, self.num_train, dtype=torch.float64) ** 2
         alpha_bar = (1 - betas).cumprod(0)
         # Small images are recognisable at noise levels where large ones are not, and if the noised views give
         # the object away at nearly every t, nothing teaches the network to look at the reference. Dividing
         # the signal-to-noise ratio ab / (1 - ab) by s^2 moves all of it down: ab' = ab / (ab + s^2 (1 - ab)).
         shift = cfg.schedule_shift
-        self.alpha_bar = alpha_bar / (alpha_bar + shift**2 * (1 - alpha_bar))  # (n,) float64
+        self.alpha_bar = alpha_bar / (alpha_bar + shift**2 * (1 - alpha_bar))  # (num_train,) float64
         self.prediction = cfg.prediction
-        self.num_train = num_train
 
     def ab(self, t: Tensor) -> Tensor:
         """alpha_bar at t (B,), shaped (B, 1, 1, 1, 1) to meet (B, V, c, h, w); t = -1 means clean, ab = 1."""
-        padded = torch.cat([self.alpha_bar, self.alpha_bar.new_ones(1)]).to(
-            t.device
-        )  # index -1 is the last: 1
-        return padded[t].float().view(-1, 1, 1, 1, 1)
+        padded = torch.cat([self.alpha_bar, self.alpha_bar.new_ones(1)])  # index -1 is the last: 1
+        return padded.to(t.device)[t].float().view(-1, 1, 1, 1, 1)
 
     def timesteps(self, num_steps: int) -> list[tuple[int, int]]:
-        """K pairs (t, s) from noise to clean: "leading" spacing, offset 1, and s = -1 (clean) after the last
-        call.
+        """K pairs (t, s) from noise to clean: "leading" spacing, offset 1; s = -1 (clean) at the last call.
 
         Stable Diffusion's own habit. The first t is below the last of training (901 of 999 if K = 10), where
         pure noise is close to right: sqrt(ab) is .03 on toys, .12 for SDXL."""
-        if not 2 <= num_steps <= 500:
-            # One call would start pure noise at t = 1; beyond 500 the stride is 1 and the chain starts in the
-            # middle.
+        if not 2 <= num_steps <= 500:  # 1 would start pure noise at t = 1; above 500 the stride is 1
             raise InputError(f"--num_steps {num_steps}: expected 2 to 500.")
         stride = self.num_train // num_steps
         times = [1 + stride * k for k in reversed(range(num_steps))]
@@ -77,13 +72,7 @@ def forward_noise(schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> T
     return ab.sqrt() * x0 + (1 - ab).sqrt() * noise
 
 
-def noised_reference(
-    schedule: Schedule,
-    cfg: ModelConfig,
-    y: Tensor,  # (B, c, h, w) reference latent
-    t: Tensor,  # (B,)
-    noise: Tensor,  # (B, c, h, w) epsilon_Y
-) -> Tensor:  # (B, c, h, w) Y_t
+def noised_reference(schedule: Schedule, cfg: ModelConfig, y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """Y_t: the reference noised at the views' t, scaled up first so that it is seen before they are.
 
         Y_t = [ sqrt(ab_t) r y + sqrt(1 - ab_t) noise ] / sqrt(ab_t r^2 + 1 - ab_t)         r = ref_scale
@@ -101,28 +90,19 @@ def split_prediction(schedule: Schedule, prediction: Tensor, x_t: Tensor, t: Ten
     if schedule.prediction == "x0":
         return prediction, (x_t - ab.sqrt() * prediction) / (1 - ab).sqrt()
     if schedule.prediction == "v":  # v = sqrt(ab) eps - sqrt(1 - ab) x0
-        return (
-            ab.sqrt() * x_t - (1 - ab).sqrt() * prediction,
-            (1 - ab).sqrt() * x_t + ab.sqrt() * prediction,
-        )
+        x0 = ab.sqrt() * x_t - (1 - ab).sqrt() * prediction
+        return x0, (1 - ab).sqrt() * x_t + ab.sqrt() * prediction
     return (x_t - (1 - ab).sqrt() * prediction) / ab.sqrt(), prediction
 
 
 def ddpm_step(
-    schedule: Schedule,
-    prediction: Tensor,  # (B, V, c, h, w) the network's output at x_t
-    x_t: Tensor,  # (B, V, c, h, w)
-    t: Tensor,  # (B,) timestep of x_t
-    s: Tensor,  # (B,) the next, lower timestep; -1 is clean
-) -> tuple[Tensor, Tensor]:  # mean (B, V, c, h, w), var (B, 1, 1, 1, 1)
-    """The Gaussian of one denoising step: the posterior q(x_s | x_t, x_0) with the predicted x0 in place of
-    x_0.
+    schedule: Schedule, prediction: Tensor, x_t: Tensor, t: Tensor, s: Tensor
+) -> tuple[Tensor, Tensor]:  # mean, var
+    """The Gaussian of one denoising step: q(x_s | x_t, x_0) with the predicted x0 in place of x_0.
 
-    Into the clean image (s = -1) the variance is 0: that step has no density, and nothing trains on it.
-    """
+    Into the clean image (s = -1) the variance is 0: that step has no density, and nothing trains on it."""
     x0, eps = split_prediction(schedule, prediction, x_t, t)
     ab_t, ab_s = schedule.ab(t), schedule.ab(s)
-    # var = (1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s)
     var = (1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s)
     # mean = sqrt(ab_s) x0 + sqrt(1 - ab_s - var) eps      (DDIM at eta = 1; the clamp is for s = -1)
     # With eps = (x_t - sqrt(ab_t) x0) / sqrt(1 - ab_t) it is Ho et al.'s Eq. 7, in x0 and x_t.
@@ -130,26 +110,16 @@ def ddpm_step(
     return mean, var
 
 
-def log_prob(
-    x: Tensor,  # (B, V, c, h, w) the action taken
-    mean: Tensor,  # (B, V, c, h, w)
-    var: Tensor,  # (B, 1, 1, 1, 1), > 0
-) -> Tensor:  # (B,) sum over V c h w
-    """log N(x; mean, var I), SUMMED over all dimensions of all views: the density of the joint action.
+def log_prob(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:  # (B,) nats
+    """log N(x; mean, var I), SUMMED over V c h w, all dimensions of all views: the joint action's density.
 
-    (D3PO's and DDPO's code take the mean over c h w instead, which is the same number divided by their
-    count.)"""
+    (D3PO's and DDPO's code take the mean over c h w, the same number divided by their count.)"""
     # log N = -1/2 [ |x - mean|^2 / var + D log(2 pi var) ]
     return -0.5 * ((x - mean) ** 2 / var + (2 * torch.pi * var).log()).flatten(1).sum(1)
 
 
-def log_ratio(
-    action: Tensor,  # (B, V, c, h, w)
-    mean_theta: Tensor,  # (B, V, c, h, w) mean of the policy in training
-    mean_pre: Tensor,  # (B, V, c, h, w) mean of the frozen pre-trained policy
-    var: Tensor,  # (B, 1, 1, 1, 1)
-) -> Tensor:  # (B,) sum over V c h w
-    """log pi_theta(a|s) - log pi_pre(a|s), summed, as a factored difference of squares:
+def log_ratio(action: Tensor, mean_theta: Tensor, mean_pre: Tensor, var: Tensor) -> Tensor:  # (B,) nats
+    """log pi_theta(a|s) - log pi_pre(a|s), summed over V c h w, as a factored difference of squares:
 
         [ |a - mean_pre|^2 - |a - mean_theta|^2 ] / (2 var)
             = < mean_theta - mean_pre, a - (mean_theta + mean_pre) / 2 > / var
@@ -159,28 +129,24 @@ def log_ratio(
     return ((mean_theta - mean_pre) * (action - (mean_theta + mean_pre) / 2) / var).flatten(1).sum(1)
 
 
-def kl_divergence(
-    mean_theta: Tensor, mean_pre: Tensor, var: Tensor
-) -> Tensor:  # -> (B,) nats, sum over V c h w
-    """KL(pi_theta || pi_pre) of one step: |mean_theta - mean_pre|^2 / (2 var), for two Gaussians of one
-    variance.
+def kl_divergence(mean_theta: Tensor, mean_pre: Tensor, var: Tensor) -> Tensor:  # (B,) nats
+    """KL(pi_theta || pi_pre) of one step: |mean_theta - mean_pre|^2 / (2 var), summed over V c h w.
 
     It is what the log-ratio loses on the average action of pi_pre: log_ratio = lin - KL with
-    lin = <mean_theta - mean_pre, a - mean_pre> / var, whose expectation under pi_pre is 0.
-    """
+    lin = <mean_theta - mean_pre, a - mean_pre> / var, whose expectation under pi_pre is 0."""
     return ((mean_theta - mean_pre) ** 2 / (2 * var)).flatten(1).sum(1)
 
 
 def policy_mean(
     model: MultiViewUNet,
     schedule: Schedule,
-    x_t: Tensor,  # (B, V, c, h, w)
-    y: Tensor,  # (B, c, h, w) reference latent that the policy is shown
-    ref_noise: Tensor,  # (B, c, h, w) epsilon_Y
-    t: Tensor,  # (B,)
-    s: Tensor,  # (B,)
+    x_t: Tensor,
+    y: Tensor,  # what the policy is shown
+    ref_noise: Tensor,
+    t: Tensor,
+    s: Tensor,
     bf16: bool = False,  # run the network in bfloat16; the step itself stays float32
-) -> tuple[Tensor, Tensor]:  # mean (B, V, c, h, w), var (B, 1, 1, 1, 1)
+) -> tuple[Tensor, Tensor]:  # mean, var
     """The policy pi_theta(. | x_t, t, c) = N(mean, var I) of one call of the network."""
     with torch.autocast(x_t.device.type, torch.bfloat16, enabled=bf16):
         prediction = model(x_t, t, noised_reference(schedule, model.cfg, y, t, ref_noise))
@@ -195,10 +161,16 @@ def draw(shape: tuple[int, ...], keys: list[tuple[int, ...]]) -> Tensor:
     return torch.stack([torch.randn(shape, generator=keyed_generator(*key)) for key in keys])
 
 
+def start(model: MultiViewUNet, ref: Tensor, seeds: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """What a chain starts from: x_T (B, V, c, h, w), epsilon_Y and the reference latent (B, c, h, w)."""
+    latent = (model.cfg.latent_channels, model.cfg.latent_size, model.cfg.latent_size)
+    x = draw((len(VIEWS), *latent), [(seed, 0) for seed in seeds]).to(ref.device)
+    return x, draw(latent, [(seed, 1) for seed in seeds]).to(ref.device), model.encode(ref)
+
+
 @dataclass
 class Trajectory:
-    """What the chain did, in float32: half precision would move the log-ratio at equal weights away from
-    0."""
+    """What the chain did, in float32: half precision would move the log-ratio at equal weights from 0."""
 
     states: Tensor  # (B, K + 1, V, c, h, w): x_T first, the clean latent last; action k is states[:, k + 1]
     y: Tensor  # (B, c, h, w) clean reference latent
@@ -213,24 +185,18 @@ def sample(
     seeds: list[int],  # one a row: x_T and epsilon_Y depend on it alone
     num_steps: int = 10,  # K
     candidates: list[int] | None = None,  # one a row: step noises depend on (seed, call, candidate)
-    noise_scales: list[float]
-    | None = None,  # one a row: a of App. B, the scale of noise on the reference latent
+    noise_scales: list[float] | None = None,  # one a row: a of App. B, scale of noise on the reference latent
     bf16: bool = False,  # run the network in bfloat16; states and steps stay float32
 ) -> Trajectory:
     """Run the chain for B rows. The images are in `.images` (B, V, 3, H, W)."""
-    cfg, device, batch = model.cfg, ref.device, len(ref)
-    schedule = Schedule(cfg)
-    if len(seeds) != batch:
-        raise InputError(f"{len(seeds)} seeds for {batch} references, expected one a row.")
+    device, batch, schedule = ref.device, len(ref), Schedule(model.cfg)
     candidates = candidates or [0] * batch
-    latent = (cfg.latent_channels, cfg.latent_size, cfg.latent_size)
-    x = draw((len(VIEWS), *latent), [(seed, 0) for seed in seeds]).to(device)
-    ref_noise = draw(latent, [(seed, 1) for seed in seeds]).to(device)
-    y = seen = model.encode(ref)
+    x, ref_noise, y = start(model, ref, seeds)
+    seen = y
     if noise_scales:  # candidate g of an object sees its reference through a_g n_g
         scales = torch.tensor(noise_scales, device=device).view(-1, 1, 1, 1)
         keys = [(seed, 2, round(1000 * a)) for seed, a in zip(seeds, noise_scales)]
-        seen = y + scales * draw(latent, keys).to(device)
+        seen = y + scales * draw(y.shape[1:], keys).to(device)
     states = [x]
     for call, (t_int, s_int) in enumerate(schedule.timesteps(num_steps)):
         t, s = (torch.full((batch,), z, device=device) for z in (t_int, s_int))
@@ -268,21 +234,19 @@ def branch(
     What tells two branches apart in the end is then the effect of that one action, and its credit is certain.
     The walk up to k is paid once for all branches. Branch 0 is what `sample` draws with the same seeds."""
     B, G, schedule = len(ref), branches, Schedule(model.cfg)
-    latent = (model.cfg.latent_channels, model.cfg.latent_size, model.cfg.latent_size)
-    x = draw((len(VIEWS), *latent), [(seed, 0) for seed in seeds]).to(ref.device)
-    ref_noise = draw(latent, [(seed, 1) for seed in seeds]).to(ref.device)
-    y, rows = model.encode(ref), torch.arange(B, device=ref.device)  # row -> object
+    x, ref_noise, y = start(model, ref, seeds)
+    rows = torch.arange(B, device=ref.device)  # row -> object
     x_t, actions = x, x
     for k, (t_int, s_int) in enumerate(schedule.timesteps(num_steps)):
         t, s = (torch.full((len(rows),), z, device=ref.device) for z in (t_int, s_int))
         mean, var = policy_mean(model, schedule, x, y[rows], ref_noise[rows], t, s, bf16)
-        noise = draw(x.shape[1:], [(seed, 3, k, 0) for seed in seeds]).to(ref.device)
         if k == call:
             x_t, rows = x, rows.repeat_interleave(G)
             mean, var = mean.repeat_interleave(G, 0), var.repeat_interleave(G, 0)
             own = draw(x.shape[1:], [(seed, 3, k, g) for seed in seeds for g in range(G)]).to(ref.device)
             x = actions = mean + var.sqrt() * own
         else:
+            noise = draw(x.shape[1:], [(seed, 3, k, 0) for seed in seeds]).to(ref.device)
             x = mean + var.sqrt() * noise[rows]
     x0 = x.unflatten(0, (B, G))
     return Branches(x_t, actions.unflatten(0, (B, G)), y, ref_noise, x0, model.decode(x0))

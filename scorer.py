@@ -4,50 +4,28 @@
     reward  = sum_{m=1..4} score_m   the paper's "contrastive score", the feedback of MV-D3PO-C
 
 Images in, one number for each view out: near 1 for a view that looks like the reference's own object, near
-0 for a generated one. `train_scorer.py` makes the weights. View 0 shows the reference itself, so the reward
-leaves it out.
+0 for a generated one. View 0 shows the reference itself, so the reward leaves it out.
 
-Run:
+Run, on a folder that train_scorer.py wrote:
     python scorer.py --ref r.png --views DIR        # DIR holds {front,right,back,left,top}.png
-
-Expect:
-    one line for each view and the sum of the last four, higher for the truth than for a wrong set (targets
-    4 and 0).
-
-    Reads the folder that train_scorer.py wrote (config.json, model.safetensors); writes nothing.
 """
-
-from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 
-from common import (
-    InputError,
-    cli,
-    explained,
-    get_device,
-    load_json,
-    load_weights,
-    located,
-    save_json,
-    save_tensors,
-    typed,
-)
+from common import InputError, cli, explained, get_device, load_json, load_weights, located, save_json
+from common import save_tensors, typed
 
-IMAGENET = (
-    (0.485, 0.456, 0.406),
-    (0.229, 0.224, 0.225),
-)  # mean, deviation that published DINOv2 weights expect
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, deviation that published weights expect
 Colour = tuple[float, float, float]
+Head = Literal["bilinear", "concat"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +59,7 @@ class EncoderConfig:
 class ScorerConfig:
     """What `config.json` holds: all that is needed to build the network again without its origin."""
 
-    head: Literal["bilinear", "concat"] = "bilinear"
+    head: Head = "bilinear"
     image_size: int = 64  # side of the square that the encoder sees, a multiple of its patch
     resize: bool = False  # True: any image is brought to image_size; False: another size is an error
     mean: Colour = (1.0, 1.0, 1.0)  # subtracted from each colour channel: here, white becomes 0
@@ -89,13 +67,9 @@ class ScorerConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
 
     def __post_init__(self) -> None:
-        if self.head not in ("bilinear", "concat"):
-            raise InputError(f"scorer head {self.head!r}: expected bilinear or concat.")
-        patch = self.encoder.patch_size
-        if self.image_size < patch or self.image_size % patch:
-            raise InputError(
-                f"scorer image_size {self.image_size}: expected a multiple of the patch, {patch}."
-            )
+        size, patch = self.image_size, self.encoder.patch_size
+        if size < patch or size % patch:
+            raise InputError(f"scorer image_size {size}: expected a multiple of the patch, {patch}.")
         if min(self.std) <= 0:
             raise InputError(f"scorer std {self.std}: expected more than 0.")
 
@@ -113,8 +87,7 @@ class Scorer(nn.Module):
     above; with W = 0 it is `concat`.
 
     FORK: the paper's f does not see which view m is, so right and left exchanged score the same. A row of
-    w, u, b and a W for each m would see it.
-    """
+    w, u, b and a W for each m would see it."""
 
     mean: Tensor
     std: Tensor
@@ -124,8 +97,7 @@ class Scorer(nn.Module):
         self.cfg = cfg
         self.encoder = Dinov2Model(Dinov2Config(**asdict(cfg.encoder)))
         dim = cfg.encoder.hidden_size
-        # The head starts at f = 1/2, the best constant for targets 0 and 1. A random head would first have to
-        # be unlearned. (Its gradient is not zero.)
+        # f starts at 1/2, the best constant for targets 0 and 1: a random head would have to be unlearned.
         self.linear = nn.Linear(2 * dim, 1)
         nn.init.zeros_(self.linear.weight)
         nn.init.constant_(self.linear.bias, 0.5)
@@ -134,23 +106,14 @@ class Scorer(nn.Module):
         self.register_buffer("mean", torch.tensor(cfg.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(cfg.std).view(3, 1, 1), persistent=False)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.linear.weight.device
-
     def embed(self, images: Tensor) -> Tensor:
         """e: (N, 3, H, W) in [0, 1] -> (N, d), the CLS token after the last LayerNorm."""
         size = self.cfg.image_size
         if images.shape[-2:] != (size, size):
-            # An encoder that was trained at one size returns meaningless numbers at another. DINOv2 was
-            # trained at many. Its stock image processor would crop the edges of a centred object; a plain
-            # resize does not.
-            if not self.cfg.resize:
+            if not self.cfg.resize:  # trained at one size, it would return meaningless numbers at another
                 h, w = images.shape[-2:]
-                raise InputError(
-                    f"scorer: images of {h} x {w} px, expected {size} x {size}, its training size."
-                )
+                raise InputError(f"scorer: images of {h} x {w} px, expected {size} x {size}, as in training.")
+            # DINOv2's stock image processor would crop the edges of a centred object
             images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
         return self.encoder((images - self.mean) / self.std).pooler_output
 
@@ -162,16 +125,8 @@ class Scorer(nn.Module):
             f = f + ((e_ref @ self.W) * e_views).sum(-1)  # + e_Y^T W e_X
         return f
 
-    def forward(
-        self,
-        ref: Tensor,  # (B, 3, H, W) reference images Y in [0, 1]
-        views: Tensor,  # (B, V, 3, H, W) views X_m in [0, 1], real or generated
-    ) -> Tensor:  # (B, V) one score for each view
-        if ref.ndim != 4 or views.ndim != 5 or len(ref) != len(views) or ref.shape[1:] != views.shape[2:]:
-            raise InputError(
-                f"scorer: got ref {tuple(ref.shape)} and views {tuple(views.shape)}; "
-                "expected (B, 3, H, W) and (B, V, 3, H, W) of one size."
-            )
+    def forward(self, ref: Tensor, views: Tensor) -> Tensor:
+        """References Y (B, 3, H, W) and views X_m (B, V, 3, H, W), in [0, 1] -> a score a view (B, V)."""
         both = torch.cat([ref[:, None], views], dim=1)  # (B, 1+V, 3, H, W): one pass of the encoder for all
         e = self.embed(rearrange(both, "B R C H W -> (B R) C H W"))
         e = rearrange(e, "(B R) d -> B R d", B=len(ref))
@@ -180,7 +135,7 @@ class Scorer(nn.Module):
     @torch.no_grad()
     def score(self, ref: Tensor, views: Tensor) -> Tensor:
         """`forward` without gradient, on the scorer's device. (There is no dropout to turn off.)"""
-        return self(ref.to(self.device), views.to(self.device))
+        return self(ref.to(self.mean.device), views.to(self.mean.device))
 
     def save(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors."""
@@ -188,14 +143,12 @@ class Scorer(nn.Module):
         save_tensors(Path(folder) / "model.safetensors", self.state_dict())
 
     @staticmethod
-    def load(folder: str | Path, device: str | torch.device = "cpu") -> Scorer:
+    def load(folder: str | Path, device: str | torch.device = "cpu") -> "Scorer":
         """Read what `save` wrote, for evaluation."""
         folder = located(folder)
         config = folder / "config.json"
         if not config.is_file():
-            raise InputError(
-                f"{folder}: no config.json, expected a scorer's folder. Make one: train_scorer.py"
-            )
+            raise InputError(f"{folder}: no config.json, expected a scorer's. Make one: train_scorer.py")
         cfg = typed(ScorerConfig, load_json(config), str(config))
         with explained(f"{config}: makes no scorer, expected one of train_scorer.py."):
             scorer = Scorer(cfg)
@@ -204,27 +157,20 @@ class Scorer(nn.Module):
 
 
 def small_scorer(
-    head: Literal["bilinear", "concat"],
-    image_size: int,  # pixels that the encoder sees
-    patch_size: int,
-    hidden_size: int,
-    num_layers: int,
-    num_heads: int,
-    resize: bool = False,  # bring images of another size to image_size, instead of an error
+    head: Head, image_size: int, patch_size: int, hidden_size: int, num_layers: int, num_heads: int
 ) -> Scorer:
     """A small DINOv2 architecture from scratch, for toys.
 
     It has minutes to learn, so the start matters more than the size. DINOv2's own start is made for widths
     near 1000. At width 96 its weights (deviation .02) shrink what passes through a layer to a fifth, and CLS
     hardly depends on the image; a deviation of 1 / sqrt(width) passes it on. And white must be 0, or the
-    background is most of every token.
-    """
+    background is most of every token."""
     sizes = (image_size, patch_size, hidden_size, num_layers, num_heads)
     encoder = EncoderConfig(*sizes, initializer_range=max(hidden_size, 1) ** -0.5)
-    return Scorer(ScorerConfig(head, image_size, resize, encoder=encoder))
+    return Scorer(ScorerConfig(head, image_size, encoder=encoder))
 
 
-def pretrained_scorer(backbone: str, head: Literal["bilinear", "concat"], image_size: int = 224) -> Scorer:
+def pretrained_scorer(backbone: str, head: Head, image_size: int = 224) -> Scorer:
     """A published DINOv2 (hub id or folder) and a new head; image_size is rounded down to whole patches."""
     expected = "expected a hub id such as facebook/dinov2-base, or a local folder with a whole DINOv2."
     with explained(f"--backbone {backbone}: cannot load, {expected}"):
@@ -232,9 +178,7 @@ def pretrained_scorer(backbone: str, head: Literal["bilinear", "concat"], image_
     stock, report = loaded
     # transformers only warns where weights are missing, and goes on with random ones.
     if missing := sorted(report["missing_keys"]):
-        raise InputError(
-            f"--backbone {backbone}: {len(missing)} weights are missing ({missing[0]}...), {expected}"
-        )
+        raise InputError(f"--backbone {backbone}: {missing[0]} and others are missing, {expected}")
     values = {f.name: getattr(stock.config, f.name) for f in fields(EncoderConfig)}
     encoder = typed(EncoderConfig, values, f"--backbone {backbone}")
     size = max(image_size // encoder.patch_size, 1) * encoder.patch_size
@@ -243,11 +187,7 @@ def pretrained_scorer(backbone: str, head: Literal["bilinear", "concat"], image_
     return scorer
 
 
-def contrastive_reward(
-    scorer: Scorer,
-    ref: Tensor,  # (B, 3, H, W)
-    views: Tensor,  # (B, V, 3, H, W), view 0 being the reference's own
-) -> Tensor:  # (B,)
+def contrastive_reward(scorer: Scorer, ref: Tensor, views: Tensor) -> Tensor:  # (B,)
     """The paper's contrastive score: the sum over the other views; view 0 would reward a copy of ref."""
     return scorer.score(ref, views)[:, 1:].sum(dim=1)
 
@@ -259,7 +199,7 @@ class Config:
     scorer: str = "out/scorer"  # folder that train_scorer.py wrote
     ref: str = "r.png"  # reference image
     views: str = "views"  # folder with front.png, right.png, back.png, left.png, top.png
-    device: str = "auto"  # auto | cpu | cuda
+    device: str = "auto"  # auto, cpu or cuda
 
 
 def main(cfg: Config) -> dict[str, float]:

@@ -1,5 +1,4 @@
-"""Stage 2: train the contrastive 3D-consistency scorer on ground truth against generated views (paper Sec.
-5).
+"""Stage 2: train the contrastive 3D-consistency scorer, truth against generated views (paper Sec. 5).
 
     L_3D-Consistency = |f(e_Y, e_X_GT^m) - 1|^2  +  |f(e_Y, e_X_gen^m) - 0|^2          views m = 1..4
 
@@ -17,7 +16,7 @@ scorer look at geometry.
 Run:
     python train_scorer.py                                     # negatives of the independent-view model ("C")
     python train_scorer.py --negatives checkpoints/objects     # of the multi-view model itself ("C (pre)")
-    python train_scorer.py --negatives DIR --data DIR2         # of another model
+    python train_scorer.py --negatives DIR --data RENDERS      # of any other model: its views of the renders
 
     Writes out/scorer-<content>/{config.json, model.safetensors, log.jsonl, results.json}, and negatives-*/
 """
@@ -25,6 +24,7 @@ Run:
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,29 +33,9 @@ from einops import rearrange, repeat
 from torch import Tensor
 from tqdm import tqdm
 
-from common import (
-    InputError,
-    Log,
-    cached,
-    check_at_least,
-    cli,
-    digest,
-    get_device,
-    key_seed,
-    keyed_generator,
-    load_json,
-    load_state,
-    load_tensors,
-    located,
-    optimizer_step,
-    provenance,
-    save_json,
-    save_state,
-    save_tensors,
-    settings,
-    training_steps,
-    use_bf16,
-)
+from common import InputError, Log, cached, check_at_least, cli, digest, get_device, key_seed, keyed_generator
+from common import load_json, load_state, load_tensors, located, optimizer_step, provenance, save_json
+from common import save_state, save_tensors, settings, training_steps, use_bf16
 from data import MIRRORED_ORDER, load_references, load_split, load_views, stretch
 from metrics import spoilt_views
 from model import load
@@ -68,7 +48,7 @@ class Config:
     """Defaults train the scorer that train_d3po.py --feedback contrastive asks for."""
 
     data: str = "furniture"  # furniture, toys, or a folder of renders
-    negatives: str = "checkpoints/objects_independent"  # a model folder that draws them, or a folder of views
+    negatives: str = "checkpoints/objects_independent"  # the model that draws them, or a folder of views
     num_references: int = 240  # of the preference split
     num_val: int = 64  # validation objects
     num_steps: int = 10  # network calls when the generator draws
@@ -105,12 +85,8 @@ def consistency_loss(f_true: Tensor, f_fake: Tensor) -> Tensor:
     return ((f_true - 1) ** 2).mean() + (f_fake**2).mean()
 
 
-def scorer_loss(
-    scorer: Scorer,
-    images: Tensor,  # (B, 1 + 2 (V-1), 3, S, S): reference, true views, generated views
-    bf16: bool = False,
-) -> tuple[Tensor, Tensor]:  # L_3D-Consistency, and the mismatch term
-    """Both losses of a batch from one pass of the encoder."""
+def scorer_loss(scorer: Scorer, images: Tensor, bf16: bool = False) -> tuple[Tensor, Tensor]:
+    """L_3D-Consistency and the mismatch term of a batch (make_batch), from one pass of the encoder."""
     B, others = len(images), images.shape[1] // 2
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         e = rearrange(scorer.embed(images.flatten(0, 1)), "(B R) d -> B R d", B=B).float()
@@ -126,20 +102,16 @@ def scorer_loss(
 
 
 def generate(cfg: Config, references: Tensor, device: torch.device, folder: Path) -> None:
-    """Five views of each reference by the model cfg.negatives: (N, 3, S, S) -> (N, V, 3, S, S) uint8, in
-    parts on disk.
-
-    A part is written whole, so a killed run loses one: SDXL needs an hour for this."""
+    """Five views of each reference (N, 3, S, S) uint8 by the model cfg.negatives, a file for every few."""
     bf16 = use_bf16(cfg.bf16, device)
     generator = load(cfg.negatives, device, half=bf16)
-    if generator.cfg.image_size != cfg.image_size:
-        raise InputError(
-            f"{cfg.negatives}: makes images of {generator.cfg.image_size} px, expected {cfg.image_size}. "
-            f"Name another model, or --image_size {generator.cfg.image_size}."
-        )
+    size = generator.cfg.image_size
+    if size != cfg.image_size:
+        made = f"{cfg.negatives}: makes images of {size} px, expected {cfg.image_size}."
+        raise InputError(f"{made} Name another model, or --image_size {size}.")
     for i in tqdm(range(0, len(references), 16), desc="negatives", disable=None):
         path = folder / f"{i:06d}.safetensors"
-        if path.is_file():
+        if path.is_file():  # a killed run goes on
             continue
         ref = references[i : i + 16].to(device).float() / 255
         seeds = [key_seed(cfg.seed, 9, i + j) for j in range(len(ref))]  # 9: other noise than in evaluation
@@ -148,60 +120,51 @@ def generate(cfg: Config, references: Tensor, device: torch.device, folder: Path
 
 
 def make_pairs(cfg: Config, device: torch.device) -> tuple[Tensor, Tensor, int]:
-    """Ground truth and generated views in one frame, both (N, V, 3, S, S) uint8, and how many of N are to
-    train on.
+    """True and generated views, both (N, V, 3, S, S) uint8, and how many of N are to train on.
 
     An object has one reference, any of its four sides, and it stands in its positive and in its negative
-    pairs. Were the ground truth shown in other frames too, "this reference comes with the truth" could be
-    learned by heart."""
-    val = load_split(cfg.data, "validation", cfg.num_val, cfg.image_size)
+    pairs. Were the truth shown in other frames too, f could learn which references come with the truth."""
     if not (located(cfg.negatives) / "model.safetensors").is_file():
-        # Another model's views, the front being its reference. Equal names mean equal splits.
-        have = load_views(cfg.negatives, cfg.image_size)[0]
-        names = [] if cfg.data in ("toys", "furniture") else load_views(cfg.data, cfg.image_size)[0]
-        if have != names:
-            odd = sorted(set(have) ^ set(names))
-            raise InputError(
-                f"--negatives {cfg.negatives}: {len(odd)} objects are only there or in {cfg.data} "
-                f"(first: {odd[0]}); expected a model folder, or views with the names of --data."
-            )
-        truth = load_split(cfg.data, "preference", cfg.num_references, cfg.image_size)
-        parts = ((s, n) for s, n in (("preference", cfg.num_references), ("validation", cfg.num_val)))
-        fake = torch.cat([load_split(cfg.negatives, s, n, cfg.image_size) for s, n in parts])
-        return torch.cat([truth, val]), fake, len(truth)
+        return read_pairs(cfg)
     train = load_references(cfg.data, cfg.num_references, cfg.image_size, cfg.seed)
-    truth = torch.cat([train, val])
+    truth = torch.cat([train, load_split(cfg.data, "validation", cfg.num_val, cfg.image_size)])
     made_by = {"generator": digest(Path(cfg.negatives)), "references": digest(truth[:, 0])}
-    made_by |= {
-        "num_steps": cfg.num_steps,
-        "seed": cfg.seed,
-        "bf16": use_bf16(cfg.bf16, device),
-        "on": device.type,
-    }
-    root = Path(cfg.out).parent
-    folder = cached(root, "negatives", made_by, lambda folder: generate(cfg, truth[:, 0], device, folder))
+    made_by |= {"num_steps": cfg.num_steps, "seed": cfg.seed}
+    made_by |= {"bf16": use_bf16(cfg.bf16, device), "on": device.type}
+    folder = cached(Path(cfg.out).parent, "negatives", made_by, partial(generate, cfg, truth[:, 0], device))
     fake = torch.cat([load_tensors(path)["views"] for path in sorted(folder.glob("*.safetensors"))])
     return truth, fake, len(train)
+
+
+def read_pairs(cfg: Config) -> tuple[Tensor, Tensor, int]:
+    """`make_pairs` with another model's pictures of --data, such as Zero123's, drawn from the front views."""
+    if cfg.data in ("toys", "furniture") or load_views(cfg.data, 8)[0] != load_views(cfg.negatives, 8)[0]:
+        expected = f"expected a model's folder, or views of the objects of --data {cfg.data}"
+        raise InputError(f"--negatives {cfg.negatives}: {expected}.")
+    parts = (("preference", cfg.num_references), ("validation", cfg.num_val))
+    truth, fake = ([load_split(d, s, n, cfg.image_size) for s, n in parts] for d in (cfg.data, cfg.negatives))
+    return torch.cat(truth), torch.cat(fake), len(truth[0])
+
+
+def twin(images: Tensor, g: torch.Generator, cameras: list[int] | None = None) -> Tensor:
+    """The same object in other proportions: images (R, 3, S, S) in [0, 1], by one camera each."""
+    return stretch(images, 0.6 + 0.4 * torch.rand(3, generator=g), cameras)
 
 
 def make_batch(cfg: Config, truth: Tensor, fake: Tensor, step: int) -> Tensor:
     """(B, 1 + 2 (V-1), 3, S, S) in [0, 1]: reference, true and generated views; from (seed, step) alone."""
     g = keyed_generator(cfg.seed, step)
-    size = min(cfg.batch_size, len(truth))
+    size, views = min(cfg.batch_size, len(truth)), truth.shape[1]
     chosen = torch.randperm(len(truth), generator=g)[: size // 2 if cfg.twins else size]
     images = torch.cat([truth[chosen], fake[chosen, 1:]], dim=1).float() / 255
     if cfg.twins:  # another object with the same face: its own truth, and a wrong one for its twin
-        others = truth.shape[1] - 1
-        wide = [*range(others + 1), *range(1, others + 1)]  # which camera sees each of the images
-        twins = [stretch(x, 0.6 + 0.4 * torch.rand(3, generator=g), wide) for x in images]
-        images = torch.cat([images, torch.stack(twins)])
+        cameras = [*range(views), *range(1, views)]
+        images = torch.cat([images, torch.stack([twin(x, g, cameras) for x in images])])
     # Only what keeps five views five views of one object is allowed, and it is done to true and generated
-    # ones alike: renaming the colour channels and mirroring the world. A crop, a shift or a turn of single
-    # images is not.
+    # ones alike: renaming the colour channels and mirroring the world. A crop, a shift or a turn is not.
     images = images[:, :, torch.randperm(3, generator=g)]
     if torch.rand((), generator=g) < 0.5:
-        others = truth.shape[1] - 1
-        order = MIRRORED_ORDER + [others + m for m in MIRRORED_ORDER[1:]]
+        order = MIRRORED_ORDER + [views - 1 + m for m in MIRRORED_ORDER[1:]]
         images = images[:, order].flip(-1)
     return images
 
@@ -218,13 +181,10 @@ def auc(positive: Tensor, negative: Tensor) -> float:
 
 
 def evaluate(scorer: Scorer, truth: Tensor, fake: Tensor) -> dict[str, float]:
-    """Ground truth against wrong views: AUC over single views, and how often the truth has the higher
-    reward."""
+    """Truth against wrong views: AUC over single views, and how often the truth has the higher reward."""
     g = keyed_generator(0)
-    twins = torch.stack(
-        [(stretch(x.float() / 255, 0.6 + 0.4 * torch.rand(3, generator=g)) * 255).round() for x in truth]
-    )
-    wrong = {"generated": fake, "stretched": twins.to(torch.uint8), **spoilt_views(truth)}
+    twins = torch.stack([(twin(x.float() / 255, g) * 255).round().to(torch.uint8) for x in truth])
+    wrong = {"generated": fake, "stretched": twins, **spoilt_views(truth)}
 
     def scores(views: Tensor) -> Tensor:  # (B, V, 3, S, S) uint8 -> (B, V-1)
         pairs = zip(truth[:, :1].float() / 255, views.float() / 255)
@@ -250,55 +210,50 @@ def new_scorer(cfg: Config) -> Scorer:
     torch.manual_seed(key_seed(cfg.seed))
     if cfg.backbone:
         return pretrained_scorer(cfg.backbone, cfg.head, cfg.backbone_size)
-    return small_scorer(
-        cfg.head, cfg.image_size, cfg.patch_size, cfg.hidden_size, cfg.num_layers, cfg.num_heads
-    )
+    sizes = (cfg.image_size, cfg.patch_size, cfg.hidden_size, cfg.num_layers, cfg.num_heads)
+    return small_scorer(cfg.head, *sizes)
 
 
-def train(
-    scorer: Scorer, truth: Tensor, fake: Tensor, n: int, cfg: Config, device: torch.device, folder: Path
-) -> None:
-    """Train on the first n objects, evaluate on the others, and leave weights, log and results in
-    `folder`."""
+def run(truth: Tensor, fake: Tensor, n: int, cfg: Config, folder: Path) -> None:
+    """The loop: train on the first n objects, evaluate on the others; weights, log, results in `folder`."""
+    device = get_device(cfg.device)
     bf16 = device.type == "cuda" and use_bf16(cfg.bf16, device)
-    head = [p for name, p in scorer.named_parameters() if not name.startswith("encoder.")]
-    groups: list[dict] = [
-        {"params": list(scorer.encoder.parameters()), "lr": cfg.lr},
-        {"params": head, "lr": cfg.head_lr},
-    ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
+    scorer = new_scorer(cfg).to(device)
     parameters = list(scorer.parameters())
+    head = [p for name, p in scorer.named_parameters() if not name.startswith("encoder.")]
+    groups: list[dict] = [{"params": list(scorer.encoder.parameters()), "lr": cfg.lr}]
+    groups += [{"params": head, "lr": cfg.head_lr}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
 
     state = load_state(folder / "state.pt")
     if state:
         scorer.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         print(f"{folder}: goes on at step {state['step']}")
-    start, clock = state.get("step", 0), time.time() - state.get("seconds", 0)
-    log = Log(folder / "log.jsonl", start, 10, cfg.steps, sums=state.get("log"))
+    log = Log(folder / "log.jsonl", state.get("step", 0), 10, cfg.steps, sums=state.get("log"))
+    clock = time.time() - state.get("seconds", 0)
 
     def save(done: int) -> None:
         parts = {"model": scorer.state_dict(), "optimizer": optimizer.state_dict(), "log": log.sums}
         save_state(folder / "state.pt", parts, step=done, seconds=time.time() - clock)
 
-    for step in training_steps(start, cfg.steps, "train_scorer", save):
+    for step in training_steps(state.get("step", 0), cfg.steps, "train_scorer", save):
         # batch, forward, backward
         images = make_batch(cfg, truth[:n], fake[:n], step).to(device)
         loss, mismatch = scorer_loss(scorer, images, bf16)
         (loss + cfg.mismatch * mismatch).backward()
 
-        # step: short warm-up, then cosine to 0
+        # step, log: short warm-up, then cosine to 0
         rate = min(1, (step + 1) / 20) * (1 + math.cos(math.pi * step / cfg.steps)) / 2
         norm = optimizer_step([optimizer], parameters, rate, step, clip=math.inf)
+        log.add(step, loss_consistency=loss.item(), loss_mismatch=mismatch.item(), grad_norm=norm)
 
-        # log, evaluate
-        log.add(step, loss=loss.item(), mismatch=mismatch.item(), grad_norm=norm)
+        # evaluate
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
             result, seconds = evaluate(scorer, truth[n:], fake[n:]), round(time.time() - clock)
             log.line(step + 1, **{f"val_{k}": round(v, 4) for k, v in result.items()}, seconds=seconds)
-            tqdm.write(
-                f"step {step + 1}: " + ", ".join(f"{k} {v:.3f}" for k, v in result.items() if "auc" in k)
-            )
+            shown = ", ".join(f"{k} {v:.3f}" for k, v in result.items() if "auc" in k)
+            tqdm.write(f"step {step + 1}: {shown}")
             save_json(folder / "results.json", {**provenance(cfg), "metrics": result, "seconds": seconds})
     scorer.save(folder)
     (folder / "state.pt").unlink(missing_ok=True)
@@ -306,30 +261,21 @@ def train(
 
 def main(cfg: Config) -> dict[str, Any]:
     """Negatives, training, evaluation; returns the content of results.json and the folder."""
-    check_at_least(
-        cfg, 1, "steps", "eval_every", "patch_size", "hidden_size", "num_layers", "num_heads", "backbone_size"
-    )
-    check_at_least(
-        cfg, 2, "num_references", "num_val", "batch_size", "num_steps"
-    )  # views of another object are needed
+    check_at_least(cfg, 1, "steps", "eval_every", "backbone_size")
+    check_at_least(cfg, 1, "patch_size", "hidden_size", "num_layers", "num_heads")
+    check_at_least(cfg, 2, "num_references", "num_val", "batch_size", "num_steps")  # another object is needed
     check_at_least(cfg, 0, "lr", "head_lr", "weight_decay", "mismatch")
     device = get_device(cfg.device)
     truth, fake, n = make_pairs(cfg, device)
+    local = cfg.backbone and Path(cfg.backbone).is_dir()
     made_by = settings(cfg, "eval_every", "bf16", "data", "negatives", "backbone") | {
         "truth": digest(truth),
         "generated": digest(fake),
-        "backbone": digest(Path(cfg.backbone))
-        if Path(cfg.backbone).is_dir() and cfg.backbone
-        else cfg.backbone,
+        "backbone": digest(Path(cfg.backbone)) if local else cfg.backbone,
         "on": device.type,
     }
     out = Path(cfg.out)
-    folder = cached(
-        out.parent,
-        out.name,
-        made_by,
-        lambda folder: train(new_scorer(cfg).to(device), truth, fake, n, cfg, device, folder),
-    )
+    folder = cached(out.parent, out.name, made_by, partial(run, truth, fake, n, cfg))
     return {**load_json(folder / "results.json"), "folder": str(folder)}
 
 

@@ -4,21 +4,16 @@
 
 One of the side views is drawn as the reference Y and the others are renamed relative to it
 (data.relative_views). Views and reference get independent noise at one common t. The small network predicts
-the clean image, so the loss is its squared error times a weight; we weight it as v-prediction would, which is
-1 / (1 - alpha_bar_t).
+the clean image. The loss is its squared error, weighted as v-prediction would: 1 / (1 - alpha_bar_t).
 
-`python train_sft.py` trains a toy model from nothing, --preset sdxl starts from published weights, --init
-from a model of ours. (Table 1's SFT row is not made here but by `train_d3po.py --feedback none`, with all
-else equal.)
+It starts from nothing, with --preset sdxl from published weights, with --init from a model of ours. (Table
+1's SFT row is not made here but by `train_d3po.py --feedback none`, with all else equal.)
 
 Run:
     python train_sft.py                                                    # toy, from nothing
     python train_sft.py --cross_view False --out out/sft_independent       # the Zero123-style baseline
     python train_sft.py --init checkpoints/toy --data furniture furniture toys --augment True --steps 5000 \
         --optimizer muon --muon_lr .01 --lr 5e-4 --out out/objects         # checkpoints/objects
-
-Expect (toy, an hour of one CPU core, 16 validation objects):
-    psnr_unseen 15.5 at step 1000, 18.4 at 4000, 19.2 at 6000
 
     Writes out/sft-<content>/{config.json, model.safetensors, log.jsonl, results.json, grid.png}
 """
@@ -27,6 +22,7 @@ import math
 import re
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,25 +30,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import (
-    InputError,
-    Log,
-    cached,
-    check_at_least,
-    cli,
-    digest,
-    get_device,
-    keyed_generator,
-    load_json,
-    load_state,
-    optimizer_step,
-    provenance,
-    save_json,
-    save_state,
-    settings,
-    training_steps,
-    use_bf16,
-)
+from common import InputError, Log, cached, check_at_least, cli, digest, get_device, keyed_generator
+from common import load_json, load_state, optimizer_step, provenance, save_json, save_state, settings
+from common import training_steps, use_bf16
 from data import NUM_SIDES, Views, augment, fingerprint, lazy_split, load_split, relative_views
 from grid import grid
 from metrics import hull_iou, psnr
@@ -63,8 +43,7 @@ from sample import Schedule, forward_noise, noised_reference, sample_images, spl
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults train the multi-view toy model from nothing; checkpoints/README.md says how the shipped ones
-    were made."""
+    """Defaults train the toy model from nothing. checkpoints/README.md: how the shipped ones were made."""
 
     preset: Literal["toy", "small", "sdxl"] = "toy"  # sdxl starts from published weights
     base: str = ""  # hub id or folder of the SDXL pipeline to start from; empty: the preset's
@@ -102,23 +81,23 @@ class Config:
 def simple_loss(
     model: MultiViewUNet,
     schedule: Schedule,
-    latents: Tensor,  # (B, V, c, h, w) clean views
-    y: Tensor,  # (B, c, h, w) clean reference
+    latents: Tensor,  # (B, V, c, h, w) clean views, and their noise
+    y: Tensor,  # (B, c, h, w) clean reference, and its noise
     t: Tensor,  # (B,)
-    noise: Tensor,  # (B, V, c, h, w)
-    ref_noise: Tensor,  # (B, c, h, w)
+    noise: Tensor,
+    ref_noise: Tensor,
 ) -> Tensor:  # (B,) weighted squared error, mean over V c h w
     """L_simple-MV of each object at one t."""
     x_t = forward_noise(schedule, latents, t, noise)
     prediction = model(x_t, t, noised_reference(schedule, model.cfg, y, t, ref_noise))
     ab = schedule.ab(t)
     if schedule.prediction == "epsilon":
-        return ((prediction - noise) ** 2).flatten(1).mean(1)
-    if schedule.prediction == "v":
-        return ((prediction - (ab.sqrt() * noise - (1 - ab).sqrt() * latents)) ** 2).flatten(1).mean(1)
-    # With v = sqrt(ab) eps - sqrt(1 - ab) x0 and x_t fixed, an error d in x0 is an error -d / sqrt(1 - ab) in
-    # v.
-    return ((prediction - latents) ** 2 / (1 - ab)).flatten(1).mean(1)
+        error = (prediction - noise) ** 2
+    elif schedule.prediction == "v":
+        error = (prediction - (ab.sqrt() * noise - (1 - ab).sqrt() * latents)) ** 2
+    else:  # v = (sqrt(ab) x_t - x0) / sqrt(1 - ab): an error d in x0 is an error -d / sqrt(1 - ab) in v
+        error = (prediction - latents) ** 2 / (1 - ab)
+    return error.flatten(1).mean(1)
 
 
 def training_batch(
@@ -141,8 +120,7 @@ def training_batch(
         # "randomly choose an image" of the sides as the reference, Sec. 6.1
         chosen.append(relative_views(views, int(torch.randint(NUM_SIDES, (), generator=g))))
     latents = model.encode(torch.stack(chosen).to(device).float() / 255)  # (B, V, c, h, w)
-    # Stratified t: one uniform draw, spread evenly over the batch. Same expectation, less noise in the
-    # gradient.
+    # Stratified t: one uniform draw, spread evenly over the batch. Same expectation, a less noisy gradient.
     u = (torch.rand((), generator=g) + torch.arange(batch_size) / batch_size) % 1
     t = 1 + (u * (schedule.num_train - 1)).long()
     noise = torch.randn(latents.shape, generator=g)
@@ -154,22 +132,14 @@ def training_batch(
 
 
 @torch.no_grad()
-def reference_use(
-    model: MultiViewUNet,
-    views: Tensor,  # (N, V, 3, S, S) uint8
-    device: torch.device,
-    batch_size: int,
-    times: tuple[int, ...] = (200, 500, 800, 950),
-) -> dict[str, float]:
-    """Squared error of x0 with the right and with a wrong reference, by t: the first thing to look at in any
-    run.
+def reference_use(model: MultiViewUNet, views: Tensor, batch_size: int) -> dict[str, float]:
+    """Squared error of x0 with the right and with a wrong reference, by t: the first thing to look at.
 
     A network that ignores its reference has equal numbers. At high t, where the views are all noise, only a
     network that has learned to look things up in the reference has a small first number."""
-    schedule = Schedule(model.cfg)
-    latents = model.encode(views.to(device).float() / 255)
-    result = {}
-    for t_int in times:
+    schedule, device, result = Schedule(model.cfg), views.device, {}
+    latents = model.encode(views.float() / 255)  # of (N, V, 3, S, S) uint8
+    for t_int in (200, 500, 800, 950):
         t = torch.full((len(latents),), t_int, device=device)
         g = keyed_generator(t_int)
         noise = torch.randn(latents.shape, generator=g).to(device)
@@ -193,20 +163,18 @@ def evaluate(
     bf16 = use_bf16(cfg.bf16, device)
     images = sample_images(model, truth[:, 0], cfg.seed, cfg.num_steps, cfg.batch_size, "evaluate", bf16)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        use = reference_use(model, views, device, cfg.batch_size)
+        use = reference_use(model, views.to(device), cfg.batch_size)
+    grid(picture, {"truth": truth[:8], "sampled": images[:8]}, truth[:8, 0])
+
+    def mean_psnr(x: Tensor, first: int) -> float:
+        return psnr(x[:, first:].flatten(0, 1), truth[:, first:].flatten(0, 1)).mean().item()
+
     copy = truth[:, :1].expand_as(truth)
     unseen = {"": images, "_white": torch.ones_like(truth), "_copied_reference": copy}
-    grid(picture, {"truth": truth[:8], "sampled": images[:8]}, truth[:8, 0])
-    return {
-        "psnr": psnr(images.flatten(0, 1), truth.flatten(0, 1)).mean().item(),
-        **{
-            f"psnr_unseen{name}": psnr(x[:, 1:].flatten(0, 1), truth[:, 1:].flatten(0, 1)).mean().item()
-            for name, x in unseen.items()
-        },
-        "hull": hull_iou(images).mean().item(),
-        "hull_truth": hull_iou(truth).mean().item(),
-        **use,
-    }
+    result = {"psnr": mean_psnr(images, 0)}
+    result |= {f"psnr_unseen{name}": mean_psnr(x, 1) for name, x in unseen.items()}
+    result |= {"hull": hull_iou(images).mean().item(), "hull_truth": hull_iou(truth).mean().item()}
+    return result | use
 
 
 # --- the loop ---
@@ -217,62 +185,56 @@ def new_model(cfg: Config) -> MultiViewUNet:
     torch.manual_seed(cfg.seed)
     if cfg.init:
         model = load(cfg.init)
-        if (model.cfg.cross_view, model.cfg.image_size) != (
-            cfg.cross_view,
-            cfg.image_size or model.cfg.image_size,
-        ):
-            raise InputError(
-                f"--cross_view {cfg.cross_view} --image_size {cfg.image_size}: {cfg.init} was made with "
-                f"{model.cfg.cross_view} and {model.cfg.image_size}, expected those."
-            )
+        made = (model.cfg.cross_view, model.cfg.image_size)
+        if made != (cfg.cross_view, cfg.image_size or model.cfg.image_size):
+            asked = f"--cross_view {cfg.cross_view} --image_size {cfg.image_size}"
+            raise InputError(f"{asked}: {cfg.init} was made with {made[0]} and {made[1]}, expected those.")
         return model
     preset = PRESETS[cfg.preset]
     if cfg.base and not preset.base:
-        raise InputError(
-            f"--base {cfg.base}: --preset {cfg.preset} starts from nothing, expected --preset sdxl."
-        )
-    architecture = replace(
-        preset,
-        cross_view=cfg.cross_view,
-        base=cfg.base or preset.base,
-        image_size=cfg.image_size or preset.image_size,
-    )
+        raise InputError(f"--base {cfg.base}: --preset {cfg.preset} starts from nothing, expected sdxl.")
+    base, size = cfg.base or preset.base, cfg.image_size or preset.image_size
+    architecture = replace(preset, cross_view=cfg.cross_view, base=base, image_size=size)
     return from_base(architecture) if architecture.is_sdxl else MultiViewUNet(architecture)
 
 
 def new_optimizers(model: MultiViewUNet, parameters: list[Any], cfg: Config) -> list[torch.optim.Optimizer]:
     """AdamW, and for a network from nothing Muon for the matrices inside its blocks."""
-    muon = cfg.optimizer == "muon" or (cfg.optimizer == "auto" and not cfg.init and not model.cfg.is_sdxl)
-    names = {p: n for n, p in model.named_parameters()}
-    inner = {
-        p
-        for p in parameters
-        if muon and p.ndim > 1 and "_blocks." in names[p] and not re.search("position|time_emb", names[p])
-    }
-    rest, fused = [p for p in parameters if p not in inner], parameters[0].is_cuda
+    names, inner = {p: n for n, p in model.named_parameters()}, []
+    if cfg.optimizer == "muon" or (cfg.optimizer == "auto" and not cfg.init and not model.cfg.is_sdxl):
+        inner = [p for p in parameters if p.ndim > 1 and "_blocks." in names[p]]
+        inner = [p for p in inner if not re.search("position|time_emb", names[p])]
+    chosen = set(inner)
+    rest, fused = [p for p in parameters if p not in chosen], parameters[0].is_cuda
     adamw = torch.optim.AdamW(rest, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
-    return [adamw, *([Muon([p for p in parameters if p in inner], lr=cfg.muon_lr)] if inner else [])]
+    return [adamw, Muon(inner, lr=cfg.muon_lr)] if inner else [adamw]
+
+
+def prepare(model: MultiViewUNet, cfg: Config, device: torch.device) -> list[Any]:
+    """Say what is trained, and return it. Of SDXL what is frozen is stored in bfloat16."""
+    if cfg.lora:
+        model.add_lora(cfg.lora)
+    frozen_bf16 = model.cfg.is_sdxl and use_bf16(cfg.bf16, device) and (cfg.attention_only or cfg.lora > 0)
+    parameters = model.train().freeze(cfg.attention_only, frozen_bf16, view_embedding=not cfg.init)
+    model.to(device)  # after what is frozen has lost half its size
+    if cfg.checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    return parameters
 
 
 def average(ema: dict[str, Tensor], weights: dict[str, Tensor], decay: float, step: int) -> None:
-    """ema <- d ema + (1 - d) weights, in place; d grows to `decay` from a short memory, so that the start is
-    forgotten."""
+    """ema <- d ema + (1 - d) weights, in place; d grows from 1/10 to `decay`, so the start is forgotten."""
     d = min(decay, (1 + step) / (10 + step))
     for name, value in weights.items():
         ema[name].lerp_(value, 1 - d)
 
 
-def train(
-    model: MultiViewUNet,
-    parameters: list[Any],
-    sources: list[Tensor | Views],
-    val_views: Tensor,
-    cfg: Config,
-    device: torch.device,
-    folder: Path,
-) -> None:
-    """Train, evaluate, and leave averaged weights, log and results in `folder`."""
-    schedule, bf16 = Schedule(model.cfg), use_bf16(cfg.bf16, device)
+def run(model: MultiViewUNet, sources: list[Any], val_views: Tensor, cfg: Config, folder: Path) -> None:
+    """The loop: train, evaluate, and leave averaged weights, log and results in `folder`."""
+    device = get_device(cfg.device)
+    bf16 = use_bf16(cfg.bf16, device)
+    parameters = prepare(model, cfg, device)
+    schedule = Schedule(model.cfg)
     optimizers = new_optimizers(model, parameters, cfg)
     ema = {k: v.clone() for k, v in model.trained_state().items()}
 
@@ -283,28 +245,28 @@ def train(
             optimizer.load_state_dict(saved)
         ema = {k: v.to(device) for k, v in state["ema"].items()}
         print(f"{folder}: goes on at step {state['step']}")
-    start, clock = state.get("step", 0), time.time() - state.get("seconds", 0)
-    log = Log(folder / "log.jsonl", start, 50, cfg.steps, sums=state.get("log"))
+    log = Log(folder / "log.jsonl", state.get("step", 0), 50, cfg.steps, sums=state.get("log"))
+    clock = time.time() - state.get("seconds", 0)
 
     def save(done: int) -> None:
         parts = {"model": model.trained_state(), "ema": ema, "log": log.sums}
         parts["optimizers"] = [o.state_dict() for o in optimizers]
         save_state(folder / "state.pt", parts, step=done, seconds=time.time() - clock)
 
-    for step in training_steps(start, cfg.steps, "train_sft", save):
+    for step in training_steps(state.get("step", 0), cfg.steps, "train_sft", save):
         # batch, forward, backward
         batch = training_batch(model, schedule, sources, cfg.batch_size, cfg.seed, step, device, cfg.augment)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss = simple_loss(model, schedule, *batch).mean()
         loss.backward()
 
-        # step: linear warm-up, then cosine to 0
+        # step, log: linear warm-up, then cosine to 0
         rate = min(1, (step + 1) / cfg.warmup) * (1 + math.cos(math.pi * step / cfg.steps)) / 2
         norm = optimizer_step(optimizers, parameters, rate, step)
         average(ema, model.trained_state(), cfg.ema, step)
+        log.add(step, loss_simple=loss.item(), grad_norm=norm)
 
-        # log, evaluate with the averaged weights
-        log.add(step, loss=loss.item(), grad_norm=norm)
+        # evaluate with the averaged weights
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
             weights = {k: v.clone() for k, v in model.trained_state().items()}
             model.load_state_dict(ema, strict=False)
@@ -327,31 +289,19 @@ def main(cfg: Config) -> dict:
     device = get_device(cfg.device)
     model = new_model(cfg)
     Schedule(model.cfg).timesteps(cfg.num_steps)  # a wrong number of them shows now, not after training
-    size, sources = model.cfg.image_size, {}
-    for source in cfg.data:  # folders of renders stay on disk
-        read = load_split if source in ("toys", "furniture") else lazy_split
-        sources[source] = read(source, "train", cfg.num_objects, size)
+    size = model.cfg.image_size
+    by_name = {source: lazy_split(source, "train", cfg.num_objects, size) for source in cfg.data}
+    sources = [by_name[source] for source in cfg.data]  # one may take several turns
     val_views = load_split(cfg.data[0], "validation", cfg.eval_objects, size)
     made_by = settings(cfg, "eval_every", "bf16", "init", "base") | {
         "start": digest(Path(cfg.init)) if cfg.init else model.cfg.base,
-        "objects": [fingerprint(sources[source]) for source in cfg.data],
+        "objects": [fingerprint(source) for source in sources],
         "validation": digest(val_views),
         "bf16": use_bf16(cfg.bf16, device),
         "on": device.type,
     }
-
-    def make(folder: Path) -> None:
-        frozen_bf16 = made_by["bf16"] and model.cfg.is_sdxl and (cfg.attention_only or cfg.lora > 0)
-        if cfg.lora:
-            model.add_lora(cfg.lora)
-        parameters = model.train().freeze(cfg.attention_only, frozen_bf16, view_embedding=not cfg.init)
-        model.to(device)  # after what is frozen has lost half its size
-        if cfg.checkpointing:
-            model.unet.enable_gradient_checkpointing()
-        train(model, parameters, [sources[source] for source in cfg.data], val_views, cfg, device, folder)
-
     out = Path(cfg.out)
-    folder = cached(out.parent, out.name, made_by, make)
+    folder = cached(out.parent, out.name, made_by, partial(run, model, sources, val_views, cfg))
     return {**load_json(folder / "results.json"), "folder": str(folder)}
 
 

@@ -220,10 +220,11 @@ FAULTS: list[tuple[str, str, str, str]] = [
     ),
     (
         SAMPLE,
-        "ref_noise = draw(latent, [(seed, 1) for seed in seeds]).to(device)",
-        "ref_noise = draw(latent, [(seed, 0) for seed in seeds]).to(device)",
+        "draw(latent, [(seed, 1) for seed in seeds])",
+        "draw(latent, [(seed, 0) for seed in seeds])",
         SAMPLE,
     ),
+    (SAMPLE, "draw((len(VIEWS), *latent), [", "0 * torch.zeros(5, *latent) + draw((1, *latent), [", SAMPLE),
     (SAMPLE, "(seed, 3, call, g) for seed, g in zip", "(seed, 3, 0, g) for seed, g in zip", SAMPLE),
     (SAMPLE, "(seed, 3, call, g) for seed, g in zip", "(seed, 3, call, 0) for seed, g in zip", SAMPLE),
     (SAMPLE, "keys = [(seed, 2, round(1000 * a))", "keys = [(seed, 2)", SAMPLE),
@@ -260,7 +261,7 @@ FAULTS: list[tuple[str, str, str, str]] = [
     ),
     (SAMPLE, "(torch.cat(images) * 255).round() / 255", "torch.cat(images)", SAMPLE),
     # stage 1
-    (SFT, "return ((prediction - noise) ** 2)", "return ((prediction - latents) ** 2)", SFT),
+    (SFT, "error = (prediction - noise) ** 2", "error = (prediction - latents) ** 2", SFT),
     (SFT, "(prediction - latents) ** 2 / (1 - ab)", "(prediction - latents) ** 2 / ab", SFT),
     (
         SFT,
@@ -300,7 +301,7 @@ FAULTS: list[tuple[str, str, str, str]] = [
     ),
     (SCORER, "make_batch(cfg, truth[:n], fake[:n], step)", "make_batch(cfg, truth[:n], fake[:n], 0)", SCORER),
     (SCORER, "evaluate(scorer, truth[n:], fake[n:])", "evaluate(scorer, truth[:n], fake[:n])", SCORER),
-    (SCORER, "order = MIRRORED_ORDER + [others + m", "order = list(range(5)) + [others + m", SCORER),
+    (SCORER, "order = MIRRORED_ORDER + [views - 1 + m", "order = list(range(5)) + [views - 1 + m", SCORER),
     (SCORER, "images = images[:, order].flip(-1)", "images = images[:, order]", SCORER),
     (
         SCORER,

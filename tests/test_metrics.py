@@ -41,21 +41,14 @@ def test_psnr_and_ssim_equal_scikit_image() -> None:
     x, y = pairs()
     for a, b, psnr, ssim in zip(x.double(), y.double(), metrics.psnr(x, y), metrics.ssim(x, y)):
         a, b = a.permute(1, 2, 0).numpy(), b.permute(1, 2, 0).numpy()
-        how = {
-            "gaussian_weights": True,
-            "sigma": 1.5,
-            "win_size": 11,
-            "use_sample_covariance": False,
-            "full": True,
-        }
+        how = dict(gaussian_weights=True, sigma=1.5, win_size=11, use_sample_covariance=False, full=True)
         full = structural_similarity(a, b, data_range=1, channel_axis=2, **how)[1]  # pyright: ignore
         assert ssim.item() == pytest.approx(np.asarray(full)[5:-5, 5:-5].mean(), abs=1e-9)
         assert psnr.item() == pytest.approx(peak_signal_noise_ratio(a, b, data_range=1), abs=1e-9)
     assert torch.allclose(metrics.ssim(x, x), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-12)
     assert metrics.psnr(x, x).tolist() == pytest.approx([58.92] * 3, abs=0.01)  # capped
-    assert torch.equal(
-        metrics.psnr(x, y[:1]), metrics.psnr(x, y[:1].expand_as(x))
-    )  # one truth, many candidates
+    one = y[:1]  # one truth, many candidates
+    assert torch.equal(metrics.psnr(x, one), metrics.psnr(x, one.expand_as(x)))
 
 
 def test_closeness_pools_the_unseen_views() -> None:
@@ -74,10 +67,8 @@ def test_gmsd_equals_the_published_code(size: int) -> None:
 
     def length(image: torch.Tensor) -> np.ndarray:
         grey = np.tensordot([0.299, 0.587, 0.114], image.double().numpy() * 255, 1)
-        mean = convolve2d(grey, np.full((2, 2), 0.25))[
-            1:, 1:
-        ]  # 'same' for an even kernel starts at the second
-        half = mean[::2, ::2]
+        mean = convolve2d(grey, np.full((2, 2), 0.25))
+        half = mean[1::2, 1::2]  # 'same' for an even kernel starts at the second
         return np.hypot(convolve2d(half, dx, mode="same"), convolve2d(half, dx.T, mode="same"))
 
     for a, b, got in zip(x, y, metrics.gmsd(x, y)):
@@ -89,17 +80,10 @@ def test_gmsd_equals_the_published_code(size: int) -> None:
 
 def write_lpips(folder) -> None:
     """Random weights under the published names."""
-    shapes = {
-        0: (64, 3, 11, 11),
-        3: (192, 64, 5, 5),
-        6: (384, 192, 3, 3),
-        8: (256, 384, 3, 3),
-        10: (256, 256, 3, 3),
-    }
+    shapes = {0: (64, 3, 11, 11), 3: (192, 64, 5, 5), 6: (384, 192, 3, 3), 8: (256, 384, 3, 3)}
+    shapes |= {10: (256, 256, 3, 3)}
     trunk, heads = {"classifier.1.weight": torch.zeros(2)}, {}  # the published file has more than is needed
-    for i, (layer, shape) in enumerate(
-        shapes.items()
-    ):  # by uniform numbers of a seed, in no module's own order
+    for i, (layer, shape) in enumerate(shapes.items()):  # uniform numbers of a seed, in no module's own order
         bound = (6 / (shape[1] * shape[2] * shape[3])) ** 0.5
         trunk[f"features.{layer}.weight"] = (2 * rand(*shape, seed=i) - 1) * bound
         trunk[f"features.{layer}.bias"] = (2 * rand(shape[0], seed=10 + i) - 1) * 0.1
@@ -244,9 +228,8 @@ def project(voxels: torch.Tensor) -> torch.Tensor:  # (x, y, z) bool -> (V, 3, S
 def shape(seed: int, size: int = 32) -> torch.Tensor:  # (x, y, z) bool
     """A few boxes anywhere: no symmetry."""
     voxels = torch.zeros(size, size, size, dtype=torch.bool)
-    for low, high in (
-        (rand(4, 2, 3, seed=seed) * 0.5 + torch.tensor([[[0.1], [0.4]]])).mul(size).long().tolist()
-    ):
+    boxes = rand(4, 2, 3, seed=seed) * 0.5 + torch.tensor([[[0.1], [0.4]]])
+    for low, high in boxes.mul(size).long().tolist():
         x, y, z = (slice(a, max(a + 1, b)) for a, b in zip(low, high))
         voxels[x, y, z] = True
     return voxels
@@ -329,9 +312,8 @@ def test_no_trick_wins_as_feedback() -> None:
     both = metrics.silhouettes(torch.stack([ref, ref.roll(1, 0)]))
     share = both.all(0).sum((1, 2)) / both.any(0).sum((1, 2))
     torch.testing.assert_close(metrics.geometry(truth.roll(1, 0), ref), best.roll(1) * share)
-    assert torch.equal(
-        metrics.geometry(truth[:3], ref[0]), metrics.geometry(truth[:3], ref[:1].expand(3, -1, -1, -1))
-    )
+    three, same = truth[:3], ref[:1].expand(3, -1, -1, -1)
+    assert torch.equal(metrics.geometry(three, ref[0]), metrics.geometry(three, same))
 
 
 def test_limits_of_no_object() -> None:
@@ -382,18 +364,14 @@ def test_bootstrap_interval_covers_the_mean() -> None:
     assert 0.88 <= sum(hits) / len(hits) <= 0.99
     low, high = metrics.bootstrap_interval(samples[0], seed=1)
     assert (high - low) / 2 == pytest.approx(1.96 * samples[0].std().item() / 40**0.5, rel=0.1)
-    assert (
-        metrics.bootstrap_interval(samples[0], seed=1)
-        == (low, high)
-        != metrics.bootstrap_interval(samples[0])
-    )
+    again, other = (metrics.bootstrap_interval(samples[0], seed=seed) for seed in (1, 0))
+    assert again == (low, high) != other
     assert metrics.bootstrap_interval(torch.full((5,), 2.0)) == pytest.approx((2.0, 2.0))
 
 
 def test_two_way_bootstrap_equals_a_slow_loop() -> None:
-    d = torch.randn(3, 1, generator=torch.Generator().manual_seed(2)) + 0.3 * torch.randn(
-        3, 12, generator=torch.Generator().manual_seed(3)
-    )
+    by_seed, by_object = (torch.Generator().manual_seed(seed) for seed in (2, 3))
+    d = torch.randn(3, 1, generator=by_seed) + 0.3 * torch.randn(3, 12, generator=by_object)
     rng, means = np.random.default_rng(0), []
     for _ in range(10_000):  # seeds and objects crossed: every drawn object under every drawn seed
         means.append(d.numpy()[rng.integers(3, size=3)][:, rng.integers(12, size=12)].mean())

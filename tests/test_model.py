@@ -4,26 +4,23 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import random_model
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-import model as model_module
 from common import InputError
 from data import VIEWS
-from model import NUM_VIEWS, PRESETS, LoRALinear, ModelConfig, MultiViewAttention, load, position_table
+from model import NUM_VIEWS, PRESETS, LoRALinear, ModelConfig, load, position_table
 
 B, V, c, h = 2, NUM_VIEWS, 48, 4
 
 
 def inputs(seed: int = 0):
     g = torch.Generator().manual_seed(seed)
-    return (
-        torch.randn(B, V, c, h, h, generator=g),
-        torch.tensor([300, 700]),
-        torch.randn(B, c, h, h, generator=g),
-    )
+    x, ref = torch.randn(B, V, c, h, h, generator=g), torch.randn(B, c, h, h, generator=g)
+    return x, torch.tensor([300, 700]), ref
 
 
 def stock_unet(model):
@@ -56,8 +53,9 @@ def test_one_pass_equals_two_pass(cross_view, position):
     x, t, ref = (z.double() if z.is_floating_point() else z for z in inputs())
     unet = stock_unet(model)
     layers = [m.attn1 for m in unet.modules() if hasattr(m, "attn1")]
-    ours = [m for m in model.modules() if isinstance(m, MultiViewAttention)]
-    tables = [torch.zeros(V + 1, 1, 1) if m.position is None else m.position for m in ours]
+    tables = [
+        torch.zeros(V + 1, 1, 1) if m.position is None else m.position for m in model.attention_layers()
+    ]
     stored = {}
 
     def attend(attn, tokens, placed, context, placed_context):
@@ -106,8 +104,7 @@ def test_permuting_views_with_their_labels_permutes_the_output(tiny):
     x, t, ref = inputs()
     before = tiny(x, t, ref)
     order = torch.arange(V).roll(2)
-    tables = [m.position for m in tiny.modules() if isinstance(m, MultiViewAttention)]
-    for weight in (tiny.unet.class_embedding.weight, *tables):
+    for weight in (tiny.unet.class_embedding.weight, *(m.position for m in tiny.attention_layers())):
         weight[:V] = weight[order].clone()
     after = tiny(x[:, order], t, ref)
     torch.testing.assert_close(after, before[:, order], rtol=0, atol=2e-6)
@@ -126,9 +123,8 @@ def test_objects_do_not_see_each_other(tiny):
 def test_the_reference_does_not_see_the_views(tiny):
     x, t, ref = inputs()
     rows = []
-    for m in tiny.modules():
-        if isinstance(m, MultiViewAttention):
-            m.register_forward_hook(lambda m, args, out: rows.append(out.unflatten(0, (B, V + 1))))
+    for m in tiny.attention_layers():
+        m.register_forward_hook(lambda m, args, out: rows.append(out.unflatten(0, (B, V + 1))))
     tiny(x, t, ref)
     tiny(inputs(1)[0], t, ref)
     n = len(rows) // 2
@@ -147,20 +143,14 @@ def test_views_see_each_other_only_with_cross_view(tiny):
     torch.testing.assert_close(alone(x, t, ref)[:, 0], alone(changed, t, ref)[:, 0], rtol=0, atol=1e-6)
 
 
-def test_the_gradient_reaches_the_reference(tiny):
-    x, t, ref = inputs()
-    ref.requires_grad_(True)
-    tiny(x, t, ref)[:, 2].square().sum().backward()
-    assert ref.grad is not None and (ref.grad.flatten(1).norm(dim=1) > 1e-4).all()
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("cross_view", [True, False])
 def test_every_view_sees_the_reference(cross_view):
     model = random_model(cross_view=cross_view)
     x, t, ref = inputs()
-    change = (model(x, t, ref) - model(x, t, -ref)).abs().amax((2, 3, 4))
-    assert change.shape == (B, V) and (change > 1e-4).all()
+    ref.requires_grad_(True)
+    for v in range(V):
+        (gradient,) = torch.autograd.grad(model(x, t, ref)[:, v].square().sum(), ref)
+        assert (gradient.flatten(1).norm(dim=1) > 1e-4).all()
 
 
 @torch.no_grad()
@@ -177,7 +167,8 @@ def test_rows_are_labelled_views_first_and_the_reference_last(tiny):
     seen = []
     tiny.unet.class_embedding.register_forward_hook(lambda m, args, out: seen.append(args[0].tolist()))
     tiny(x, t, ref)
-    tiny(x, t, None)
+    blank = tiny(x, t, None) - tiny(x, t, torch.zeros_like(ref))
+    assert seen.pop() == seen[0] and blank.abs().max() > 1e-4  # no reference is not a blank reference
     tiny(x[:, :2], t, ref)
     assert seen == [[*range(V), V] * B, [*range(V)] * B, [0, 1, V] * B]
 
@@ -217,7 +208,7 @@ def test_the_position_table_tells_places_apart_and_is_not_upside_down(monkeypatc
 
 @torch.no_grad()
 def test_attention_starts_from_the_table_and_equal_projections():
-    layers = [m for m in random_model().modules() if isinstance(m, MultiViewAttention)]
+    layers = random_model().attention_layers()
     assert len(layers) == 3
     for layer in layers:
         assert layer.position is not None and layer.position.shape == (V + 1, h * h, 32)
@@ -280,18 +271,16 @@ def test_freeze_trains_what_it_is_asked_to(tiny):
     everything, embedding = {n for n, _ in tiny.named_parameters()}, "unet.class_embedding.weight"
     attention = {n for n in everything if ".attn1." in n}
     assert len(attention) == 3 * 6  # q, k, v, out with its bias, position table
-    for options, names in (
-        ({}, everything),
-        ({"view_embedding": True}, everything),
-        ({"attention_only": True}, attention),
-        ({"attention_only": True, "view_embedding": True}, attention | {embedding}),
+    for attention_only, view_embedding, names in (
+        (False, False, everything),
+        (False, True, everything),
+        (True, False, attention),
+        (True, True, attention | {embedding}),
     ):
-        parameters = tiny.freeze(**options)
+        parameters = tiny.freeze(attention_only, view_embedding=view_embedding)
         assert trained(tiny) == set(tiny.trained_state()) == names and len(parameters) == len(names)
         assert {id(p) for p in parameters} == {id(p) for p in tiny.parameters() if p.requires_grad}
         assert {p.dtype for p in tiny.parameters()} == {torch.float32}
-    chosen = {id(p) for p in tiny.attention_parameters()}
-    assert {n for n, p in tiny.named_parameters() if id(p) in chosen} == attention
     tiny.freeze(attention_only=True, frozen_bf16=True)
     dtypes = {n: p.dtype for n, p in tiny.named_parameters()}
     assert all(dtypes[n] == (torch.float32 if n in attention else torch.bfloat16) for n in everything)
@@ -307,9 +296,8 @@ def test_lora_trains_two_factors_of_each_projection_and_is_merged(tiny, tmp_path
     assert tiny(*inputs()).equal(before)  # the change starts at zero
     layer = next(m for m in tiny.modules() if isinstance(m, LoRALinear))
     assert layer.down.shape == (2, 32) and layer.up.shape == (32, 2)
-    for m in tiny.modules():
-        if isinstance(m, LoRALinear):
-            torch.nn.init.normal_(m.up, std=0.1)
+    for m in (m for m in tiny.modules() if isinstance(m, LoRALinear)):
+        torch.nn.init.normal_(m.up, std=0.1)
     z = torch.randn(5, 32)
     expected = z @ (layer.weight + layer.up @ layer.down).T
     torch.testing.assert_close(layer(z), expected if layer.bias is None else expected + layer.bias)
@@ -324,12 +312,6 @@ def test_lora_trains_two_factors_of_each_projection_and_is_merged(tiny, tmp_path
 # --- latents and files ---
 
 
-@torch.no_grad()
-def test_no_reference_is_not_a_blank_reference(tiny):
-    x, t, ref = inputs()
-    assert (tiny(x, t, None) - tiny(x, t, torch.zeros_like(ref))).abs().max() > 1e-4
-
-
 def test_latents_round_trip(tiny):
     images = torch.rand(2, V, 3, 16, 16)
     assert tiny.encode(images).shape == (2, V, c, h, h)
@@ -341,29 +323,18 @@ def test_latents_round_trip(tiny):
 @torch.no_grad()
 def test_save_and_load_change_nothing(tiny, tmp_path):
     tiny.save(tmp_path)
-    x, t, ref = inputs()
-    assert torch.equal(load(tmp_path)(x, t, ref), tiny(x, t, ref))
-
-
-def test_broken_folders_say_what_is_wrong(tiny, tmp_path):
-    with pytest.raises(InputError, match="no config.json"):
-        load(tmp_path)
-    tiny.save(tmp_path)
-    whole = (tmp_path / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(whole[:1000])
-    with pytest.raises(InputError, match="not readable as safetensors"):
-        load(tmp_path)
-    random_model(channels=48).save(tmp_path / "wide")
-    (tmp_path / "model.safetensors").write_bytes((tmp_path / "wide" / "model.safetensors").read_bytes())
-    with pytest.raises(InputError, match="of another shape"):
-        load(tmp_path)
+    assert torch.equal(load(tmp_path)(*inputs()), tiny(*inputs()))
+    tiny.save(tmp_path, torch.bfloat16)
+    assert all(
+        v.equal(tiny.state_dict()[k].bfloat16().float()) for k, v in load(tmp_path).state_dict().items()
+    )
 
 
 def test_wrong_configs_are_refused(tiny, tmp_path):
     tiny.save(tmp_path)
     good = json.loads((tmp_path / "config.json").read_text())
     assert good == asdict(tiny.cfg)
-    nan, inf = float("nan"), float("inf")
+    nan = float("nan")
     for change, text in (
         ({"depth": 2}, "depth unknown or missing, expected the fields of ModelConfig"),
         ({"channels": [32]}, "channels .32., expected int"),
@@ -372,15 +343,11 @@ def test_wrong_configs_are_refused(tiny, tmp_path):
         ({"channels": 0}, "channels 0: expected a finite number above 0"),
         ({"channels": True}, "channels True, expected int"),
         ({"image_size": 18}, "expected a multiple of patch, 4"),
-        ({"image_size": -16}, "image_size -16"),
         ({"image_size": 16.0}, "image_size 16.0, expected int"),
         ({"patch": 0}, "patch 0"),
         ({"prediction": "x1"}, "prediction 'x1', expected .*epsilon"),
-        ({"prediction": None}, "prediction None"),
         ({"ref_scale": nan}, "ref_scale nan"),
-        ({"ref_scale": 0}, "ref_scale 0"),
         ({"ref_scale": "20"}, "ref_scale '20', expected float"),
-        ({"schedule_shift": inf}, "schedule_shift inf"),
         ({"schedule_shift": -1.0}, "schedule_shift -1.0"),
         ({"schedule_shift": 10**400}, "schedule_shift 1000"),
         ({"cross_view": 1}, "cross_view 1, expected bool"),
@@ -391,35 +358,36 @@ def test_wrong_configs_are_refused(tiny, tmp_path):
         with pytest.raises(InputError, match=text):
             load(tmp_path)
     incomplete = json.dumps({k: v for k, v in good.items() if k != "prediction"})
-    for text in ("[]", '"toy"', "{}", "null", incomplete):
+    for text in ("[]", "null", incomplete):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(InputError, match="prediction.*unknown or missing"):
             load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**good, "ref_scale": 20}))  # a whole number for a float
     assert load(tmp_path).cfg == replace(tiny.cfg, ref_scale=20)
-    for change in ({"prediction": "x1"}, {"ref_scale": nan}, {"image_size": 100}, {"channels": 100}):
-        with pytest.raises(InputError):
-            ModelConfig(**change)
+    with pytest.raises(InputError):
+        ModelConfig(ref_scale=nan)
 
 
-def test_wrong_weights_are_refused(tiny, tmp_path, monkeypatch):
+def test_wrong_weights_are_refused(tiny, tmp_path):
+    with pytest.raises(InputError, match="no config.json"):
+        load(tmp_path)
     tiny.save(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    broken = {**tensors, "unet.conv_in.bias": torch.full((32,), float("inf"))}
-    save_file(broken, tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match="unet.conv_in.bias is not finite"):
-        load(tmp_path)
-    del broken["unet.class_embedding.weight"]
-    save_file(broken, tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match="expected a whole model"):
-        load(tmp_path)
-    save_file(tensors, tmp_path / "model.safetensors")
-    monkeypatch.setattr(model_module, "NUM_VIEWS", V + 1)
-    with pytest.raises(InputError, match=f"a model of {V} views, expected {V + 1}"):
-        load(tmp_path)
+    path, wide = tmp_path / "model.safetensors", random_model(channels=48).state_dict()
+    whole, tensors = path.read_bytes(), load_file(path)
+    infinite = {**tensors, "unet.conv_in.bias": torch.full((32,), float("inf"))}
+    fewer = {k: v for k, v in tensors.items() if "class_embedding" not in k}
+    for content, message in (
+        (whole[:1000], "not readable as safetensors"),
+        (safetensors.torch.save(wide), "of another shape"),
+        (safetensors.torch.save(infinite), "unet.conv_in.bias is not finite"),
+        (safetensors.torch.save(fewer), "1 tensors are missing.*first: unet.class_embedding.weight"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            load(tmp_path)
 
 
 def test_the_shipped_models_are_of_the_toy_preset():
     for name, cross_view in (("toy", True), ("toy_independent", False)):
-        model = load(model_module.Path(model_module.__file__).parent / "checkpoints" / name)
+        model = load(f"checkpoints/{name}")
         assert model.cfg == replace(PRESETS["toy"], cross_view=cross_view)

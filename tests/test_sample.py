@@ -8,7 +8,7 @@ from PIL import Image
 
 import sample as S
 from common import InputError
-from model import ModelConfig, load
+from model import ModelConfig
 
 
 def schedule(**changes) -> S.Schedule:
@@ -34,27 +34,19 @@ def test_step_is_ddim_at_eta_1(prediction, num_steps):
     for t, s in pairs:
         x, out, z = (torch.randn(1, 5, 48, 4, 4, generator=g) for _ in range(3))
         mean, var = S.ddpm_step(ours, out, x, torch.tensor([t]), torch.tensor([s]))
+        assert (var == 0) == (s == -1)  # only the last step has no variance
         want_mean = theirs.step(out, t, x, eta=1.0, variance_noise=torch.zeros_like(x)).prev_sample
         want = theirs.step(out, t, x, eta=1.0, variance_noise=z).prev_sample
         scale = want_mean.abs().max().item()
         torch.testing.assert_close(mean, want_mean, rtol=0, atol=1e-6 * scale)
         torch.testing.assert_close(mean + var.sqrt() * z, want, rtol=0, atol=1e-6 * scale)
-        torch.testing.assert_close(
-            var.squeeze(), theirs._get_variance(t, t - 1000 // num_steps), rtol=1e-5, atol=1e-9
-        )
+        want_var = theirs._get_variance(t, t - 1000 // num_steps)
+        torch.testing.assert_close(var.squeeze(), want_var, rtol=1e-5, atol=1e-9)
 
 
 def test_betas_are_stable_diffusions():
     theirs = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod
     torch.testing.assert_close(schedule(schedule_shift=1.0).alpha_bar.float(), theirs, rtol=1e-5, atol=1e-6)
-
-
-def test_only_the_last_step_has_no_variance():
-    ours = schedule()
-    t, s = (torch.tensor(z) for z in zip(*ours.timesteps(20), strict=True))
-    x = torch.zeros(20, 1, 1, 1, 1)
-    _, var = S.ddpm_step(ours, x, x, t, s)
-    assert (var[:-1] > 0).all() and var[-1] == 0
 
 
 def test_schedule_shift_divides_the_signal_to_noise_ratio():
@@ -173,9 +165,11 @@ def test_every_noise_has_a_key_of_its_own(monkeypatch, tiny):
     assert keys == [(7, 0), (8, 0), (7, 1), (8, 1), (7, 2, 100), (8, 2, 300), *steps]
     keys.clear()
     S.branch(tiny, refs(2), [7, 8], call=1, branches=2, num_steps=3)
-    assert set(keys) == {
-        (seed, *rest) for seed in (7, 8) for rest in ((0,), (1,), (3, 0, 0), (3, 1, 0), (3, 1, 1), (3, 2, 0))
-    }
+    rest = ((0,), (1,), (3, 0, 0), (3, 1, 0), (3, 1, 1), (3, 2, 0))
+    assert sorted(keys) == sorted((seed, *key) for seed in (7, 8) for key in rest)
+    chain = S.sample(tiny, refs(2), [7, 8], 2)  # nor do two views share one
+    rows = torch.cat([chain.states[:, 0].flatten(0, 1), chain.ref_noise]).flatten(1)
+    assert (torch.corrcoef(rows) - torch.eye(len(rows))).abs().max() < 0.25
 
 
 def test_a_trajectory_can_be_replayed_bit_by_bit(tiny):
@@ -191,19 +185,13 @@ def test_a_trajectory_can_be_replayed_bit_by_bit(tiny):
     assert torch.equal(tiny.decode(chain.states[:, -1]), chain.images)
 
 
-def test_kl_is_that_of_two_gaussians():
-    _, theta, pre, var = gaussians(0.1, torch.float64)
+def test_kl_is_that_of_two_gaussians_and_what_the_log_ratio_lacks_of_a_linear_part():
+    action, theta, pre, var = gaussians(0.1, torch.float64)
     two = [torch.distributions.Normal(m, var.sqrt()) for m in (theta, pre)]
     want = torch.distributions.kl_divergence(*two).sum((1, 2, 3, 4))
     torch.testing.assert_close(S.kl_divergence(theta, pre, var), want, rtol=1e-10, atol=0)
-
-
-def test_the_log_ratio_is_a_linear_part_less_the_kl():
-    action, theta, pre, var = gaussians(0.1, torch.float64)
     linear = ((theta - pre) * (action - pre) / var).flatten(1).sum(1)
-    torch.testing.assert_close(
-        S.log_ratio(action, theta, pre, var), linear - S.kl_divergence(theta, pre, var)
-    )
+    torch.testing.assert_close(S.log_ratio(action, theta, pre, var), linear - want)
 
 
 @pytest.mark.parametrize("call", [0, 2])
@@ -229,12 +217,6 @@ def test_every_object_of_sample_images_has_its_own_noise(tiny):
     assert not torch.allclose(images[0], images[2], atol=0.05)
 
 
-def test_saved_and_loaded_it_draws_the_same(tiny, tiny_folder):
-    assert torch.equal(
-        S.sample(load(tiny_folder), refs(1), [4], 3).images, S.sample(tiny, refs(1), [4], 3).images
-    )
-
-
 def test_main_takes_any_picture(tiny_folder, tmp_path):
     Image.new("RGBA", (37, 21), (200, 30, 30, 128)).save(tmp_path / "photo.png")
     out = str(tmp_path / "views.png")
@@ -248,11 +230,9 @@ def test_main_takes_any_picture(tiny_folder, tmp_path):
             S.main(S.Config(image=str(tmp_path / image), model=tiny_folder, out=out))
 
 
-def test_wrong_counts_are_refused(tiny):
+def test_wrong_counts_are_refused():
     for wrong in (0, 1, 501, 1000):
         with pytest.raises(InputError, match=f"--num_steps {wrong}: expected 2 to 500"):
             schedule().timesteps(wrong)
     assert [len(schedule().timesteps(k)) for k in (2, 50, 500)] == [2, 50, 500]
     assert schedule().timesteps(2) == [(501, 1), (1, -1)] and schedule().timesteps(500)[0] == (999, 997)
-    with pytest.raises(InputError, match="2 seeds for 1"):
-        S.sample(tiny, refs(1), [1, 2], 2)

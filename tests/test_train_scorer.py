@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -9,19 +10,9 @@ import torch
 from conftest import random_model
 
 import common
-import scorer as scorer_module
 import train_scorer as T
 from common import InputError, load_tensors
-from data import (
-    MIRRORED_ORDER,
-    VIEWS,
-    load_references,
-    load_split,
-    make_toys,
-    pack,
-    render_primitives,
-    write_views,
-)
+from data import MIRRORED_ORDER, load_references, load_split, make_toys, pack, render_primitives, write_views
 from metrics import hull_iou
 from sample import sample
 
@@ -30,11 +21,11 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten toys in a folder, and "another model's" views of them, of the simplest kind: inverted colours."""
-    root, toys = tmp_path_factory.mktemp("renders"), make_toys(10, 16, seed=7)
-    for i, views in enumerate(toys):
+    """Ten toys in a folder, and a random model that draws the negatives."""
+    root = tmp_path_factory.mktemp("renders")
+    for i, views in enumerate(make_toys(10, 16, seed=7)):
         write_views(root / "true" / f"object_{i}", views)
-        write_views(root / "fake" / f"object_{i}", 255 - views)
+    random_model().save(root / "model")
     return root
 
 
@@ -44,12 +35,32 @@ def own_folder(tmp_path, monkeypatch):
 
 
 def config(folders: Path, out: Path, **changes) -> T.Config:
-    small = dict(
-        num_references=4, num_val=2, image_size=16, patch_size=4, hidden_size=16, num_layers=1, num_heads=2
-    )
-    small |= dict(steps=6, batch_size=2, eval_every=4, device="cpu", bf16="off", twins=False)
-    small |= dict(data=str(folders / "true"), negatives=str(folders / "fake"), out=str(out))
+    small = dict(num_references=4, num_val=2, image_size=16, patch_size=4, hidden_size=16, num_layers=1)
+    small |= dict(num_heads=2, steps=6, batch_size=2, eval_every=4, device="cpu", bf16="off", twins=False)
+    small |= dict(data=str(folders / "true"), negatives=str(folders / "model"), num_steps=2, out=str(out))
     return T.Config(**{**small, **changes})
+
+
+# --- objects and pairs ---
+
+
+def test_negatives_of_another_model_are_read_from_a_folder(folders, tmp_path):
+    views = make_toys(10, 16, seed=8)
+    for i, drawn in enumerate(views):
+        write_views(tmp_path / "drawn" / f"object_{i}", drawn)
+    cfg = config(folders, tmp_path / "run" / "scorer", negatives=str(tmp_path / "drawn"))
+    truth, fake, n = T.make_pairs(cfg, CPU)
+    assert n == 4 and truth.shape == fake.shape == (6, 5, 3, 16, 16)
+    order: list[list[int]] = []
+    for loaded, source in (
+        (truth, make_toys(10, 16, seed=7)),
+        (fake, views),
+    ):  # equal objects in equal places
+        order.append([next(i for i, v in enumerate(source) if torch.equal(v, x)) for x in loaded])
+    assert order[0] == order[1]
+    (tmp_path / "drawn" / "object_3").rename(tmp_path / "drawn" / "chair")
+    with pytest.raises(InputError, match="views of the objects of --data"):
+        T.make_pairs(cfg, CPU)
 
 
 # --- losses ---
@@ -57,9 +68,8 @@ def config(folders: Path, out: Path, **changes) -> T.Config:
 
 def test_loss_by_hand():
     f_true, f_fake = torch.tensor([[1.0, 0.5], [0.0, 2.0]]), torch.tensor([[0.0, 1.0], [-2.0, 0.5]])
-    assert T.consistency_loss(f_true, f_fake).item() == pytest.approx(
-        (0 + 0.25 + 1 + 1) / 4 + (0 + 1 + 4 + 0.25) / 4
-    )
+    want = (0 + 0.25 + 1 + 1) / 4 + (0 + 1 + 4 + 0.25) / 4
+    assert T.consistency_loss(f_true, f_fake).item() == pytest.approx(want)
     assert T.consistency_loss(torch.ones(3, 4), torch.zeros(3, 4)).item() == 0
 
 
@@ -75,7 +85,7 @@ def test_own_and_other_views_go_into_their_own_terms(folders, tmp_path):
     scorer = T.new_scorer(config(folders, tmp_path))
     torch.nn.init.normal_(scorer.linear.weight, std=0.1)
     torch.nn.init.normal_(scorer.W, std=0.1)  # type: ignore
-    images = torch.rand(3, 9, 3, 16, 16)
+    images = torch.rand(3, 9, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     loss, mismatch = T.scorer_loss(scorer, images)
     f = lambda i, j, m: scorer.score(images[i : i + 1, 0], images[j : j + 1, m : m + 1]).item()  # noqa: E731
     own = [(f(i, i, m) - 1) ** 2 for i in range(3) for m in range(1, 5)]
@@ -87,17 +97,12 @@ def test_own_and_other_views_go_into_their_own_terms(folders, tmp_path):
 
 @pytest.mark.parametrize("mismatch", [0.0, 2.0])
 def test_the_gradient_is_that_of_all_terms(folders, tmp_path, monkeypatch, mismatch):
-    cfg = config(folders, tmp_path / "out", mismatch=mismatch, steps=2)
+    cfg = config(folders, tmp_path / "run" / "scorer", mismatch=mismatch, steps=2, lr=1e-3, head_lr=1e-2)
     seen = []
 
     def spy(optimizers, parameters, rate, step, clip=1.0):
-        seen.append(
-            (
-                rate,
-                [0 if p.grad is None else p.grad.clone() for p in parameters],
-                [g["lr"] for g in optimizers[0].param_groups],
-            )
-        )
+        grads = [torch.zeros(()) if p.grad is None else p.grad.clone() for p in parameters]
+        seen.append((rate, clip, grads, [g["lr"] for g in optimizers[0].param_groups]))
         return common.optimizer_step(optimizers, parameters, rate, step, clip)
 
     monkeypatch.setattr(T, "optimizer_step", spy)
@@ -106,85 +111,59 @@ def test_the_gradient_is_that_of_all_terms(folders, tmp_path, monkeypatch, misma
     scorer = T.new_scorer(cfg)
     loss, other = T.scorer_loss(scorer, T.make_batch(cfg, truth[:n], fake[:n], 0))
     grads = torch.autograd.grad(loss + mismatch * other, list(scorer.parameters()), allow_unused=True)
-    for got, want in zip(seen[0][1], grads):
+    (rate, clip, first, lrs), (next_rate, _, second, _) = seen
+    for got, want in zip(first, grads):
         if want is not None:
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
-    assert seen[0][0] == pytest.approx(1 / 20) and seen[1][0] == pytest.approx(
-        2 / 20 / 2
-    )  # warm-up times cosine
-    changed = [(a - b).abs().max() for a, b in zip(seen[0][1], seen[1][1]) if isinstance(a, torch.Tensor)]
-    assert max(changed) > 1e-6  # another batch
+    # warm-up times cosine; encoder and head have rates of their own
+    assert (rate, next_rate, *lrs) == pytest.approx((1 / 20, 2 / 20 / 2, 1e-3, 1e-2)) and clip == float("inf")
+    assert max((a - b).abs().max() for a, b in zip(first, second)) > 1e-6  # another batch
 
 
 # --- objects and batches ---
 
 
 def test_it_trains_on_preference_objects_and_validates_on_others(folders, tmp_path, monkeypatch):
-    random_model().save(tmp_path / "model")
-    cfg = config(folders, tmp_path / "out", data="toys", negatives=str(tmp_path / "model"), num_steps=2)
+    cfg = config(folders, tmp_path / "run" / "scorer", data="toys")
     truth, fake, n = T.make_pairs(cfg, CPU)
     assert n == 4 and truth.shape == fake.shape == (6, 5, 3, 16, 16)
-    assert torch.equal(truth[:4], load_references("toys", 4, 16, 0)) and torch.equal(
-        truth[4:], make_toys(2, 16, 2)
-    )
+    assert torch.equal(truth[:4], load_references("toys", 4, 16, 0))
+    assert torch.equal(truth[4:], make_toys(2, 16, 2))
     trained_on, judged_on = [], []
     batch, judge = T.make_batch, T.evaluate
     monkeypatch.setattr(T, "make_batch", lambda c, x, y, s: trained_on.append((x, y)) or batch(c, x, y, s))
     monkeypatch.setattr(T, "evaluate", lambda s, x, y: judged_on.append((x, y)) or judge(s, x, y))
     T.main(cfg)
-    assert (
-        all(torch.equal(x, truth[:4]) and torch.equal(y, fake[:4]) for x, y in trained_on)
-        and len(trained_on) == 6
-    )
-    assert (
-        all(torch.equal(x, truth[4:]) and torch.equal(y, fake[4:]) for x, y in judged_on)
-        and len(judged_on) == 2
-    )
+    assert all(torch.equal(x, truth[:4]) and torch.equal(y, fake[:4]) for x, y in trained_on)
+    assert all(torch.equal(x, truth[4:]) and torch.equal(y, fake[4:]) for x, y in judged_on)
+    assert (len(trained_on), len(judged_on)) == (6, 2)
 
 
 def test_negatives_are_the_generators_own_and_made_once(folders, tmp_path, monkeypatch):
-    random_model().save(tmp_path / "model")
-    cfg = config(
-        folders, tmp_path / "out" / "scorer", data="toys", negatives=str(tmp_path / "model"), num_steps=3
-    )
-    truth, fake, _ = T.make_pairs(cfg, CPU)
-    seeds = [T.key_seed(0, 9, i) for i in range(6)]
-    images = sample(random_model(), truth[:, 0].float() / 255, seeds, 3).images
-    assert ((images * 255).round() - fake.float()).abs().max() <= 1
-    evaluation = sample(random_model(), truth[:, 0].float() / 255, [T.key_seed(0, i) for i in range(6)], 3)
-    assert (evaluation.images * 255 - fake.float()).abs().mean() > 1  # other noise than in evaluation
+    cfg = config(folders, tmp_path / "run" / "scorer", num_steps=3)
+    truth, fake, n = T.make_pairs(cfg, CPU)
+    assert torch.equal(truth[n:], load_split(cfg.data, "validation", 2, 16))
+    for key, low, high in (((0, 9), 0, 0.6), ((0,), 1, 255)):  # other noise than in evaluation
+        seeds = [T.key_seed(*key, i) for i in range(6)]
+        images = sample(random_model(), truth[:, 0].float() / 255, seeds, 3).images
+        assert low <= (images * 255 - fake.float()).abs().mean() <= high
     calls = []
     monkeypatch.setattr(T, "sample", lambda *args, **kw: calls.append(0))
     assert torch.equal(T.make_pairs(cfg, CPU)[1], fake) and not calls
-    (path,) = (tmp_path / "out").glob("negatives-*/000000.safetensors")
+    (path,) = (tmp_path / "run").glob("negatives-*/000000.safetensors")
     assert torch.equal(load_tensors(path)["views"], fake)
     with pytest.raises(InputError, match="makes images of 16 px"):
         T.make_pairs(replace(cfg, image_size=32), CPU)
 
 
-def test_another_models_folder_is_split_like_the_truth(folders, tmp_path):
-    cfg = config(folders, tmp_path)
-    truth, fake, n = T.make_pairs(cfg, CPU)
-    assert torch.equal(fake, 255 - truth)
-    assert torch.equal(truth[n:], load_split(cfg.data, "validation", 2, 16))
-    with pytest.raises(InputError, match="10 objects are only there"):
-        T.make_pairs(replace(cfg, data="toys"), CPU)
-
-
 def test_augmentation_keeps_truth_and_generated_alike(folders, tmp_path):
     cfg, truth = config(folders, tmp_path, batch_size=6), make_toys(6, 16, seed=7)
-    batches = [
-        T.make_batch(cfg, truth, truth, step) for step in range(8)
-    ]  # "generated" = truth: must stay equal
+    batches = [T.make_batch(cfg, truth, truth, step) for step in range(8)]  # "generated" = truth: stays equal
     assert all(torch.equal(b[:, 1:5], b[:, 5:]) for b in batches)
     assert torch.equal(batches[3], T.make_batch(cfg, truth, truth, 3))
     assert not torch.equal(batches[3], T.make_batch(replace(cfg, seed=1), truth, truth, 3))
     mirrored = truth[:, MIRRORED_ORDER].flip(-1)
-    versions = [
-        x[:, list(p)]
-        for x in (*truth, *mirrored)
-        for p in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
-    ]
+    versions = [x[:, list(p)] for x in (*truth, *mirrored) for p in permutations(range(3))]
     whole = {v.numpy().tobytes() for v in versions}
     found = [(b[0, :5] * 255).round().to(torch.uint8).numpy().tobytes() for b in batches]
     assert all(f in whole for f in found) and len(set(found)) > 2
@@ -214,17 +193,13 @@ def test_mirroring_the_world_is_what_a_mirrored_object_shows():
 # --- the script ---
 
 
-def test_training_learns_is_reused_and_can_be_asked(folders, tmp_path):
+def test_training_learns_and_is_reused(folders, tmp_path):
     cfg = config(folders, tmp_path / "scorer", steps=60, lr=3e-3)
     results = T.main(cfg)
-    assert results["metrics"]["accuracy_generated"] == 1
-    assert results["metrics"]["reward_truth"] > results["metrics"]["reward_generated"] + 1
-    assert results["metrics"]["auc_swapped"] == 0.5  # f does not see which view it rates
+    metrics = results["metrics"]
+    assert metrics["accuracy_generated"] == 1 and metrics["reward_truth"] > metrics["reward_generated"] + 1
+    assert metrics["auc_swapped"] == 0.5  # f does not see which view it rates
     assert T.main(cfg) == results  # reused
-    paths = {"ref": f"{folders}/true/object_5/front.png", "views": f"{folders}/true/object_5"}
-    scores = scorer_module.main(scorer_module.Config(scorer=results["folder"], device="cpu", **paths))
-    assert set(scores) == {*VIEWS, "sum"}
-    assert scores["sum"] == pytest.approx(sum(scores[v] for v in VIEWS[1:]), abs=1e-5)
 
 
 def test_resumed_equals_uninterrupted(folders, tmp_path, monkeypatch):
@@ -244,20 +219,22 @@ def test_resumed_equals_uninterrupted(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(T, "make_batch", real)
     again = Path(T.main(pieces)["folder"])
     assert (whole / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
-    lines = [
+    first, second = (
         [x.split('"seconds"')[0] for x in (f / "log.jsonl").read_text().splitlines()] for f in (whole, again)
-    ]
-    assert lines[0] == lines[1]
+    )
+    assert first == second
 
 
-@pytest.mark.parametrize("what", ["true", "fake"])
-def test_changed_data_is_another_scorer(folders, tmp_path, what):
-    for name in ("true", "fake"):
-        shutil.copytree(folders / name, tmp_path / name)
+@pytest.mark.parametrize("what", ["true", "model"])
+def test_changed_inputs_are_another_scorer(folders, tmp_path, what):
+    shutil.copytree(folders, tmp_path, dirs_exist_ok=True)
     cfg = config(tmp_path, tmp_path / "scorer")
     first = T.main(cfg)["folder"]
-    for folder in (tmp_path / what).iterdir():  # the same names, other pictures
-        write_views(folder, make_toys(1, 16, seed=9)[0])
+    if what == "model":
+        random_model(ref_scale=3.0).save(tmp_path / "model")
+    else:
+        for folder in (tmp_path / "true").iterdir():  # the same names, other pictures
+            write_views(folder, make_toys(1, 16, seed=9)[0])
     assert T.main(cfg)["folder"] != first
 
 
@@ -270,10 +247,10 @@ def test_changed_data_is_another_scorer(folders, tmp_path, what):
         ({"mismatch": float("inf")}, "--mismatch"),
         ({"negatives": "nowhere"}, "nowhere: no such folder"),
         ({"hidden_size": 15}, "hidden_size|width"),
-        ({"image_size": 15}, "patch"),
+        ({"patch_size": 3}, "patch"),
     ],
 )
 def test_wrong_input_is_one_line(folders, tmp_path, changes, message):
     with pytest.raises(InputError, match=message):
-        T.main(config(folders, tmp_path / "out" / "scorer", **changes))
-    assert not list((tmp_path / "out").glob("scorer*/config.json"))
+        T.main(config(folders, tmp_path / "run" / "scorer", **changes))
+    assert not list((tmp_path / "run").glob("scorer*/config.json"))
