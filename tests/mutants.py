@@ -162,7 +162,9 @@ FAULTS: list[tuple[str, str, str, str]] = [
         "g = batch.x0.shape[:2], keyed_generator(seed, 11)",
         D3PO,
     ),
-    (D3PO, "torch.set_grad_enabled(network is policy)", "torch.set_grad_enabled(True)", D3PO),
+    (D3PO, 'in ("auto", 0):', 'in ("auto",):', D3PO),
+    (D3PO, "digest(f) for f in (run, d3po_loss, step", "digest(f) for f in (run, step", D3PO),
+    (D3PO, "old = predict(pre)", "old = predict(policy)", D3PO),
     (D3PO, "means[part[:, 0], part[:, 1]] = mean", "means[part[:, 0], part[:, 1] * 0] = mean", D3PO),
     (
         "candidates",
