@@ -230,11 +230,9 @@ def save_json(path: str | Path, value: Any) -> None:
 
 def load_json(path: str | Path) -> Any:
     """Read a JSON file; a missing or broken one raises InputError."""
-    with (
-        explained(f"{path}: not readable as JSON, expected a file this project wrote."),
-        regular(path) as file,
-    ):
-        return json.load(file)
+    with explained(f"{path}: not readable as JSON, expected a file this project wrote."):
+        with regular(path) as file:
+            return json.load(file)
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -276,9 +274,7 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
     """Read a safetensors file to the CPU; a missing or broken one raises InputError."""
-    with explained(
-        f"{path}: not readable as safetensors, expected a whole file. Delete it and make it again."
-    ):
+    with explained(f"{path}: not readable as safetensors, expected a whole file. Make it again."):
         regular(path).close()
         with safe_open(path, "pt") as file:
             tensors, noted = {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}

@@ -178,13 +178,9 @@ def prefer(candidates: Path, references: Tensor, cfg: Config) -> Tensor:  # (N, 
     kept = load_tensors(folder / "rewards.safetensors")
     wins = preference_pairs(kept["rewards"], cfg.min_gap)
     if not wins.any():
-        raise InputError(
-            f"--feedback {cfg.feedback}: all candidates of all references tie; expected a winner."
-        )
+        raise InputError(f"--feedback {cfg.feedback}: all candidates tie, expected a winner.")
     nearer = (kept["psnr"][:, :, None] > kept["psnr"][:, None])[wins].float().mean()
-    print(
-        f"{int(wins.sum())} pairs of {len(wins)} references; {nearer:.0%} of winners are nearer to the truth"
-    )
+    print(f"{int(wins.sum())} pairs of {len(wins)} references; {nearer:.0%} of winners nearer to the truth")
     return kept["rewards"]
 
 
@@ -463,8 +459,9 @@ def check(cfg: Config) -> None:
         loftr_model("" if cfg.matcher == "loftr" else cfg.matcher, torch.device("cpu"))
     first, last = cfg.trained_calls
     if not 0 <= first <= last < cfg.num_steps - 1:  # the last call of a chain has no density
-        limit = cfg.num_steps - 2
-        raise InputError(f"--trained_calls {first} {last}: expected 0 <= first <= last <= {limit}.")
+        raise InputError(
+            f"--trained_calls {first} {last}: expected 0 <= first <= last <= {cfg.num_steps - 2}."
+        )
     link = Path(cfg.out) / ("sft" if cfg.feedback == "none" else f"d3po_{cfg.feedback}")
     if same_place(cfg.model, link):
         raise InputError(f"--model {link}: this run moves that link. Expected its folder, {link.resolve()}.")
