@@ -274,7 +274,7 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
     """Read a safetensors file to the CPU; a missing or broken one raises InputError."""
-    with explained(f"{path}: not readable as safetensors, expected a whole file. Make it again."):
+    with explained(f"{path}: not readable as safetensors, expected a whole file. Delete it."):
         regular(path).close()
         with safe_open(path, "pt") as file:
             tensors, noted = {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}

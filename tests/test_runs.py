@@ -102,9 +102,6 @@ def test_headroom_finds_the_better_candidates(tmp_path, monkeypatch):
     ("main", "cfg", "message"),
     [
         (bench.main, bench.Config(groups=(1,)), "--groups"),
-        (bench.main, bench.Config(tflops=0), "--tflops"),
-        (bench.main, bench.Config(utilisation=2), "--utilisation 2"),
-        (bench.main, bench.Config("MODEL", num_steps=1000), "--num_steps 1000"),
         (bench.main, bench.Config(out="file/x"), "--out file/x"),
         (table1.main, table1.Config(rows=("pre", "nope")), "--rows nope"),
         (table1.main, table1.Config(rows=("sft",)), "--rows pre"),
