@@ -44,6 +44,8 @@ def project(points: Tensor, size: int) -> tuple[Tensor, Tensor]:  # (..., 3) -> 
     return (torch.stack([q[..., 0], -q[..., 1]], -1) * 0.5 + 0.5) * size, q[..., 2]
 
 
+ANTIALIAS = 2  # the average of this many sub-pixels squared is a pixel
+
 # --- rasterising: one row per (thing, pixel of its bounding box), then one scatter finds the nearest ---
 
 
@@ -83,7 +85,7 @@ def shaded(color: Tensor, normal: Tensor, light: Tensor = LIGHT) -> Tensor:  # (
 
 
 def render_primitives(
-    objects: list[dict[str, Tensor]], size: int, antialias: int = 2, light: Tensor = LIGHT
+    objects: list[dict[str, Tensor]], size: int, antialias: int = ANTIALIAS, light: Tensor = LIGHT
 ) -> Tensor:  # B of what `pack` returns -> (B, V, 3, size, size) uint8
     """Exact orthographic ray casting of all primitives of all objects in all views at once."""
     S, B, V = size * antialias, len(objects), len(VIEWS)
@@ -150,7 +152,7 @@ def render_primitives(
     return to_uint8(image, antialias).view(B, V, 3, size, size)
 
 
-def make_toys(n: int, size: int, seed: int, antialias: int = 2, first: int = 0) -> Tensor:
+def make_toys(n: int, size: int, seed: int, antialias: int = ANTIALIAS, first: int = 0) -> Tensor:
     """Objects first..first + n - 1 of a split, (n, V, 3, size, size). Object i depends on (seed, i) alone."""
     chunk = max(1, 4 * 128**2 // (size * antialias) ** 2)  # objects at a time: more would leave the cache
     toys = [pack(make_toy(key_seed(seed, first + j))) for j in range(n)]

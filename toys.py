@@ -298,8 +298,8 @@ def boat(a, b, u) -> list[dict]:
     ]
 
 
-# FORK: a new kind is one function like those above, listed here; python data.py --sheet toys.png shows it.
-# The kind of a toy is its seed modulo their number: after a change all toys are others, train the model anew.
+# FORK: a new kind is one function like those above, listed here. The kind of a toy is its seed modulo their
+# number: after a change all toys are others, train the model anew.
 KINDS = (bear, duck, dog, car, train, house, chair, lamp, tree, robot, mug, boat)
 
 
