@@ -5,14 +5,11 @@ white, or such a folder, DIR/<object>/{front,right,back,left,top}.png, the forma
 The cameras and axes stand in render.py.
 
     python data.py --meshes DIR --out DIR --size 256   # renders .glb, .gltf, .obj; the same command resumes
-
     python data.py --toys 100 --seed 3 --out DIR       # writes toys
-
-    python data.py --sheet toys.png                    # a picture of the toys; with --out, of that folder
-
     python data.py --strip furniture/x.png --out DIR   # packs a folder of renders as furniture/README.md says
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,40 +17,16 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from common import (
-    ROOT,
-    InputError,
-    cached,
-    check_at_least,
-    check_output,
-    cli,
-    digest,
-    explained,
-    key_seed,
-    keyed_generator,
-    load_tensors,
-    save_tensors,
-    write_atomic,
-)
-from meshes import find_meshes, render_mesh, update_mesh  # noqa: F401  (others import it from here)
-from pictures import (  # noqa: F401
-    Views,
-    fingerprint,
-    kept,
-    load_views,
-    locked,
-    open_image,
-    read_image,
-    resize,
-    write_png,
-    write_views,
-)
-from render import CAMERAS, NUM_SIDES, VIEWS, make_toys, render_primitives  # noqa: F401
-from toys import KINDS, pack, toy_kind  # noqa: F401
+from common import ROOT, InputError, cached, check_at_least, check_output, cli, digest, explained
+from common import key_seed, keyed_generator, load_tensors, save_tensors, write_atomic
+from meshes import find_meshes, update_mesh
+from pictures import Views, fingerprint, kept, load_views, locked, open_image, read_image  # noqa: F401
+from pictures import resize, write_png, write_views
+from render import CAMERAS, NUM_SIDES, VIEWS, make_toys
+from toys import toy_kind
 
 
 @dataclass(frozen=True)
@@ -66,8 +39,6 @@ class Config:
     out: str = ""  # folder of renders to write; what the same command made before is kept
     size: int = 256  # pixels of a view
     up: Literal["y", "z"] = "y"  # up axis of the meshes; the front is +Z for y, -Y for z
-    antialias: int = 2  # average this many sub-pixels squared
-    sheet: str = ""  # write a contact sheet to this PNG: of --out, or without --out two toys of each kind
     strip: str = ""  # pack --out into this PNG, an object a row, their names in a .txt beside it (furniture/)
 
 
@@ -92,14 +63,13 @@ MIRROR = torch.diag(torch.tensor([-1.0, 1, 1]))
 MIRRORED_ORDER = [int((CAMERAS == MIRROR @ c @ MIRROR).all(-1).all(-1).nonzero()) for c in CAMERAS]
 
 
-def stretch(
-    images: Tensor,  # (R, 3, S, S) in [0, 1]
-    factors: Tensor,  # (3,) of the world's X, Y, Z
-    cameras: list[int] | None = None,  # which camera took each image; None: one of each
-) -> Tensor:  # (R, 3, S, S)
-    """The object scaled along the world's axes by factors up to 1. Its views stay views of one object."""
+def stretch(images: Tensor, factors: Tensor, cameras: Sequence[int] = range(len(VIEWS))) -> Tensor:
+    """(R, 3, S, S) in [0, 1], taken by `cameras`, of an object scaled along X, Y, Z by factors up to 1.
+
+    Its views stay views of one object.
+    """
     # A view's columns run along one world axis, its rows along another; a pixel looks up where it came from.
-    scale = CAMERAS[list(range(len(VIEWS))) if cameras is None else cameras, :2].abs() @ factors  # (R, 2)
+    scale = CAMERAS[list(cameras), :2].abs() @ factors  # (R, 2)
     theta = torch.zeros(len(images), 2, 3)
     theta[:, 0, 0], theta[:, 1, 1] = 1 / scale[:, 0], 1 / scale[:, 1]
     places = F.affine_grid(theta, list(images.shape), align_corners=False)
@@ -107,11 +77,10 @@ def stretch(
 
 
 def augment(views: Tensor, generator: torch.Generator) -> Tensor:  # (V, 3, S, S) uint8 -> the same
-    """Another object that the cameras could have seen: mirrored, stretched, recoloured.
+    """Another object that the cameras could have seen, changed in all views alike.
 
-    Each change is made to the object, and therefore in all views alike: they stay views of one object. The
-    world is mirrored or not. Each of its three axes shrinks by a factor of its own, .6 to 1. The colour
-    channels change places and each gets a gamma of its own. White stays white.
+    The world is mirrored or not, each of its three axes shrinks by a factor of its own, the colour channels
+    change places and each gets a gamma of its own. White stays white.
     """
     coin, order = torch.rand((), generator=generator), torch.randperm(3, generator=generator)
     gamma = torch.exp(torch.rand(3, generator=generator) - 0.5)  # .61 to 1.65
@@ -136,19 +105,18 @@ def write_strip(path: Path, folder: str | Path) -> list[str]:
     """
     every, views = load_views(folder, FURNITURE_SIZE)
     last = [name.split("__")[-1] for name in every]
-    names, rows, dropped = last if len(set(last)) == len(last) else every, {}, []
-    for i, name in enumerate(names):
+    rows, dropped = {}, []
+    for i, name in enumerate(last if len(set(last)) == len(last) else every):
         object_views = views[i]
         covered = (object_views.amin(1) < 0.9 * 255).flatten(1).sum(1).tolist()
         if min(covered) < LEAST_PIXELS:
             dropped.append(f"{name}: covers {min(covered)} pixels of {VIEWS[covered.index(min(covered))]}")
+            print(f"left out {dropped[-1]}")
         else:
             rows[name] = object_views
     if not rows:
-        raise InputError(
-            f"{folder}: none of {len(every)} objects covers {LEAST_PIXELS} pixels in every view."
-        )
-    write_png(path, rearrange(torch.stack(list(rows.values())), "N V c h w -> c (N h) (V w)"))
+        raise InputError(f"{folder}: no object of {len(every)} covers {LEAST_PIXELS} pixels in every view.")
+    write_png(path, rearrange(list(rows.values()), "N V c h w -> c (N h) (V w)"))
     write_atomic(path.with_suffix(".txt"), lambda p: p.write_text("".join(f"{name}\n" for name in rows)))
     return dropped
 
@@ -237,16 +205,12 @@ def load_toys(split: str, n: int, size: int, cache: str | Path) -> Tensor:  # (n
     return load_tensors(cached(cache, f"toys_{split}", made_by, make) / "toys.safetensors")["views"]
 
 
-def lazy_split(
-    source: str,  # "toys", "furniture" or a folder of renders
-    split: str,  # a key of SPLITS
-    n: int,
-    size: int,
-    cache: str | Path = "out/data",
-) -> Tensor | Views:  # (n or fewer, V, 3, size, size) uint8
-    """The first n objects of a split. The four splits of toys, and of furniture, share no object; of a
-    folder, train and preference are one (split_of). A folder is left on disk until indexed: 100,000 objects
-    of 512 pixels would be 390 GB."""
+def lazy_split(source: str, split: str, n: int, size: int, cache: str | Path = "out/data") -> Tensor | Views:
+    """The first n objects, or fewer, of a split of toys, furniture or a folder: (n, V, 3, size, size) uint8.
+
+    The four splits of toys, and of furniture, share no object; of a folder, train and preference are one
+    (split_of). A folder is left on disk until indexed: 100,000 objects of 512 pixels would be 390 GB.
+    """
     if source == "toys":
         return load_toys(split, n, size, cache)
     if source == "furniture":
@@ -280,108 +244,71 @@ def load_references(source: str, n: int, size: int, seed: int) -> Tensor:  # (n,
 # --- command line ---
 
 
-def render_meshes(cfg: Config) -> tuple[int, list[str]]:
-    """Render what is not there yet. Returns how many objects are there now, and why others are not."""
-    root, out, skipped = Path(cfg.meshes), Path(cfg.out), []
-    meshes = find_meshes(root) if root.is_dir() else {}
-    if not meshes:
-        raise InputError(f"--meshes {root}: found no .glb, .gltf or .obj file, expected a folder with some.")
-    check_strangers(out, list(meshes))
-    for name, path in tqdm(meshes.items(), desc="meshes", disable=None):
-        try:
-            update_mesh(out / name, path, cfg.size, cfg.up, cfg.antialias)
-        except InputError as error:
-            skipped.append(str(error))
-    skipped += [
-        f"{p}: a link to a folder, not followed" for p in root.rglob("*") if p.is_symlink() and p.is_dir()
-    ]
-    for line in skipped:
-        print("skipped " + " ".join(line.encode(errors="replace").decode().split()))
-    done = sum((out / name).is_dir() for name in meshes)
-    if not done:
-        raise InputError(f"--meshes {root}: none of {len(meshes)} files could be rendered.")
-    print(f"{out}: {done} objects, {len(skipped)} skipped")
-    return done, skipped
-
-
-def render_toys(cfg: Config) -> None:
-    """Write the toys that are not there yet."""
-    names = [toy_name(cfg.seed, i) for i in range(cfg.toys)]
-    check_strangers(Path(cfg.out), names)
-    for i, name in enumerate(tqdm(names, desc="toys", disable=None)):
-        made_by = {"toy": [cfg.seed, i], "size": cfg.size, "antialias": cfg.antialias, "renderer": renderer()}
-        if not kept(Path(cfg.out) / name, made_by):
-            views = make_toys(1, cfg.size, cfg.seed, cfg.antialias, first=i)[0]
-            write_views(Path(cfg.out) / name, views, made_by)
-    print(f"{cfg.out}: {cfg.toys} toys, {names[0]} to {names[-1]}")
-
-
-def check_strangers(out: Path, names: list[str]) -> None:
+def check_strangers(out: Path, names: Iterable[str]) -> None:
     """A folder holds what its command makes and nothing else: else old objects would pass for new ones."""
     expected, strange = set(names), []
     for p in sorted(p for p in out.iterdir() if not p.name.startswith(".")):
         ours = p.name in expected and not p.is_symlink() and (p / "made_by.json").is_file()
         if not ours and (p.name in expected or p.is_dir()):
-            strange.append(p)
+            strange.append(p.name)
     if strange:
         raise InputError(
-            f"{out}: {len(strange)} folders in it are not this command's (first: {strange[0].name}), "
+            f"{out}: {len(strange)} folders in it are not this command's (first: {strange[0]}), "
             "expected none. Delete them, or take another --out."
         )
 
 
-def write_sheet(path: Path, cfg: Config) -> None:
-    """A contact sheet, a name above each row of views: of 24 objects, or of two toys of each kind."""
-    if cfg.out:
-        names, lazy = load_views(cfg.out, cfg.size)
-        names, views = names[:24], [lazy[i] for i in range(min(24, len(lazy)))]
-    else:
-        kinds = [toy_kind(key_seed(cfg.seed, i)) for i in range(40 * len(KINDS))]
-        chosen = [i for k in KINDS for i in [i for i, kind in enumerate(kinds) if kind == k.__name__][:2]]
-        names = [toy_name(cfg.seed, i) for i in chosen]
-        views = [make_toys(1, cfg.size, cfg.seed, cfg.antialias, first=i)[0] for i in chosen]
-    S, columns = cfg.size, 3
-    width, height = len(VIEWS) * S + 8, S + 14
-    sheet = Image.new("RGB", (columns * width, -(-len(names) // columns) * height), (255, 255, 255))
-    for i, (name, row) in enumerate(zip(names, views, strict=True)):
-        x, y = i % columns * width, i // columns * height
-        ImageDraw.Draw(sheet).text(
-            (x + 4, y + 1), name.encode("ascii", "replace").decode()[: S // 2], fill=(90, 90, 90)
-        )
-        sheet.paste(Image.fromarray(rearrange(row, "V c h w -> h (V w) c").contiguous().numpy()), (x, y + 14))
-    write_atomic(path, lambda p: sheet.save(p, optimize=True))
+def render_meshes(root: Path, out: Path, size: int, up: str) -> list[str]:
+    """Render what is not there yet. Returns what cannot be, and why."""
+    meshes, skipped = find_meshes(root), []
+    if not meshes:
+        raise InputError(f"--meshes {root}: found no .glb, .gltf or .obj file, expected a folder with some.")
+    check_strangers(out, meshes)
+    for name, path in tqdm(meshes.items(), desc="meshes", disable=None):
+        try:
+            update_mesh(out / name, path, size, up)
+        except InputError as error:
+            skipped.append(str(error))
+    links = [p for p in root.rglob("*") if p.is_symlink() and p.is_dir()]
+    skipped += [f"{p}: a link to a folder, not followed" for p in links]
+    for line in skipped:  # as text on one line, whatever bytes a name is made of
+        print("skipped " + " ".join(line.encode(errors="replace").decode().split()))
+    done = sum((out / name).is_dir() for name in meshes)
+    if not done:
+        raise InputError(f"--meshes {root}: none of {len(meshes)} files could be rendered.")
+    print(f"{out}: {done} objects, {len(skipped)} skipped")
+    return skipped
 
 
-def main(cfg: Config) -> dict:
-    """Render meshes or toys into `cfg.out`, then pack and draw what is there."""
+def render_toys(out: Path, n: int, seed: int, size: int) -> list[str]:
+    """Write the toys that are not there yet. Nothing is left out."""
+    names = [toy_name(seed, i) for i in range(n)]
+    check_strangers(out, names)
+    for i, name in enumerate(tqdm(names, desc="toys", disable=None)):
+        made_by = {"toy": [seed, i], "size": size, "renderer": renderer()}
+        if not kept(out / name, made_by):
+            write_views(out / name, make_toys(1, size, seed, first=i)[0], made_by)
+    print(f"{out}: {n} toys, {names[0]} to {names[-1]}")
+    return []
+
+
+def main(cfg: Config) -> list[str]:
+    """Do the one thing asked for. Returns what was left out, and why."""
     torch.set_num_threads(1)  # the tensors are small: more threads only wait for each other
     check_at_least(cfg, 8, "size")
-    check_at_least(cfg, 1, "antialias")
     check_at_least(cfg, 0, "toys", "seed")
     if cfg.seed >= 2**63:
         raise InputError(f"--seed {cfg.seed}: expected less than 2^63.")
-    if not (cfg.meshes or cfg.toys or cfg.sheet or cfg.strip):
-        raise InputError("nothing to do, expected one of --meshes, --toys, --sheet, --strip. See --help.")
-    if (cfg.meshes or cfg.toys or cfg.strip) and (bool(cfg.meshes and cfg.toys) or not cfg.out):
-        raise InputError("expected --out DIR and one of --meshes DIR, --toys N, --strip PNG.")
-    for option, path in (("sheet", cfg.sheet), ("strip", cfg.strip)):
-        if path:
-            check_output(option, path, ".png", (cfg.meshes, cfg.out))
-
-    result: dict = {"objects": cfg.toys, "skipped": []}
-    if cfg.meshes or cfg.toys:
-        with locked(Path(cfg.out)):
-            if cfg.meshes:
-                result["objects"], result["skipped"] = render_meshes(cfg)
-            else:
-                render_toys(cfg)
+    out, strip = Path(cfg.out), Path(cfg.strip)
+    if not cfg.out or sum(map(bool, (cfg.meshes, cfg.toys, cfg.strip))) != 1:
+        raise InputError("expected --out DIR and one of --meshes DIR, --toys N, --strip PNG. See --help.")
     if cfg.strip:
-        for line in write_strip(Path(cfg.strip), cfg.out):
-            print(f"left out {line}")
-            result["skipped"].append(line)
-    if cfg.sheet:
-        write_sheet(Path(cfg.sheet), cfg)
-    return result
+        check_output("strip", strip, ".png", (cfg.out,))
+        return write_strip(strip, out)
+    with locked(out):
+        if cfg.meshes:
+            return render_meshes(Path(cfg.meshes), out, cfg.size, cfg.up)
+        return render_toys(out, cfg.toys, cfg.seed, cfg.size)
 
 
 if __name__ == "__main__":

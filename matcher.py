@@ -13,18 +13,16 @@ Letters: B objects, V views, n keypoints of one image.
 
 Run:
     python matcher.py --ref r.png --views DIR                   # DIR holds {front,right,back,left,top}.png
-
     python matcher.py --ref r.png --views DIR --method loftr    # 46 MB of weights at the first call
 
 Expect:
     One line for each view and their sum. Twelve toys at 64 px, SIFT, mean sum: truth 243, noise of sd .03
     181, 3 x 3 blur 71, another object 42, all white 0; right, back, left and top mirrored 245.
-
     About 45 ms for an image with SIFT, 1.3 s for a pair with LoFTR, on one core. Writes nothing.
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,9 +51,7 @@ class Config:
     device: str = "auto"  # auto | cpu | cuda
 
 
-def to_grey(
-    images: Tensor,  # (N, 3, H, W) in [0, 1]
-) -> Tensor:  # (N, 1, S, S), S at least MIN_SIZE
+def to_grey(images: Tensor) -> Tensor:  # (N, 3, H, W) in [0, 1] -> (N, 1, S, S), S at least MIN_SIZE
     """What both methods read: one channel, large enough for features of a dozen pixels."""
     size = max(MIN_SIZE, images.shape[-1])
     images = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True).clamp(0, 1)
@@ -73,45 +69,23 @@ def sift_model(device: torch.device) -> KF.SIFTFeature:
     Upright, because all side views share "up". Not upscaled again (up_levels), and neighbours kept down
     to 5 pixels: the picture is smooth after `to_grey`. The threshold drops the rounding noise of flat areas.
     """
-    return KF.SIFTFeature(
-        num_features=500,
-        upright=True,
-        descriptor_backend="pyramid",  # seven times as fast as the default, patches, and no worse here
-        score_threshold=0.02,
-        config={
-            "nms_size": 5,
-            "pyramid_levels": 4,
-            "up_levels": 0,
-            "scale_factor_levels": 2**0.5,
-            "s_mult": 22.0,
-        },
-    ).to(device)
+    places: Any = dict(nms_size=5, pyramid_levels=4, up_levels=0, scale_factor_levels=2**0.5, s_mult=22.0)
+    # "pyramid" is seven times as fast as the default, patches, and no worse here
+    return KF.SIFTFeature(500, True, score_threshold=0.02, descriptor_backend="pyramid", config=places).to(
+        device
+    )
 
 
-def describe(
-    images: Tensor,  # (N, 1, S, S)
-) -> list[Tensor]:  # N of (n, 128)
-    """Descriptors of the keypoints of each image; a blank one has none."""
-    model, found = sift_model(images.device), []
-    for image in images.split(1):  # kornia's SIFT takes one image a call
-        _, response, descriptors = model(image)  # padded with zero responses up to num_features
-        found.append(descriptors[0][response[0] > 0])
-    return found
+def describe(image: Tensor) -> Tensor:  # (1, 1, S, S) -> (n, 128)
+    """Descriptors of an image's keypoints; a blank one has none."""
+    _, response, descriptors = sift_model(image.device)(image)  # padded with zero responses to num_features
+    return descriptors[0][response[0] > 0]
 
 
-def sift_counts(ref: Tensor, views: Tensor) -> Tensor:
-    """(B, 1, S, S), (B, V, 1, S, S) -> (B, V)"""
-    counts = torch.zeros(views.shape[:2], dtype=torch.long)
-    own: list[Tensor] = []
-    for i in range(len(ref)):
-        if i == 0 or not torch.equal(
-            ref[i], ref[i - 1]
-        ):  # candidates in a row share their reference's keypoints
-            own = describe(ref[i : i + 1])
-        for m, other in enumerate(describe(views[i])):
-            # A match: nearest in both directions, and plainly nearer than the second nearest.
-            counts[i, m] = len(KF.match_smnn(own[0], other, 0.85)[0])
-    return counts
+def sift_counts(own: Any, views: Tensor) -> Tensor:  # (n, 128), (V, 1, S, S) -> (V,)
+    """A match: nearest in both directions, and plainly nearer than the second nearest."""
+    pairs = [KF.match_smnn(own, describe(view), 0.85)[0] for view in views.split(1)]  # one image a call
+    return torch.tensor([len(matched) for matched in pairs])
 
 
 # --- LoFTR: the paper's ---
@@ -122,9 +96,8 @@ def loftr_model(weights: str, device: torch.device) -> KF.LoFTR:
     """The outdoor model from a local file, or from torch's hub cache ($TORCH_HOME), downloaded if absent."""
     model = KF.LoFTR(pretrained=None)
     remedy = f"Put it into {torch.hub.get_dir()}/checkpoints, name the file (--weights), or choose sift."
-    with explained(
-        f"LoFTR weights {weights or LOFTR_URL}: expected loftr_outdoor.ckpt of {LOFTR_URL}. {remedy}"
-    ):
+    wrong = f"LoFTR weights {weights or LOFTR_URL}: expected loftr_outdoor.ckpt of {LOFTR_URL}. {remedy}"
+    with explained(wrong):
         options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
         if weights:
             state = torch.load(regular(weights), **options)["state_dict"]
@@ -136,64 +109,56 @@ def loftr_model(weights: str, device: torch.device) -> KF.LoFTR:
     return model.to(device).eval()  # in training mode it asks for ground truth
 
 
-def loftr_counts(ref: Tensor, views: Tensor, weights: str) -> Tensor:
-    """(B, 1, S, S), (B, V, 1, S, S) -> (B, V)"""
-    model, (B, V) = loftr_model(weights, ref.device), views.shape[:2]
-    counts, own = torch.zeros(B, V, dtype=torch.long), {}
-    for i in range(B):
-        if i == 0 or not torch.equal(ref[i], ref[i - 1]):
-            own = model.extract_features(ref[i : i + 1])
-        rows = {name: repeat(x, "1 ... -> V ...", V=V) for name, x in own.items()}
-        pairs = model({"features0": rows, "image1": views[i]})
-        counts[i] = torch.bincount(pairs["batch_indexes"], minlength=V).cpu()
-    return counts
+def loftr_counts(own: Any, views: Tensor, model: KF.LoFTR) -> Tensor:  # features, (V, 1, S, S) -> (V,)
+    """All views in one pass."""
+    rows = {name: repeat(x, "1 ... -> V ...", V=len(views)) for name, x in own.items()}
+    pairs = model({"features0": rows, "image1": views})
+    return torch.bincount(pairs["batch_indexes"], minlength=len(views)).cpu()
 
 
 # --- both ---
 
 
 @torch.no_grad()
-def count_matches(
-    ref: Tensor,  # (B, 3, H, W) in [0, 1]
-    views: Tensor,  # (B, V, 3, H, W) in [0, 1]
-    method: str = "sift",
-    weights: str = "",
-) -> Tensor:  # (B, V) long, on the CPU
-    """Correspondences between the reference and each view. FORK: another matcher is another branch here."""
+def count_matches(ref: Tensor, views: Tensor, method: str = "sift", weights: str = "") -> Tensor:
+    """(B, 3, H, W) and (B, V, 3, H, W) in [0, 1] -> (B, V): correspondences of a reference with its views.
+
+    FORK: another matcher is another branch here.
+    """
     if ref.ndim != 4 or views.ndim != 5 or len(ref) != len(views):
-        raise InputError(
-            f"got {tuple(ref.shape)} and {tuple(views.shape)}; expected (B,3,H,W) and (B,V,3,H,W)."
-        )
-    grey_ref, grey = to_grey(ref), to_grey(views.flatten(0, 1)).unflatten(0, views.shape[:2])
+        got = f"{tuple(ref.shape)} and {tuple(views.shape)}"
+        raise InputError(f"got {got}; expected (B,3,H,W) and (B,V,3,H,W).")
     if method == "sift":
-        # Thousands of tiny operations: a second thread is no faster, and on busy cores ten times slower.
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return sift_counts(grey_ref, grey)
-        finally:
-            torch.set_num_threads(threads)
-    if method == "loftr":
-        return loftr_counts(grey_ref, grey, weights)
-    raise InputError(f"matcher {method!r} is unknown, expected sift or loftr.")
+        features, count = describe, sift_counts
+    elif method == "loftr":
+        model = loftr_model(weights, ref.device)
+        features, count = model.extract_features, partial(loftr_counts, model=model)
+    else:
+        raise InputError(f"matcher {method!r} is unknown, expected sift or loftr.")
+    grey_ref, grey = to_grey(ref), to_grey(views.flatten(0, 1)).unflatten(0, views.shape[:2])
+    # SIFT is thousands of tiny operations: a second thread is no faster, and on busy cores ten times slower
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if method == "sift" else threads)
+    try:
+        own, counts = None, []
+        for i in range(len(ref)):
+            if i == 0 or not torch.equal(grey_ref[i], grey_ref[i - 1]):  # else another candidate of the same
+                own = features(grey_ref[i : i + 1])
+            counts.append(count(own, grey[i]))
+        return torch.stack(counts)
+    finally:
+        torch.set_num_threads(threads)
 
 
-def matching_reward(
-    ref: Tensor,  # (B, 3, H, W)
-    views: Tensor,  # (B, V, 3, H, W), view 0 being the reference's own
-    method: str = "sift",
-    weights: str = "",
-) -> Tensor:  # (B,) float
-    """MV-D3PO-M's feedback. Consecutive rows with one reference (its candidates) share its features."""
+def matching_reward(ref: Tensor, views: Tensor, method: str = "sift", weights: str = "") -> Tensor:
+    """MV-D3PO-M's feedback, (B,): the sum over all views but 0, the reference's own."""
     return count_matches(ref, views[:, 1:], method, weights).sum(dim=1).float()
 
 
 # --- command line ---
 
 
-def read_set(
-    ref: str, folder: str, size: int
-) -> tuple[Tensor, Tensor]:  # (1, 3, size, size), (1, V, 3, size, size)
+def read_set(ref: str, folder: str, size: int) -> tuple[Tensor, Tensor]:  # (1, 3, S, S), (1, V, 3, S, S)
     """A reference image and the views in a folder, in [0, 1]."""
     paths = [Path(ref), *(Path(folder) / f"{view}.png" for view in VIEWS)]
     images = torch.stack([read_image(path, size) for path in paths]).float() / 255

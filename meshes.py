@@ -23,7 +23,7 @@ from torch import Tensor
 
 from common import ROOT, InputError, digest, explained, load_json
 from pictures import kept, write_views
-from render import CAMERAS, VIEWS, fragments, nearest, project, shaded, to_uint8
+from render import ANTIALIAS, CAMERAS, VIEWS, fragments, nearest, project, shaded, to_uint8
 
 # --- reading ---
 
@@ -136,21 +136,19 @@ def to_frame(corner: Tensor, up: str) -> Tensor:  # (N, 3, 3) -> the same
     return corner
 
 
-def read_texels(
-    texture: Image.Image | None,
-    corner: Tensor,  # (N, 3, 3) of the part that carries it
-    uv: Tensor,  # (N, 3, 2)
-    pixels: int,
-) -> Tensor:  # (height, width, 4)
-    """A texture, at most as fine as the pixels (a finer one would sparkle); without one, a white texel."""
-    white = Image.new("RGBA", (1, 1), (255, 255, 255, 255))
-    image = texture.convert("RGBA") if texture is not None else white
+def read_texels(image: Image.Image | None, corner: Tensor, uv: Tensor, pixels: int) -> Tensor:
+    """The texture of a part, (N, 3, 3) and (N, 3, 2) -> (height, width, 4); without one, a white texel.
+
+    At most as fine as the pixels: a finer one would sparkle.
+    """
+    image = Image.new("RGBA", (1, 1), "white") if image is None else image.convert("RGBA")
     # Mip-map: compare the area in texels with that in pixels.
     edge, edge_uv = corner[:, 1:] - corner[:, :1], uv[:, 1:] - uv[:, :1]
     area = torch.linalg.cross(edge[:, 0], edge[:, 1]).norm(dim=-1).sum() * (pixels / 2) ** 2
     area_uv = torch.det(edge_uv).abs().sum() * image.width * image.height
     level = int(0.5 * math.log2(max(float(area_uv / area), 1))) if area > 0 else 0
-    image = image.reduce(min(2**level, image.width, image.height)) if level else image
+    if level:
+        image = image.reduce(min(2**level, image.width, image.height))
     return torch.from_numpy(np.array(image)).float() / 255
 
 
@@ -171,31 +169,28 @@ def normals(corner: Tensor) -> tuple[Tensor, Tensor]:  # (N, 3, 3) -> (N, 3) of 
     return face, torch.where(creased, face[:, None], smooth)
 
 
-def load_mesh(path: str | Path, up: str, pixels: int) -> tuple[dict[str, Tensor], list[str]]:
+def load_mesh(path: Path, up: str, pixels: int) -> tuple[dict[str, Tensor], list[str]]:
     """All N triangles of a file, all textures in one row of texels; the names of the files it asked for."""
-    path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: not a file, expected a mesh.")
     with explained(f"{path}: cannot be drawn, expected a whole .glb, .gltf or .obj beside its textures."):
         surfaces, asked = read_surfaces(path)
-        corner = to_frame(torch.cat([s[0] for s in surfaces]), up)
-        texels, places, total = [], [], 0
-        parts = corner.split([len(s[0]) for s in surfaces])
-        for part, (_, _, texture, uv, _) in zip(parts, surfaces, strict=True):
-            image = read_texels(texture, part, uv, pixels)
-            places.append(torch.tensor([[total, image.shape[1], image.shape[0]]]).expand(len(part), 3))
-            texels.append(image.flatten(0, 1))
-            total += len(texels[-1])
+        corners, colors, textures, uvs, thresholds = zip(*surfaces)
+        corner, count = to_frame(torch.cat(corners), up), torch.tensor([len(part) for part in corners])
+        parts = zip(textures, corner.split(count.tolist()), uvs)
+        images = [read_texels(*part, pixels) for part in parts]
+        first = np.cumsum([0, *(image[..., 0].numel() for image in images)])
+        places = [(i, image.shape[1], image.shape[0]) for i, image in zip(first, images)]
         face, normal = normals(corner)
     return {
         "corner": corner,  # (N, 3, 3)
         "face": face,  # (N, 3)
         "normal": normal,  # (N, 3, 3)
-        "color": torch.cat([s[1] for s in surfaces]),  # (N, 3, 4)
-        "uv": torch.cat([s[3] for s in surfaces]),  # (N, 3, 2)
-        "place": torch.cat(places),  # (N, 3) first texel, width and height of its texture
-        "threshold": torch.cat([torch.full((len(s[0]),), s[4]) for s in surfaces]),  # (N,)
-        "texels": torch.cat(texels),  # (all texels, 4)
+        "color": torch.cat(colors),  # (N, 3, 4)
+        "uv": torch.cat(uvs),  # (N, 3, 2)
+        "place": torch.tensor(places).repeat_interleave(count, 0),  # (N, 3) first texel, width, height
+        "threshold": torch.tensor(thresholds).repeat_interleave(count),  # (N,)
+        "texels": torch.cat([image.flatten(0, 1) for image in images]),  # (all texels, 4)
     }, asked
 
 
@@ -211,9 +206,9 @@ def surface_color(mesh: dict[str, Tensor], tri: Tensor, weight: Tensor) -> Tenso
     return mesh["texels"][start + row * width + column] * (mesh["color"][tri] * weight[..., None]).sum(1)
 
 
-def draw_mesh(mesh: dict[str, Tensor], size: int, antialias: int = 2) -> Tensor:  # (V, 3, size, size) uint8
+def draw_mesh(mesh: dict[str, Tensor], size: int) -> Tensor:  # (V, 3, size, size) uint8
     """All views of what `load_mesh` returned."""
-    S = size * antialias
+    S = size * ANTIALIAS
     pixel, depth = project(mesh["corner"], S)  # (V, N, 3, 2), (V, N, 3)
     image = torch.ones(len(VIEWS), S * S, 3)
     # A z-buffer cannot blend. An alpha of 0.5 covers every second sub-pixel, which the averaging then mixes.
@@ -241,9 +236,7 @@ def draw_mesh(mesh: dict[str, Tensor], size: int, antialias: int = 2) -> Tensor:
             # Alpha before depth: else a transparent pixel of a leaf hides what is behind it.
             threshold = mesh["threshold"][tri]
             threshold = torch.where(threshold < 0, screen_door[row % 2, column % 2], threshold)
-            solid = torch.ones(len(tri), dtype=torch.bool)
-            test = (threshold > 0).nonzero()[:, 0]
-            solid[test] = surface_color(mesh, tri[test], weight[test])[:, 3] >= threshold[test]
+            solid = surface_color(mesh, tri, weight)[:, 3] >= threshold
             found.append((tri[solid], weight[solid], (row * S + column)[solid]))
         tri, weight, flat = (torch.cat(x) for x in zip(*found, strict=True))
         covered, seen = nearest(flat, (depth[view][tri] * weight).sum(1), S * S)
@@ -252,12 +245,16 @@ def draw_mesh(mesh: dict[str, Tensor], size: int, antialias: int = 2) -> Tensor:
         facing = torch.where(mesh["face"][tri] @ CAMERAS[view, 2] < 0, -1.0, 1.0)
         normal = (mesh["normal"][tri] * weight[..., None]).sum(1) * facing[:, None]
         image[view, covered] = shaded(surface_color(mesh, tri, weight)[:, :3], normal)
-    return to_uint8(image.view(-1, S, S, 3).permute(0, 3, 1, 2), antialias)
+    return to_uint8(image.view(-1, S, S, 3).permute(0, 3, 1, 2), ANTIALIAS)
 
 
-def render_mesh(path: str | Path, size: int, up: str = "y", antialias: int = 2) -> Tensor:
-    """All views (V, 3, size, size) of a .glb, .gltf or .obj file. Skins and animation are ignored."""
-    return draw_mesh(load_mesh(path, up, size * antialias)[0], size, antialias)
+def render_mesh(path: Path, size: int, up: str = "y") -> tuple[Tensor, list[str]]:  # (V, 3, size, size)
+    """All views of a file, without skins and animation; the names of the files that it asked for."""
+    mesh, asked = load_mesh(path, up, size * ANTIALIAS)
+    views = draw_mesh(mesh, size)
+    if (views == 255).all():
+        raise InputError(f"{path}: nothing of it is seen, expected triangles of some size and colour.")
+    return views, asked
 
 
 # --- folders of meshes ---
@@ -280,29 +277,25 @@ def find_meshes(root: Path) -> dict[str, Path]:
     return {name: root / path for name, path in zip(names, paths, strict=True)}
 
 
-def mesh_made_by(path: Path, asked: list[str], settings: dict) -> dict:
+def mesh_made_by(path: Path, asked: list[str], size: int, up: str) -> dict:
     """All that the pictures of a mesh depend on, by content: also a file it asked for that is not there."""
     found = {name: find_beside(path, name) for name in asked}
     beside = {name: digest(p) if p else None for name, p in found.items()}
-    code = [digest(ROOT / "render.py"), digest(ROOT / "meshes.py")]
-    return {**settings, "renderer": digest(code), "mesh": digest(path), "beside": beside}
+    code = digest([digest(ROOT / "render.py"), digest(ROOT / "meshes.py")])
+    return {"size": size, "up": up, "renderer": code, "mesh": digest(path), "beside": beside}
 
 
-def update_mesh(folder: Path, path: Path, size: int, up: str, antialias: int) -> None:
+def update_mesh(folder: Path, path: Path, size: int, up: str) -> None:
     """Render a mesh, unless its pictures are there, made by the same files and settings."""
-    settings = {"size": size, "up": up, "antialias": antialias}
     try:
         asked = list(load_json(folder / "made_by.json")["beside"])
-        if kept(folder, mesh_made_by(path, asked, settings)):
+        if kept(folder, mesh_made_by(path, asked, size, up)):
             return
     except (InputError, OSError, TypeError, KeyError):  # not there, or not readable: made again
         pass
     try:
-        mesh, asked = load_mesh(path, up, size * antialias)
-        views = draw_mesh(mesh, size, antialias)
-        if (views == 255).all():
-            raise InputError(f"{path}: nothing of it is seen, expected triangles of some size and colour.")
+        views, asked = render_mesh(path, size, up)
     except InputError:
         shutil.rmtree(folder, ignore_errors=True)  # what the file showed before it changed
         raise
-    write_views(folder, views, mesh_made_by(path, asked, settings))
+    write_views(folder, views, mesh_made_by(path, asked, size, up))

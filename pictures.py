@@ -69,8 +69,6 @@ def write_views(folder: str | Path, views: Tensor, made_by: dict | None = None) 
     """
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
-    if partial.is_symlink():
-        partial.unlink()
     shutil.rmtree(partial, ignore_errors=True)  # of a killed run
     try:
         for name, view in zip(VIEWS, views, strict=True):
@@ -99,11 +97,6 @@ def kept(folder: Path, made_by: dict) -> bool:
         return False
 
 
-def missing_views(folder: Path) -> list[str]:
-    """Which views a folder lacks."""
-    return [v for v in VIEWS if not (folder / f"{v}.png").is_file()]
-
-
 class Views:
     """A folder of renders, read when indexed: views[i] is (V, 3, size, size) uint8."""
 
@@ -119,19 +112,18 @@ class Views:
 
 def load_views(folder: str | Path, size: int) -> tuple[list[str], Views]:
     """Names and views of all objects in a folder of renders, or of the one object whose folder it is."""
-    folder = Path(folder)
-    content = f"expected <object>/{{{','.join(VIEWS)}}}.png in it"
-    remedy = "Re-render: python data.py --meshes DIR --out DIR"
+    folder, remedy = Path(folder), "Re-render: python data.py --meshes DIR --out DIR"
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder, {content}. {remedy}")
+        raise InputError(f"{folder}: no such folder, expected one of renders. {remedy}")
     objects = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if len(missing_views(folder)) < len(VIEWS):
+    if any((folder / f"{view}.png").is_file() for view in VIEWS):
         objects = [folder]
     if not objects:
-        raise InputError(f"{folder}: found no object, {content}. {remedy}")
+        raise InputError(f"{folder}: found no object, expected <object>/{{{','.join(VIEWS)}}}.png. {remedy}")
     for path in objects:  # all of them now, not after an hour of training
-        if missing := missing_views(path):
-            found = ", ".join(v for v in VIEWS if v not in missing) or "no view"
+        missing = [view for view in VIEWS if not (path / f"{view}.png").is_file()]
+        if missing:
+            found = ", ".join(view for view in VIEWS if view not in missing) or "no view"
             raise InputError(f"{path}: found {found}; expected {', '.join(missing)} too. {remedy}")
         for view in VIEWS:
             check_png(path / f"{view}.png")
@@ -140,15 +132,12 @@ def load_views(folder: str | Path, size: int) -> tuple[list[str], Views]:
 
 def check_png(path: Path) -> None:
     """Square and whole, from its first and last bytes only."""
-    with explained(
-        f"{path}: truncated or not a PNG, expected a whole PNG. Delete its folder and re-render it."
-    ):
-        with Image.open(path) as image:
-            width, height = image.size
-        with open(path, "rb") as file:
-            file.seek(-12, os.SEEK_END)
-            if file.read()[4:8] != b"IEND":
-                raise ValueError("its end is missing")
+    wrong = f"{path}: truncated or not a PNG, expected a whole PNG. Delete its folder and re-render it."
+    with explained(wrong), Image.open(path) as image, open(path, "rb") as file:
+        width, height = image.size
+        file.seek(-12, os.SEEK_END)
+        if file.read()[4:8] != b"IEND":
+            raise ValueError("its end is missing")
     if width != height:
         raise InputError(f"{path}: {width} x {height} pixels, expected a square. Pad or re-render it.")
 
@@ -172,7 +161,6 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(
-                f"{folder}: another run writes there. Wait for it, or take another --out."
-            ) from None
+            message = f"{folder}: another run writes there. Wait for it, or take another --out."
+            raise InputError(message) from None
         yield

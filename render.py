@@ -38,23 +38,19 @@ CAMERAS = torch.tensor(
 LIGHT = F.normalize(torch.tensor([0.25, 0.9, 0.35]), dim=0)
 
 
-def project(
-    points: Tensor,  # (..., 3) world
-    size: int,
-) -> tuple[Tensor, Tensor]:  # (V, ..., 2) pixel (column, row), (V, ...) depth, larger is nearer
-    """Orthographic projection into all views; pixel centres lie at .5."""
+def project(points: Tensor, size: int) -> tuple[Tensor, Tensor]:  # (..., 3) -> (V, ..., 2), (V, ...)
+    """Orthographic, into all views: pixel (column, row), whose centre lies at .5; depth, larger is nearer."""
     q = torch.einsum("Vij,...j->V...i", CAMERAS.to(points), points)
     return (torch.stack([q[..., 0], -q[..., 1]], -1) * 0.5 + 0.5) * size, q[..., 2]
 
 
+ANTIALIAS = 2  # the average of this many sub-pixels squared is a pixel
+
 # --- rasterising: one row per (thing, pixel of its bounding box), then one scatter finds the nearest ---
 
 
-def fragments(
-    low: Tensor,  # (n, 2) int, first column and row
-    high: Tensor,  # (n, 2) int, one past the last
-) -> tuple[Tensor, Tensor, Tensor]:  # (F,) thing, (F,) column, (F,) row
-    """Every pixel of every bounding box, flat: no loop over things, however different their sizes."""
+def fragments(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (n, 2) int -> 3 of (F,)
+    """Box, column and row of each pixel of n boxes low to high - 1, flat: no loop, whatever their sizes."""
     width, height = (high - low).clamp(min=0).unbind(1)
     count = width * height
     item = torch.repeat_interleave(torch.arange(len(count)), count)
@@ -63,20 +59,19 @@ def fragments(
 
 
 def nearest(
-    pixel: Tensor,  # (F,) flat pixel index
-    depth: Tensor,  # (F,) in [-2, 2], larger is nearer
-    num_pixels: int,
-) -> tuple[Tensor, Tensor]:  # (P,) covered pixels, (P,) the fragment that is seen there
-    """Z-buffer. Depth and fragment number share one integer, so that the maximum is the same in every run."""
+    pixel: Tensor, depth: Tensor, num_pixels: int
+) -> tuple[Tensor, Tensor]:  # (F,), (F,) -> 2 of (P,)
+    """Z-buffer: the pixels that are covered, and the fragment seen in each; depth lies in [-2, 2].
+
+    Depth and fragment number share one integer, so that the maximum is the same in every run.
+    """
     key = (((depth.double() + 2) * 2**28).long() << 32) | torch.arange(len(depth))
     best = torch.full((num_pixels,), -1).scatter_reduce_(0, pixel, key, "amax")
     covered = (best >= 0).nonzero()[:, 0]
     return covered, best[covered] & 0xFFFFFFFF
 
 
-def to_uint8(
-    image: Tensor, factor: int
-) -> Tensor:  # (N, 3, H, W) in [0, 1] -> (N, 3, H / factor, W / factor)
+def to_uint8(image: Tensor, factor: int) -> Tensor:  # (N, 3, S, S) in [0, 1] -> (N, 3, size, size)
     """Anti-aliasing: average factor x factor sub-pixels and round."""
     return (F.avg_pool2d(image, factor) * 255).round().to(torch.uint8)
 
@@ -90,11 +85,8 @@ def shaded(color: Tensor, normal: Tensor, light: Tensor = LIGHT) -> Tensor:  # (
 
 
 def render_primitives(
-    objects: list[dict[str, Tensor]],  # as `pack` returns them
-    size: int,
-    antialias: int = 2,
-    light: Tensor = LIGHT,
-) -> Tensor:  # (B, V, 3, size, size) uint8
+    objects: list[dict[str, Tensor]], size: int, antialias: int = ANTIALIAS, light: Tensor = LIGHT
+) -> Tensor:  # B of what `pack` returns -> (B, V, 3, size, size) uint8
     """Exact orthographic ray casting of all primitives of all objects in all views at once."""
     S, B, V = size * antialias, len(objects), len(VIEWS)
     prim = {k: torch.cat([o[k] for o in objects]) for k in objects[0]}
@@ -160,14 +152,9 @@ def render_primitives(
     return to_uint8(image, antialias).view(B, V, 3, size, size)
 
 
-def make_toys(
-    n: int, size: int, seed: int, antialias: int = 2, first: int = 0
-) -> Tensor:  # (n, V, 3, size, size) uint8
-    """Objects first..first + n - 1 of a split. Object i depends on (seed, i) alone."""
-    images = torch.empty(n, len(VIEWS), 3, size, size, dtype=torch.uint8)
-    # Objects at a time: more would leave the processor's cache.
-    chunk = max(1, 4 * 128**2 // (size * antialias) ** 2)
-    for i in range(0, n, chunk):
-        objects = [pack(make_toy(key_seed(seed, first + j))) for j in range(i, min(i + chunk, n))]
-        images[i : i + chunk] = render_primitives(objects, size, antialias)
-    return images
+def make_toys(n: int, size: int, seed: int, antialias: int = ANTIALIAS, first: int = 0) -> Tensor:
+    """Objects first..first + n - 1 of a split, (n, V, 3, size, size). Object i depends on (seed, i) alone."""
+    chunk = max(1, 4 * 128**2 // (size * antialias) ** 2)  # objects at a time: more would leave the cache
+    toys = [pack(make_toy(key_seed(seed, first + j))) for j in range(n)]
+    parts = [render_primitives(toys[i : i + chunk], size, antialias) for i in range(0, n, chunk)]
+    return torch.cat(parts)

@@ -51,7 +51,6 @@ class Holds(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """Does it hold here?"""
         return bool(self.errors) and all(error <= self.tol for error in self.errors)
 
 
@@ -66,7 +65,6 @@ class Refuted(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """Is it refuted here?"""
         return self.violation > self.margin
 
 

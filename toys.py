@@ -2,12 +2,9 @@
 
 In: a seed. Out: a list of primitives, dicts with center, half, quadric, color and perhaps turn, color2 and
 bands, which `pack` makes into tensors. render.py draws them; its axes hold: Y up, front +Z.
-
-To add a kind write one function and list it in KINDS; python data.py --sheet toys.png shows it.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -184,12 +181,8 @@ def train(a, b, u) -> list[dict]:
         tube((0, r - 0.3, 0.73), (0.14, 0.06, 0.14), GOLD, turn=("x", 90)),
         box((0, -0.5, 0.75), (0.42, 0.14, 0.08), b, turn=("x", 25)),
     ]
-    for x in (-1, 1):
-        parts += [
-            tube((0.44 * x, -0.5, z), (wheel, 0.08, wheel), PALETTE["grey"], turn=("z", 90))
-            for z in (-0.48, 0, 0.48)
-        ]
-    return parts
+    places = [(0.44 * x, -0.5, z) for x in (-1, 1) for z in (-0.48, 0, 0.48)]
+    return parts + [tube(p, (wheel, 0.08, wheel), PALETTE["grey"], turn=("z", 90)) for p in places]
 
 
 def house(a, b, u) -> list[dict]:
@@ -221,9 +214,8 @@ def chair(a, b, u) -> list[dict]:
         box((0, back + 0.1, -d), (w, back, 0.07), a),
         box((0, back + 0.18, -d + 0.06), (w * 0.7, back * 0.6, 0.06), b),
     ]
-    return parts + [
-        box((x * (w - 0.08), -leg, z * (d - 0.08)), (0.08, leg, 0.08), a) for x in (-1, 1) for z in (-1, 1)
-    ]
+    corners = [(x * (w - 0.08), z * (d - 0.08)) for x in (-1, 1) for z in (-1, 1)]
+    return parts + [box((x, -leg, z), (0.08, leg, 0.08), a) for x, z in corners]
 
 
 def lamp(a, b, u) -> list[dict]:
@@ -307,21 +299,8 @@ def boat(a, b, u) -> list[dict]:
 
 
 # FORK: a new kind is one function like those above, listed here. The kind of a toy is its seed modulo their
-# number, so the list decides all toys: after a change train the model anew.
-KINDS: tuple[Callable[..., list[dict]], ...] = (
-    bear,
-    duck,
-    dog,
-    car,
-    train,
-    house,
-    chair,
-    lamp,
-    tree,
-    robot,
-    mug,
-    boat,
-)
+# number: after a change all toys are others, train the model anew.
+KINDS = (bear, duck, dog, car, train, house, chair, lamp, tree, robot, mug, boat)
 
 
 def toy_kind(seed: int) -> str:
@@ -341,10 +320,7 @@ def make_toy(seed: int) -> list[dict]:
     packed = pack(parts)
     low = (packed["center"] - reach(packed)).amin(0)
     high = (packed["center"] + reach(packed)).amax(0)
-    middle, scale = (
-        ((low + high) / 2).tolist(),
-        1.76 / float((high - low).max()),
-    )  # of 2: a white margin remains
+    middle, scale = ((low + high) / 2).tolist(), 1.76 / float((high - low).max())  # of 2: a white margin
     for part in parts:
         part["center"] = tuple((c - m) * scale for c, m in zip(part["center"], middle, strict=True))
         part["half"] = tuple(h * scale for h in part["half"])

@@ -20,29 +20,32 @@ from common import cli, keyed_generator, write_atomic
 from data import load_furniture, stretch
 from metrics import hull_iou
 
-WIDTH, HEIGHT = 1000, 400
 GREY, BLUE, GREEN, RED = "#666", "#1f5fa8", "#1a7f37", "#b3261e"
 STRETCH = ((1.0, 1.0), (0.75, 1.0), (0.6, 0.7))  # depth and height of right and left, by candidate
+HEADINGS = {  # title: middle of its column, and what stands below
+    "reference Y": (52, ""),
+    "one state x_t": (222, ""),
+    "G actions": (372, "a step's own noise each"),
+    "finished views": (590, "equal noises after the action"),
+    "feedback": (758, "rates views"),
+    "all pairs": (896, "winner, loser"),
+}
+FOOT = "π_p: the pre-trained policy, frozen.   Shown: three of G = 8 candidates."
 
 
 @dataclass(frozen=True)
 class Config:
     """Where it goes."""
 
-    object: str = "armchair"  # part of a name of the validation split; the first object if there is none
     out: str = "results/method.svg"
 
 
-def text(
-    x: float, y: float, words: str, size: int = 14, colour: str = "black", anchor: str = "middle"
-) -> str:
+def text(x: float, y: float, words: str, size: int = 14, colour: str = "black") -> str:
     """Words; `_` makes the next character an index."""
-    parts = words.split("_")
-    inner = parts[0] + "".join(
-        f'<tspan dy="4" font-size="{size - 4}">{p[0]}</tspan><tspan dy="-4">{p[1:] or "&#8203;"}</tspan>'
-        for p in parts[1:]
-    )
-    return f'<text x="{x}" y="{y}" font-size="{size}" fill="{colour}" text-anchor="{anchor}">{inner}</text>'
+    first, *rest = words.split("_")
+    index = '<tspan dy="4" font-size="{}">{}</tspan><tspan dy="-4">{}</tspan>'
+    inner = first + "".join(index.format(size - 4, part[0], part[1:] or "&#8203;") for part in rest)
+    return f'<text x="{x}" y="{y}" font-size="{size}" fill="{colour}" text-anchor="middle">{inner}</text>'
 
 
 def arrow(x0: float, y0: float, x1: float, y1: float, colour: str = GREY, dashed: bool = False) -> str:
@@ -80,93 +83,52 @@ def noised(views: Tensor, amount: float, key: int) -> Tensor:
     return ((1 - amount) * views + amount * (0.5 + 0.3 * noise)).clamp(0, 1)
 
 
-def main(cfg: Config) -> dict:
+def main(cfg: Config) -> None:
     """Write the file."""
     names, every = load_furniture("validation", 64)
-    chosen = next((i for i, name in enumerate(names) if cfg.object.lower() in name.lower()), 0)
-    views = every[chosen].float() / 255
+    views = every[next(i for i, name in enumerate(names) if "armchair" in name.lower())].float() / 255
     shown = [candidate(views, *changes) for changes in STRETCH]
     rewards = hull_iou(torch.stack(shown)).tolist()
-    rows = (64, 164, 264)  # of the candidates
-    middle = rows[1] + 24
+    rows, middle, bottom = (64, 164, 264), 188, 352  # of the candidates; of the reference; of the way back
 
-    parts = [
-        text(52, 30, "reference Y", 15),
-        picture(20, middle - 32, views[:1], 64),
-        box(18, middle - 34, 68, 68),
-    ]
-    parts += [
-        arrow(92, middle, 176, middle),
-        text(132, middle - 10, "policy π_θ", 13),
-        text(132, middle + 20, "k steps", 13),
-    ]
-    parts += [text(222, 30, "one state x_t", 15), picture(182, middle - 40, noised(views, 0.8, 0)[:1], 80)]
-    parts += [box(180, middle - 42, 84, 84, BLUE)]
-    parts += [text(372, 30, "G actions", 15), text(372, 48, "a step's own noise each", 12, GREY)]
-    parts += [text(590, 30, "finished views", 15), text(590, 48, "equal noises after the action", 12, GREY)]
-    parts += [text(758, 30, "feedback", 15), text(758, 48, "rates views", 12, GREY)]
+    parts = [text(x, 30, title, 15) for title, (x, _) in HEADINGS.items()]
+    parts += [text(x, 48, below, 12, GREY) for x, below in HEADINGS.values() if below]
+    parts += [picture(20, middle - 32, views[:1], 64), box(18, middle - 34, 68, 68)]
+    parts += [arrow(92, middle, 176, middle)]
+    parts += [text(132, middle - 10, "policy π_θ", 13), text(132, middle + 20, "k steps", 13)]
+    parts += [picture(182, middle - 40, noised(views, 0.8, 0)[:1], 80), box(180, middle - 42, 84, 84, BLUE)]
     for g, (y, x, reward) in enumerate(zip(rows, shown, rewards)):
-        parts += [
-            arrow(268, middle + (y - rows[1]) * 0.25, 340, y + 24),
-            text(302, y + (38, 16, 10)[g], f"a_{g + 1}", 14),
-        ]
+        parts += [arrow(268, middle + (y - rows[1]) * 0.25, 340, y + 24)]
+        parts += [text(302, y + (38, 16, 10)[g], f"a_{g + 1}", 14)]
         parts += [picture(346, y, noised(x, 0.65, g + 1)[:1], 48), box(345, y - 1, 50, 50, BLUE)]
-        parts += [
-            arrow(400, y + 24, 464, y + 24, dashed=True),
-            picture(470, y, x, 48),
-            box(469, y - 1, 242, 50),
-        ]
-        parts += [
-            arrow(716, y + 24, 732, y + 24),
-            text(758, y + 29, f"{reward:.2f}", 15, (GREEN, GREY, RED)[g]),
-        ]
+        parts += [arrow(400, y + 24, 464, y + 24, dashed=True)]
+        parts += [picture(470, y, x, 48), box(469, y - 1, 242, 50), arrow(716, y + 24, 732, y + 24)]
+        parts += [text(758, y + 29, f"{reward:.2f}", 15, (GREEN, GREY, RED)[g])]
 
-    # pairs, and the loss
+    # pairs, the loss, and the way back
     bracket = f"780,{rows[0] + 10} 786,{rows[0] + 10} 786,{rows[2] + 38} 780,{rows[2] + 38}"
-    parts += [
-        f'<polyline points="{bracket}" fill="none" stroke="{GREY}" stroke-width="1.6"/>',
-        arrow(786, 100, 846, 100),
-    ]
-    parts += [text(896, 30, "all pairs", 15), text(896, 48, "winner, loser", 12, GREY)]
-    for i, (w, l) in enumerate(((0, 1), (0, 2), (1, 2))):  # noqa: E741
-        y = rows[0] + 14 + 26 * i
-        parts += [text(896, y, f"a_{w + 1} ≻ a_{l + 1}", 15)]
-    parts += [
-        arrow(896, 142, 896, 172),
-        box(800, 176, 192, 140, BLUE, "#f3f7fc"),
-        text(896, 196, "Eq. (2)", 15, BLUE),
-    ]
-    parts += [
-        text(896, 222, "−log σ( β [ r_w − r_l ] )", 15),
-        text(896, 246, "r = log π_θ / π_p (a | x_t)", 14),
-    ]
-    parts += [text(896, 276, "+ λ L(simple-MV)", 14), text(896, 300, "+ κ KL(π_θ ‖ π_p)", 14)]
-    bottom = 352
+    parts += [f'<polyline points="{bracket}" fill="none" stroke="{GREY}" stroke-width="1.6"/>']
+    parts += [arrow(786, 100, 846, 100)]
+    pairs = ("a_1 ≻ a_2", "a_1 ≻ a_3", "a_2 ≻ a_3")
+    parts += [text(896, rows[0] + 14 + 26 * i, pair, 15) for i, pair in enumerate(pairs)]
+    parts += [arrow(896, 142, 896, 172), box(800, 176, 192, 140, BLUE, "#f3f7fc")]
+    parts += [text(896, 196, "Eq. (2)", 15, BLUE), text(896, 222, "−log σ( β [ r_w − r_l ] )", 15)]
+    terms = {246: "r = log π_θ / π_p (a | x_t)", 276: "+ λ L(simple-MV)", 300: "+ κ KL(π_θ ‖ π_p)"}
+    parts += [text(896, y, term, 14) for y, term in terms.items()]
     parts += [f'<path d="M896 316 V{bottom} H222" fill="none" stroke="{BLUE}" stroke-width="1.6"/>']
     parts += [arrow(222, bottom, 222, middle + 48, BLUE)]
     parts += [text(554, bottom - 8, "the policy's mean at x_t moves towards the winners' actions", 14, BLUE)]
-    parts += [
-        text(
-            554,
-            bottom + 22,
-            "π_p: the pre-trained policy, frozen.   Shown: three of G = 8 candidates.",
-            12,
-            GREY,
-        )
-    ]
+    parts += [text(554, bottom + 22, FOOT, 12, GREY)]
 
     tip = 'viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" orient="auto"'
-    shape = "M0 0 L10 5 L0 10 z"
-    head = "".join(
-        f'<marker id="{c[1:]}" {tip}><path d="{shape}" fill="{c}"/></marker>' for c in (GREY, BLUE)
-    )
-    size = f'viewBox="0 0 {WIDTH} {HEIGHT}" font-family="Helvetica, Arial, sans-serif"'
+    head = '<marker id="{}" {}><path d="M0 0 L10 5 L0 10 z" fill="{}"/></marker>'
+    heads = "".join(head.format(colour[1:], tip, colour) for colour in (GREY, BLUE))
+    size = 'viewBox="0 0 1000 400" font-family="Helvetica, Arial, sans-serif"'
     opening = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>'
-    ground = f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>'
-    svg = "\n".join([opening, f"<defs>{head}</defs>", ground, *parts, "</svg>", ""])
+    ground = '<rect width="1000" height="400" fill="white"/>'
+    svg = "\n".join([opening, f"<defs>{heads}</defs>", ground, *parts, "</svg>", ""])
     write_atomic(Path(cfg.out), lambda p: p.write_text(svg))
-    print(f"wrote {cfg.out}: {names[chosen]}, silhouettes {', '.join(f'{r:.2f}' for r in rewards)}")
-    return {"out": cfg.out, "rewards": rewards}
+    print(f"wrote {cfg.out}: silhouettes {', '.join(f'{reward:.2f}' for reward in rewards)}")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ from conftest import random_model
 import common
 import train_scorer as T
 from common import InputError, load_tensors
-from data import MIRRORED_ORDER, load_references, load_split, make_toys, pack, render_primitives, write_views
+from data import MIRRORED_ORDER, load_references, load_split, make_toys, write_views
 from metrics import hull_iou
+from render import render_primitives
 from sample import sample
+from toys import pack
 
 CPU = torch.device("cpu")
 
