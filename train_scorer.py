@@ -23,6 +23,7 @@ Run:
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,7 @@ from tqdm import tqdm
 from common import InputError, Log, cached, check_at_least, cli, digest, get_device, key_seed, keyed_generator
 from common import load_json, load_state, load_tensors, located, optimizer_step, provenance, save_json
 from common import save_state, save_tensors, settings, training_steps, use_bf16
-from data import MIRRORED_ORDER, load_references, load_split, load_views, stretch
+from data import MIRRORED_ORDER, VIEWS, load_references, load_split, load_views, stretch
 from metrics import spoilt_views
 from model import load
 from sample import sample
@@ -146,7 +147,7 @@ def read_pairs(cfg: Config) -> tuple[Tensor, Tensor, int]:
     return torch.cat(truth), torch.cat(fake), len(truth[0])
 
 
-def twin(images: Tensor, g: torch.Generator, cameras: list[int] | None = None) -> Tensor:
+def twin(images: Tensor, g: torch.Generator, cameras: Sequence[int] = range(len(VIEWS))) -> Tensor:
     """The same object in other proportions: images (R, 3, S, S) in [0, 1], by one camera each."""
     return stretch(images, 0.6 + 0.4 * torch.rand(3, generator=g), cameras)
 
