@@ -282,6 +282,7 @@ FAULTS: list[tuple[str, str, str, str]] = [
         "relative_views(views, 0 * int(torch.randint(NUM_SIDES, (), generator=g)))",
         SFT,
     ),
+    (SFT, "replace(preset, cross_view=cfg.cross_view", "replace(preset, cross_view=True", SFT),
     (SFT, "source = sources[k % len(sources)]", "source = sources[0]", SFT),
     (SFT, "views = augment(views, g) if augmented else views", "views = views", SFT),
     (SFT, '("wrong", latents[:, 0].roll(1, 0))', '("wrong", latents[:, 0])', SFT),

@@ -136,6 +136,12 @@ def test_saved_are_the_averaged_weights_and_training_goes_on_with_the_raw_ones(t
     assert any((s - w).abs().max() > 1e-5 for s, w in zip(load(folder).parameters(), raw[-1]))
 
 
+def test_a_fresh_model_is_what_was_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setitem(T.PRESETS, "toy", random_model().cfg)
+    made = T.new_model(config(tmp_path, init="", cross_view=False, image_size=32)).cfg
+    assert (made.cross_view, made.image_size, made.channels) == (False, 32, 32)
+
+
 @pytest.mark.parametrize("shape", [(6, 6), (40, 8), (8, 4, 3, 3)])
 def test_muon_moves_every_direction_equally_far(shape):
     p = torch.nn.Parameter(torch.zeros(shape))
