@@ -399,6 +399,9 @@ FAULTS: list[tuple[str, str, str, str]] = [
         "data",
     ),
     ("meshes", "row = ((1 - v) * height)", "row = (v * height)", "data"),
+    ("meshes", "first = np.cumsum([0, *(", "first = 0 * np.cumsum([0, *(", "data"),
+    ("meshes", "torch.tensor(thresholds).repeat", "torch.tensor(thresholds[::-1]).repeat", "data"),
+    ("meshes", "torch.tensor(places).repeat", "torch.tensor(places[::-1]).repeat", "data"),
     ("pictures", "(255, 255, 255, 255)", "(0, 0, 0, 255)", "data"),
     ("muon", "p.add_(x, alpha=-group", "p.add_(x, alpha=group", SFT),
     # metrics, matcher
