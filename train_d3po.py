@@ -20,16 +20,15 @@ the noise on their reference (that is --candidates noised); early calls are trai
 term.
 
 Run:
-    python train_d3po.py --feedback contrastive         # the main job
+    python train_d3po.py --feedback contrastive --loss both     # the main job: Eq. (2), then Diffusion-DPO
     python train_d3po.py --feedback geometry            # or matching, hull, redder: they need no scorer
     python train_d3po.py --feedback none                # L_simple-MV alone: the SFT baseline
-    python train_d3po.py --loss diffusion_dpo           # contrast on finished candidates instead of actions
+    python train_d3po.py --loss diffusion_dpo           # log-ratios of finished candidates, not of actions
 
     Writes out/d3po_<feedback>-<content>/{config.json, model.safetensors, log.jsonl, results.json, grid.png}
 
 Letters: N references, B of them in a batch, G candidates of each, J trained calls, R states of a reference
-(1 if its candidates share it, otherwise G), V views, c h w latent sizes.
-"""
+(1 if its candidates share it, otherwise G), V views, c h w latent sizes."""
 
 import copy
 import time
@@ -82,7 +81,7 @@ class Config:
     negatives: str = "checkpoints/objects_independent"  # that scorer's: train_scorer.py --negatives
     matcher: str = "sift"  # sift, loftr, or a file of LoFTR weights, for --feedback matching
 
-    loss: Literal["d3po", "diffusion_dpo"] = "d3po"  # which log-ratio of a candidate Eq. (2) compares
+    loss: Literal["d3po", "diffusion_dpo", "both"] = "d3po"  # which log-ratio Eq. (2) compares; both: in turn
     candidates: Literal["auto", "branch", "noised", "independent"] = "auto"  # candidates.py; auto: RECIPES
     num_candidates: int = 0  # G (noised: one for each scale of App. B); 0: RECIPES
     beta_dpo: float = 0.0  # beta of Eq. 2 on the log-ratio SUMMED over V c h w; 0: RECIPES
@@ -108,7 +107,7 @@ class Config:
     device: str = "auto"  # auto, cpu or cuda
 
     def __post_init__(self) -> None:
-        for name, value in RECIPES[self.loss].items():
+        for name, value in RECIPES.get(self.loss, {}).items():
             if getattr(self, name) in ("auto", 0):
                 object.__setattr__(self, name, value)  # the dataclass is frozen
 
@@ -421,6 +420,7 @@ def report(pre: Path, policy: Path, cfg: Config, clock: float) -> dict:
     views = load_split(cfg.data, "validation", cfg.eval_objects, load(pre).cfg.image_size)
     truth, (before, after) = views.float() / 255, (draw_validation(m, views, cfg) for m in (pre, policy))
     table = before_after(before, after, truth, {"contrastive": Scorer.load(cfg.scorer)} if cfg.scorer else {})
+    print(f"--feedback {cfg.feedback} --loss {cfg.loss}")
     print_table(table, cfg.feedback)
     # the objects that changed most: what did training change?
     most = (after - before).abs().flatten(1).mean(1).argsort(descending=True)[:8]
@@ -477,6 +477,8 @@ def check(cfg: Config) -> None:
 
 def main(cfg: Config) -> dict:
     """Collect, prefer, train, report. A stage that equal inputs made before is read, not done again."""
+    if cfg.loss == "both":
+        return {loss: main(replace(cfg, loss=loss)) for loss in RECIPES}
     clock = time.time()
     check(cfg)
     pre = policy = located(cfg.model)

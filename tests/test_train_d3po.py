@@ -592,6 +592,15 @@ def test_rounds_collect_with_the_present_policy(tmp_path, monkeypatch, anchor):
     assert first != pre and result["folder"] != str(first)
 
 
+def test_both_losses_in_turn(tmp_path):
+    cfg = config(tmp_path, loss="both", num_candidates=2, steps=1)
+    both = D.main(cfg)
+    for loss in ("d3po", "diffusion_dpo"):
+        assert both[loss]["config"]["loss"] == loss
+        assert both[loss]["folder"] == D.main(replace(cfg, loss=loss))["folder"]
+    assert both["d3po"]["folder"] != both["diffusion_dpo"]["folder"]
+
+
 def test_diffusion_dpo_runs_and_the_frozen_copy_stays(tmp_path):
     result = D.main(config(tmp_path, loss="diffusion_dpo", beta_dpo=0.05, lr=1e-3, steps=10))
     (line,) = [json.loads(x) for x in (Path(result["folder"]) / "log.jsonl").read_text().splitlines()]
