@@ -118,6 +118,7 @@ def test_saved_are_the_averaged_weights_and_training_goes_on_with_the_raw_ones(t
     raw, rates = [], []
 
     def spy(optimizers, parameters, rate, step, clip=1.0):
+        assert not raw or all(p.equal(w) for p, w in zip(parameters, raw[-1]))  # evaluation put them back
         norm = common.optimizer_step(optimizers, parameters, rate, step, clip)
         raw.append([p.detach().clone() for p in parameters])
         rates.append(rate)
