@@ -1,4 +1,4 @@
-"""A picture of many objects. Evaluations and contact sheets share it.
+"""A picture of many objects, which all scripts share.
 
 In: views as tensors. Out: a PNG with a row for each object.
 """
@@ -19,21 +19,17 @@ def grid(
     path: str | Path,
     columns: Mapping[str, Tensor],  # label -> (N, V, 3, S, S) in [0, 1]; a shorter column ends earlier
     ref: Tensor | None = None,  # (N, 3, S, S) for a first column with the reference
-    names: Mapping[str, Sequence[str]] | None = None,  # label -> a line above each object
     side: int = 128,  # pixels of a view in the picture, at least: small views are enlarged by a whole factor
 ) -> None:
-    """A PNG with a row for each object: the reference, then the views under each label.
-
-    A contact sheet in three columns is grid(path, {"1": views[::3], "2": ...}, names={"1": names[::3], ...}).
-    """
+    """A PNG with a row for each object: the reference, then the views under each label."""
     size = next(iter(columns.values())).shape[-1]
     scale = math.ceil(side / size)
     side, gap = size * scale, 12
     big, small = ImageFont.load_default(side / 4), ImageFont.load_default(side / 8)
-    head, line = side // 2, side // 6 if names else 0  # heights of the labels, of an object's name
+    head = side // 2  # height of the labels
     rows, first = max(len(images) for images in columns.values()), 0 if ref is None else side + gap
     width = first + len(columns) * (gap + len(VIEWS) * side) - gap
-    picture = Image.new("RGB", (width, head + rows * (line + side)), (255, 255, 255))
+    picture = Image.new("RGB", (width, head + rows * side), (255, 255, 255))
     draw = ImageDraw.Draw(picture)
 
     def paste(label: str, views: Sequence[str], images: Tensor, x: int) -> None:  # images (N, V, 3, S, S)
@@ -42,11 +38,9 @@ def grid(
             draw.text((x + (i + 0.08) * side, head * 0.68), view, fill=(110, 110, 110), font=small)
         strips = rearrange(images.detach().cpu().float(), "N V C H W -> N H (V W) C").clamp(0, 1)
         for n, strip in enumerate((strips * 255).round().byte().numpy()):
-            tile, y = Image.fromarray(strip), head + n * (line + side)
-            if names and label in names:
-                draw.text((x + side / 16, y), names[label][n], fill=(110, 110, 110), font=small)
-            big_tile = tile.resize((tile.width * scale, tile.height * scale), Image.Resampling.NEAREST)
-            picture.paste(big_tile, (x, y + line))
+            tile = Image.fromarray(strip)
+            tile = tile.resize((tile.width * scale, tile.height * scale), Image.Resampling.NEAREST)
+            picture.paste(tile, (x, head + n * side))
 
     if ref is not None:
         paste("input", ("front",), ref[:rows, None], 0)
