@@ -4,10 +4,8 @@ Each formula is a function; the comment above a line derives it. Each `check_` f
 something that does not use them: autograd of the definition, or quadrature over the latent. The order is the
 paper's. What the guidances do to samples (Figure 3), and when contrast helps: runs/theory_extra.py.
 
-Run:
-    python theory.py      # exit status 1 if a line fails
-
-Expect PASS on every line, after about a second of one CPU core:
+Run: python theory.py
+Expect PASS on every line (or exit status 1), after about a second of one CPU core:
     holds      The statement is true. The number is its error and must not exceed the tolerance.
     refuted    A sentence of the paper (in quotes) is false as written. The number says by how much a
                counterexample violates it and must exceed the margin. What is true ends the line.
@@ -472,8 +470,8 @@ whose mean leans off a_1 the way ap does, and a weak lean is not enough: python 
 
 def format_line(check: Check) -> str:
     """PASS or FAIL, verdict, source, statement, number, bound, and what is true instead."""
-    status, verdict = "PASS" if check.passed else "FAIL", type(check).__name__.lower()
-    start = f"{status} {verdict:<8}{check.source:<10}{check.statement:<61}"
+    status = "PASS" if check.passed else "FAIL"
+    start = f"{status} {type(check).__name__.lower():<8}{check.source:<10}{check.statement:<61}"
     if isinstance(check, Holds):
         return f"{start}{torch.tensor(check.errors).max().item():8.1e} <= {check.tol:.0e}"
     return f"{start}{check.violation:8.2g}  > {check.margin:<7.2g}{check.instead}"
