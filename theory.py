@@ -1,8 +1,7 @@
 """Section 4 of the paper in float64: its formulas, and which of its sentences hold.
 
-Each formula is a function; the comment above a line derives it. Each `check_` function compares formulas with
-something that does not use them: autograd of the definition, or quadrature over the latent. The order is the
-paper's. What the guidances do to samples (Figure 3), and when contrast helps: runs/theory_extra.py.
+Each formula is a function, derived in the comment above it. Each `check_` compares formulas with what does not
+use them: autograd, or quadrature over the latent. Samples (Figure 3): runs/theory_extra.py.
 
 Run: python theory.py
 Expect PASS on every line (or exit status 1), after about a second of one CPU core:
