@@ -1,7 +1,7 @@
 """Section 4 of the paper in float64: its formulas, and which of its sentences hold.
 
-Each formula is a function, derived in the comment above it. Each `check_` compares formulas with what does not
-use them: autograd, or quadrature over the latent. Samples (Figure 3): runs/theory_extra.py.
+Each formula is a function, derived in the comment above it. Each `check_` compares formulas with what does
+not use them: autograd, or quadrature over the latent. Samples (Figure 3): runs/theory_extra.py.
 
 Run: python theory.py
 Expect PASS on every line (or exit status 1), after about a second of one CPU core:
