@@ -30,9 +30,9 @@ COLUMNS = {  # heading -> metric, factor
 ROWS = {
     "pre-trained": "pre",
     "SFT": "sft",
+    "control: least noise, no feedback": "least_noise",
     "MV-D3PO-C": "c",
     "MV-D3PO, geometry (ours)": "geometry",
-    "Diffusion-DPO, C": "forward_c",
     "Diffusion-DPO, geometry (ours)": "forward_geometry",
     "ground truth": "truth",
 }
