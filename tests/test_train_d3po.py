@@ -592,6 +592,18 @@ def test_rounds_collect_with_the_present_policy(tmp_path, monkeypatch, anchor):
     assert first != pre and result["folder"] != str(first)
 
 
+@pytest.mark.parametrize("name", ["d3po_loss", "step_log_ratio", "forward_log_ratio", "simple_loss", "run"])
+def test_a_loss_of_ones_own_is_another_run(tmp_path, monkeypatch, name):
+    cfg = config(tmp_path, steps=1)
+    first, stock = D.main(cfg)["folder"], getattr(D, name)
+
+    def own(*args):
+        return stock(*args)
+
+    monkeypatch.setattr(D, name, own)
+    assert D.main(cfg)["folder"] != first
+
+
 def test_both_losses_in_turn(tmp_path):
     cfg = config(tmp_path, loss="both", num_candidates=2, steps=1)
     both = D.main(cfg)
