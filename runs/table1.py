@@ -36,16 +36,15 @@ FORWARD = {"loss": "diffusion_dpo", **D.RECIPES["diffusion_dpo"]}  # `replace` k
 ROWS = {  # row -> label; what changes in the config of train_d3po.py, if it is trained at all
     "pre": ("pre-trained", None),
     "sft": ("SFT", {"feedback": "none"}),
-    "d3po_random": ("random preferences, Eq. (2)", {"feedback": "random"}),
-    "d3po_geometry": ("geometry, Eq. (2)", {"feedback": "geometry"}),
-    "d3po_c": ("MV-D3PO-C, Eq. (2)", {"feedback": "contrastive"}),
-    "least_noise": ("least noise, Eq. (2)", {"feedback": "least_noise", "candidates": "noised"}),
-    "random": ("random preferences, Diffusion-DPO", {"feedback": "random", **FORWARD}),
-    "geometry": ("geometry, Diffusion-DPO", {"feedback": "geometry", **FORWARD}),
-    "c": ("C, Diffusion-DPO", {"feedback": "contrastive", **FORWARD}),
-    "c_pre": ("C (pre), Diffusion-DPO", {"feedback": "contrastive", **FORWARD}),
-    "m": ("M, Diffusion-DPO", {"feedback": "matching", **FORWARD}),
-    "oracle": ("oracle, Diffusion-DPO", {"feedback": "oracle", **FORWARD}),
+    "random": ("control: random preferences", {"feedback": "random"}),
+    "least_noise": ("control: least noise", {"feedback": "least_noise", "candidates": "noised"}),
+    "m": ("MV-D3PO-M", {"feedback": "matching"}),
+    "c_pre": ("MV-D3PO-C (pre)", {"feedback": "contrastive"}),
+    "c": ("MV-D3PO-C", {"feedback": "contrastive"}),
+    "geometry": ("MV-D3PO, geometry (ours)", {"feedback": "geometry"}),
+    "forward_random": ("Diffusion-DPO, random preferences", {"feedback": "random", **FORWARD}),
+    "forward_c": ("Diffusion-DPO, C", {"feedback": "contrastive", **FORWARD}),
+    "forward_geometry": ("Diffusion-DPO, geometry (ours)", {"feedback": "geometry", **FORWARD}),
     "best": ("best of five by the scorer, no training", None),
     "truth": ("ground truth", None),
 }
@@ -63,8 +62,8 @@ METRICS = {  # column -> heading, digits, whether it is a percentage
 }
 BASES = {"pre": "pre-trained", "sft": "SFT", "random": "random preferences of the same loss"}
 SCORE = "contrastive"
-OWN = {"d3po_geometry": "geometry", "geometry": "geometry", "d3po_c": SCORE, "c": SCORE, "best": SCORE}
-OWN["c_pre"] = "contrastive_pre"  # row -> its own reward
+OWN = {"geometry": "geometry", "c": SCORE, "best": SCORE, "c_pre": "contrastive_pre"}  # row -> its own reward
+OWN |= {"forward_geometry": "geometry", "forward_c": SCORE}
 
 
 @dataclass(frozen=True)
@@ -202,7 +201,7 @@ def curves(path: Path, points: dict[str, list[tuple[float, dict[str, float]]]], 
     figure, axes = plt.subplots(1, len(columns), figsize=(3.2 * len(columns), 3.4), layout="constrained")
     for axis, c in zip(axes, columns):
         for row, runs in points.items():
-            mark = "o" if (ROWS[row][1] or {}).get("loss") else "x"
+            mark = "o" if row.startswith("forward") else "x"
             x, y = [kl**0.5 for kl, _ in runs], [v[c] * METRICS[c][2] for _, v in runs]
             axis.plot(x, y, mark, label=ROWS[row][0])
         axis.axhline(0, color="grey", lw=0.5)
@@ -243,7 +242,7 @@ def main(cfg: Config) -> dict:
     rows = {row: {c: statistics(values[c]) for c in columns} for row, values in measured.items()}
     minus: dict[str, dict] = {"pre": {}, "sft": {}, "random": {}}
     for row, values in measured.items():
-        control = "random" if (ROWS[row][1] or {}).get("loss") else "d3po_random"  # of the same loss
+        control = "forward_random" if row.startswith("forward") else "random"  # of the same loss
         for name, base in (("pre", "pre"), ("sft", "sft"), ("random", control)):
             if row not in (base, "pre", "truth") and base in measured:
                 minus[name][row] = {c: statistics(values[c] - measured[base][c]) for c in columns}
@@ -262,7 +261,11 @@ def main(cfg: Config) -> dict:
     kls = {row: [kl for kl, _ in runs] for row, runs in points.items()}
     result = {**provenance(cfg), "rows": rows, "minus": minus, "kl": kls}
     save_json(results / "table.json", result)
-    shown = {ROWS[row][0]: first[row][:10] for row in ("truth", "pre", "c", "geometry") if row in first}
+    shown = {
+        ROWS[row][0]: first[row][:10]
+        for row in ("truth", "pre", "forward_c", "forward_geometry")
+        if row in first
+    }
     grid(results / "grid.png", shown, truth[:10, 0], side=64)  # the first ten held-out objects, as they come
     if points:
         shown_columns = [c for c in columns if c not in ("grey_levels", "ssim_unseen")]
