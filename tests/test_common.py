@@ -239,9 +239,21 @@ def test_the_log_writes_means_and_forgets_what_is_done_again(tmp_path):
     again.add(3, loss=1.0)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert lines == [{"step": 2, "loss": 2.0}, {"step": 4, "loss": 3.0}]
+    C.Log(tmp_path / "log.jsonl", 2, every=2, last=9)  # saved right after that line
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
     (tmp_path / "log.jsonl").write_text("{\n")
     with pytest.raises(InputError, match="log.jsonl: damaged, expected lines of JSON"):
         C.Log(tmp_path / "log.jsonl", 3, every=2, last=9)
+
+
+def test_cuda_computes_in_float32(monkeypatch):
+    """TF32 has 10 bits of mantissa: log-ratios are differences of small numbers."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    for backend in backends:
+        backend.allow_tf32 = True
+    C.get_device("cuda")
+    assert not any(backend.allow_tf32 for backend in backends)
 
 
 def test_steps_save_when_asked_to_stop(monkeypatch):
