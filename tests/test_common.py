@@ -246,6 +246,15 @@ def test_the_log_writes_means_and_forgets_what_is_done_again(tmp_path):
         C.Log(tmp_path / "log.jsonl", 3, every=2, last=9)
 
 
+def test_a_models_digest_is_of_its_config_and_its_weights(tmp_path):
+    seen = set()
+    for config, weight in ((1, 1.0), (2, 1.0), (1, 2.0)):
+        C.save_json(tmp_path / "config.json", {"size": config})
+        C.save_tensors(tmp_path / "model.safetensors", {"w": torch.tensor([weight])})
+        seen.add(C.digest(tmp_path))
+    assert len(seen) == 3
+
+
 def test_cuda_computes_in_float32(monkeypatch):
     """TF32 has 10 bits of mantissa: log-ratios are differences of small numbers."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -139,6 +139,7 @@ def test_a_damaged_part_of_unfinished_work_is_noticed(copy, stage, part, how):
             run(stage)
         file.unlink()
     assert run(stage) == copy[stage]
+    assert not list(file.parent.glob(".12.*"))
 
 
 @damages
