@@ -41,7 +41,7 @@ class Rollouts(NamedTuple):
 def draw_candidates(
     model: MultiViewUNet, ref: Tensor, seeds: list[int], call: int, cfg: Any, bf16: bool
 ) -> tuple[Rollouts, Tensor]:  # of B references (B, 3, S, S); images (B, G, V, 3, S, S)
-    """By the design cfg.candidates; `call` is where "branch" does. The others keep all cfg.trained_calls."""
+    """By the design cfg.candidates. Branches part at `call`; the others keep all of cfg.trained_calls."""
     first, last = cfg.trained_calls
     if cfg.candidates == "branch":
         b = branch(model, ref, seeds, call, cfg.num_candidates, cfg.num_steps, bf16)

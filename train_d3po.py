@@ -53,12 +53,11 @@ from feedback import FEEDBACKS, preference_pairs
 from grid import grid
 from matcher import loftr_model
 from metrics import closeness
-from model import MultiViewUNet, load
+from model import ModelConfig, MultiViewUNet, load
 from sample import Schedule, branch, forward_noise, kl_divergence, log_ratio, noised_reference, policy_mean
 from sample import sample, sample_images, split_prediction
 from scorer import Scorer
 from train_sft import simple_loss, training_batch
-
 
 RECIPES: dict[str, dict[str, Any]] = {  # loss -> the candidates that suit it, the beta for its scale
     "d3po": {"candidates": "branch", "num_candidates": 8, "beta_dpo": 1.0},
@@ -68,7 +67,7 @@ RECIPES: dict[str, dict[str, Any]] = {  # loss -> the candidates that suit it, t
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are the main job on a CPU; paper values are named in the comments."""
+    """Defaults are Eq. (2) on a CPU; paper values are named in the comments."""
 
     feedback: str = "contrastive"  # a name in feedback.FEEDBACKS, or none: the SFT baseline
     model: str = "checkpoints/objects"  # pi_pre: a folder that train_sft.py wrote
@@ -262,10 +261,8 @@ def forward_log_ratio(
     noise, ref_noise = (torch.randn(z.shape, generator=g).to(t.device) for z in (batch.x0[:, 0], batch.y))
     t, y, noise, ref_noise = (z.repeat_interleave(G, 0) for z in (t, batch.y, noise, ref_noise))  # B G rows
     x0 = batch.x0.flatten(0, 1)
-    x_t, ref_t = (
-        forward_noise(schedule, x0, t, noise),
-        noised_reference(schedule, policy.cfg, y, t, ref_noise),
-    )
+    x_t = forward_noise(schedule, x0, t, noise)
+    ref_t = noised_reference(schedule, policy.cfg, y, t, ref_noise)
 
     def predict(network: MultiViewUNet) -> Tensor:
         with torch.autocast(t.device.type, torch.bfloat16, enabled=bf16):
@@ -310,6 +307,11 @@ def prepare(folder: Path, cfg: Config, device: Any) -> tuple[MultiViewUNet, list
     return model, parameters
 
 
+def run_name(cfg: Config) -> str:
+    """A run's folder, without its content, and the link to the last one."""
+    return "sft" if cfg.feedback == "none" else f"d3po_{cfg.feedback}"
+
+
 def train(
     start: Path, pre: Path, candidates: Path | None, rewards: Tensor | None, objects: Tensor, cfg: Config
 ) -> Path:
@@ -323,8 +325,8 @@ def train(
     if candidates:
         made_by |= {"pre": digest(pre), "rewards": digest(rewards), "feedback": cfg.feedback}
         made_by |= {"candidates": digest(load_json(candidates / "made_by.json"))}
-    name = f"d3po_{cfg.feedback}" if candidates else "sft"
-    return cached(cfg.out, name, made_by, partial(run, start, pre, candidates, rewards, objects, cfg))
+    make = partial(run, start, pre, candidates, rewards, objects, cfg)
+    return cached(cfg.out, run_name(cfg), made_by, make)
 
 
 def run(
@@ -435,11 +437,10 @@ def report(pre: Path, policy: Path, cfg: Config, clock: float) -> dict:
 # --- the script ---
 
 
-def find_scorer(cfg: Config) -> str:
+def find_scorer(cfg: Config, model: ModelConfig) -> str:
     """The scorer of --feedback contrastive: given, or trained now (stage 2)."""
     if cfg.scorer or cfg.feedback != "contrastive":
         return cfg.scorer
-    model = load(cfg.model).cfg
     if model.is_sdxl:
         raise InputError(
             "--feedback contrastive: expected --scorer. Make one: train_scorer.py --backbone ..."
@@ -449,20 +450,18 @@ def find_scorer(cfg: Config) -> str:
     return train_scorer.main(train_scorer.Config(**shared, out=str(Path(cfg.out) / "scorer")))["folder"]
 
 
-def check(cfg: Config) -> None:
-    """Refuse impossible options before any computation."""
+def check(cfg: Config) -> ModelConfig:
+    """Refuse impossible options before any computation. Returns what the model is."""
     if cfg.feedback not in (*FEEDBACKS, "none"):
         raise InputError(f"--feedback {cfg.feedback}: unknown, expected one of {', '.join(FEEDBACKS)}, none.")
     if cfg.feedback == "least_noise" and cfg.candidates != "noised":
         raise InputError("--feedback least_noise: expected --candidates noised.")
     if cfg.feedback == "matching" and cfg.matcher != "sift":  # are LoFTR's weights there?
         loftr_model("" if cfg.matcher == "loftr" else cfg.matcher, torch.device("cpu"))
-    first, last = cfg.trained_calls
-    if not 0 <= first <= last < cfg.num_steps - 1:  # the last call of a chain has no density
-        raise InputError(
-            f"--trained_calls {first} {last}: expected 0 <= first <= last <= {cfg.num_steps - 2}."
-        )
-    link = Path(cfg.out) / ("sft" if cfg.feedback == "none" else f"d3po_{cfg.feedback}")
+    (first, last), limit = cfg.trained_calls, cfg.num_steps - 2  # the last call of a chain has no density
+    if not 0 <= first <= last <= limit:
+        raise InputError(f"--trained_calls {first} {last}: expected 0 <= first <= last <= {limit}.")
+    link = Path(cfg.out) / run_name(cfg)
     if same_place(cfg.model, link):
         raise InputError(f"--model {link}: this run moves that link. Expected its folder, {link.resolve()}.")
     check_at_least(cfg, 1, "steps", "batch_objects", "batch_size", "num_references", "eval_objects", "rounds")
@@ -473,6 +472,7 @@ def check(cfg: Config) -> None:
     if cfg.scorer:  # does it see the model's images?
         views = torch.zeros(1, 1, 3, model.image_size, model.image_size)
         Scorer.load(cfg.scorer).score(views[:, 0], views)
+    return model
 
 
 def main(cfg: Config) -> dict:
@@ -480,12 +480,12 @@ def main(cfg: Config) -> dict:
     if cfg.loss == "both":
         return {loss: main(replace(cfg, loss=loss)) for loss in RECIPES}
     clock = time.time()
-    check(cfg)
+    model = check(cfg)
     pre = policy = located(cfg.model)
-    size = load(pre).cfg.image_size
-    references = load_references(cfg.data, cfg.num_references, size, cfg.seed)  # (N, V, 3, S, S) uint8
-    objects = load_split(cfg.data, "preference", cfg.num_references, size)  # ground truth for L_simple-MV
-    cfg = replace(cfg, scorer=find_scorer(cfg))
+    n, size = cfg.num_references, model.image_size
+    references = load_references(cfg.data, n, size, cfg.seed)  # (N, V, 3, S, S) uint8
+    objects = load_split(cfg.data, "preference", n, size)  # ground truth for L_simple-MV
+    cfg = replace(cfg, scorer=find_scorer(cfg, model))
     for round in range(cfg.rounds):
         if cfg.feedback == "none":
             policy = train(policy, pre, None, None, objects, cfg)

@@ -10,7 +10,7 @@ Run:
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -48,16 +48,17 @@ METRICS = ("psnr_unseen", "ssim_unseen", "hull", "geometry", "contradiction", "c
 
 def main(cfg: Config) -> dict:
     """Draw, rate, print and write the table."""
-    numbers: dict[str, Any] = {
-        "num_candidates": cfg.num_candidates,
-        "num_steps": cfg.num_steps,
-        "seed": cfg.seed,
-    }
-    base = D.Config(model=cfg.model, scorer=cfg.scorer, **numbers)
+    base = D.Config(
+        model=cfg.model,
+        scorer=cfg.scorer,
+        num_candidates=cfg.num_candidates,
+        num_steps=cfg.num_steps,
+        trained_calls=(min(cfg.branch_calls), max(cfg.branch_calls)),
+        seed=cfg.seed,
+    )
     check_at_least(cfg, 1, "n")
     for name in cfg.feedbacks:
-        for k in cfg.branch_calls:
-            D.check(replace(base, feedback=name, trained_calls=(k, k)))
+        D.check(replace(base, feedback=name))
     for suffix in (".md", ".json"):
         check_output("out", cfg.out + suffix, suffix)
     device = get_device(cfg.device)
