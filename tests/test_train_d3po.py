@@ -687,3 +687,16 @@ def test_contrastive_trains_its_own_scorer(tmp_path):
     )
     assert math.isfinite(D.main(cfg)["table"]["contrastive"]["after"])
     assert located("checkpoints/objects").is_dir()
+
+
+@pytest.mark.parametrize("loss, expected", [("d3po", (75.277, -6.593)), ("diffusion_dpo", (66.014, -54.460))])
+def test_the_tiny_main_job_ends_where_it_always_did(tmp_path, loss, expected):
+    """A net under rearrangements: the change of all weights, by its length and along one random direction. Digits
+    instead of a hash, because kernels round differently from machine to machine. Whoever changes the mathematics
+    changes these numbers; the tests above say whether it is right."""
+    cfg = config(tmp_path, loss=loss, steps=3)
+    folder = D.main(cfg)["folder"]
+    before, after = (load_tensors(Path(f) / "model.safetensors") for f in (cfg.model, folder))
+    change = torch.cat([(after[k] - before[k]).flatten().double() for k in sorted(after)])
+    along = torch.randn(len(change), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert (1e3 * change.norm().item(), 1e3 * (change @ along).item()) == pytest.approx(expected, rel=1e-2)
