@@ -62,7 +62,7 @@ from train_sft import simple_loss
 
 TIMED_PAIRS = 12
 BETA = 0.1
-JOB: dict[str, Any] = {"num_references": 24, "num_candidates": 4, "eval_objects": 2, "steps": 20}
+JOB: dict[str, Any] = {"num_references": 24, "num_candidates": 4, "min_gap": 0.0, "steps": 20}
 SWEEPS = {  # what grows: its letters (S pixels), its values
     "views": ("V", (2, 3, 5, 8)),
     "pixels": ("S", (32, 64, 128)),
@@ -312,7 +312,7 @@ def precision(cfg: Config, device: torch.device) -> list[dict[str, Any]]:
     small main job, and to the log-ratio of equal weights."""
     pre, rows = load(cfg.model, device), []
     with TemporaryDirectory() as out:
-        job = D.Config("oracle", cfg.model, out=out, device=cfg.device, **JOB)
+        job = D.Config("oracle", cfg.model, eval_objects=2, out=out, device=cfg.device, **JOB)
         policy = load(D.main(job)["folder"], device)
         rollouts, schedule = read_rollouts(next(Path(out).glob("candidates-*"))), Schedule(pre.cfg)
     for call in rollouts.call.unique().tolist():

@@ -2,13 +2,18 @@
 
 Preferences can only teach what candidates differ in. Three designs:
 
-    branch       one state x_t at a call k of the chain, one action each, equal noise afterwards
     noised       equal noise, but each sees the reference through noise of its own scale (the paper's)
+    branch       one state x_t at a call k of the chain, one action each, equal noise afterwards
     independent  one x_T and one reference noise, all step noises of their own
+
+"noised" contrasts conditions: whoever wins, the loser tends to be what a blurred reference gives. That is
+Section 4's guidance, and it raises the contrastive score most, but no object's shape is at stake.
 
 Under "branch" two candidates differ by ONE action: what came of it is its own doing, and Eq. (2) knows whom
 to thank. Under the others the whole chain differs, and a trained call is praised for what other calls did.
-results/README.md shows what the best of G gains under each.
+
+"independent" shows the most different shapes. Diffusion-DPO, which asks for no action, can use them.
+results/README.md shows what the best of G gains under each, and what training makes of it.
 
 Letters: N references, B of them at a time, G candidates of each, J trained calls, R states of a reference
 (1 if its candidates share it, otherwise G), V views, c h w latent sizes.

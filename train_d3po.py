@@ -5,19 +5,18 @@
 
     pi(a|s) = N(a; mean(x_t, Y, t), var)     one denoising step: the state s is x_t, the action a its x_s
 
-1. collect: for each reference the policy draws G candidates (candidates.py). They share all noises but one:
-   at a call k in the first half of the chain, which decides the shape, each takes an action of its own.
-2. prefer: a feedback rates the finished images (feedback.py). Of every two candidates the better one is the
-   winner, the other the loser.
-3. train: Eq. (2) at call k moves the policy towards winners' actions. Winner and loser start from the SAME
-   state: one forward serves all pairs of a reference, and the loss is linear in the change of the mean.
+1. collect: for each reference the policy draws G candidates (candidates.py). For the paper's feedbacks they
+   differ by noise on their reference (App. B). For the others they differ by ONE action at one call.
+2. prefer: a feedback rates the finished images (feedback.py). Of two candidates whose rewards differ plainly
+   the better one is the winner, the other the loser.
+3. train: Eq. (2), at calls of the first half of the chain, which decides the shape, moves the policy towards
+   winners' actions. If all candidates share a state, one forward serves all their pairs.
 4. report: validation objects before and after, from equal noise.
 
 Differences from D3PO's code (yk7333/d3po, which the paper builds on): the action is joint over the views; its
 log-ratio is a sum, not a mean, and has no clip; all pairs of G candidates share one forward; pi_pre's means
-are stored, so no second network is held. Differences from the paper: candidates differ by one action, not by
-the noise on their reference (that is --candidates noised); early calls are trained, not late ones; the KL
-term.
+are stored, so no second network is held. Differences from the paper: early calls are trained, not late ones;
+pairs of nearly equal reward are left out; the KL term.
 
 Run:
     python train_d3po.py --feedback contrastive --loss both     # the main job: Eq. (2), then Diffusion-DPO
@@ -63,6 +62,7 @@ RECIPES: dict[str, dict[str, Any]] = {  # loss -> the candidates that suit it, t
     "d3po": {"candidates": "branch", "num_candidates": 8, "beta_dpo": 1.0},
     "diffusion_dpo": {"candidates": "independent", "num_candidates": 5, "beta_dpo": 0.02},
 }
+NOISED = {"candidates": "noised", "num_candidates": 5}  # with d3po, for feedbacks that were made for these
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Config:
     trained_calls: tuple[int, int] = (0, 4)  # first and last call that Eq. (2) trains (paper: last 40 of 50)
 
     lambda_simple: float = 1.0  # weight of L_simple-MV (paper: 1)
-    min_gap: float = 0.0  # leave out pairs whose rewards differ by fewer standard deviations than this
+    min_gap: float = 1.0  # only pairs whose rewards differ by more than this many standard deviations
     rounds: int = 1  # collect, prefer, train again with the policy of the round before
     anchor: Literal["pre", "last"] = "pre"  # log-ratio and KL are to pi_pre, or to the last round's policy
 
@@ -106,7 +106,8 @@ class Config:
     device: str = "auto"  # auto, cpu or cuda
 
     def __post_init__(self) -> None:
-        for name, value in RECIPES.get(self.loss, {}).items():
+        papers = self.loss == "d3po" and self.feedback in ("contrastive", "matching", "least_noise")
+        for name, value in (RECIPES.get(self.loss, {}) | (NOISED if papers else {})).items():
             if getattr(self, name) in ("auto", 0):
                 object.__setattr__(self, name, value)  # the dataclass is frozen
 

@@ -32,22 +32,30 @@ from model import load
 from sample import sample, sample_images
 from scorer import Scorer, contrastive_reward
 
-FORWARD = {"loss": "diffusion_dpo", **D.RECIPES["diffusion_dpo"]}  # `replace` keeps what it is not told
+NOISED, FORWARD = D.NOISED, {"loss": "diffusion_dpo", **D.RECIPES["diffusion_dpo"]}
 ROWS = {  # row -> label; what changes in the config of train_d3po.py, if it is trained at all
     "pre": ("pre-trained", None),
     "sft": ("SFT", {"feedback": "none"}),
-    "random": ("control: random preferences", {"feedback": "random"}),
-    "least_noise": ("control: least noise", {"feedback": "least_noise", "candidates": "noised"}),
-    "m": ("MV-D3PO-M", {"feedback": "matching"}),
-    "c_pre": ("MV-D3PO-C (pre)", {"feedback": "contrastive"}),
-    "c": ("MV-D3PO-C", {"feedback": "contrastive"}),
+    # Eq. (2) on App. B's candidates: noise on the reference
+    "noised_random": ("control: random preferences, noised", {"feedback": "random", **NOISED}),
+    "least_noise": ("control: least noise", {"feedback": "least_noise", **NOISED}),
+    "m": ("MV-D3PO-M", {"feedback": "matching", **NOISED}),
+    "c_pre": ("MV-D3PO-C (pre)", {"feedback": "contrastive", **NOISED}),
+    "c": ("MV-D3PO-C", {"feedback": "contrastive", **NOISED}),
+    # Eq. (2) on branches: one action
+    "random": ("control: random preferences, branches", {"feedback": "random"}),
     "geometry": ("MV-D3PO, geometry (ours)", {"feedback": "geometry"}),
+    # Diffusion-DPO on independent samples
     "forward_random": ("Diffusion-DPO, random preferences", {"feedback": "random", **FORWARD}),
     "forward_c": ("Diffusion-DPO, C", {"feedback": "contrastive", **FORWARD}),
+    "forward_hull": ("Diffusion-DPO, hull (ours)", {"feedback": "hull", **FORWARD}),
     "forward_geometry": ("Diffusion-DPO, geometry (ours)", {"feedback": "geometry", **FORWARD}),
     "best": ("best of five by the scorer, no training", None),
     "truth": ("ground truth", None),
 }
+CONTROL = {"geometry": "random"}  # row -> random preferences with its loss and candidates
+CONTROL |= {row: "noised_random" for row in ("least_noise", "m", "c_pre", "c")}
+CONTROL |= {row: "forward_random" for row in ("forward_c", "forward_hull", "forward_geometry")}
 METRICS = {  # column -> heading, digits, whether it is a percentage
     "psnr_unseen": ("PSNR, dB", 2, 1),
     "ssim_unseen": ("SSIM", 3, 1),
@@ -60,10 +68,10 @@ METRICS = {  # column -> heading, digits, whether it is a percentage
     "judge": ("score of a third scorer", 2, 1),
     "grey_levels": ("changed, grey levels", 1, 1),
 }
-BASES = {"pre": "pre-trained", "sft": "SFT", "random": "random preferences of the same loss"}
+BASES = {"pre": "pre-trained", "sft": "SFT", "random": "random preferences, same loss and candidates"}
 SCORE = "contrastive"
 OWN = {"geometry": "geometry", "c": SCORE, "best": SCORE, "c_pre": "contrastive_pre"}  # row -> its own reward
-OWN |= {"forward_geometry": "geometry", "forward_c": SCORE}
+OWN |= {"forward_geometry": "geometry", "forward_hull": "hull", "forward_c": SCORE}
 
 
 @dataclass(frozen=True)
@@ -247,8 +255,7 @@ def main(cfg: Config) -> dict:
     rows = {row: {c: statistics(values[c]) for c in columns} for row, values in measured.items()}
     minus: dict[str, dict] = {"pre": {}, "sft": {}, "random": {}}
     for row, values in measured.items():
-        control = "forward_random" if row.startswith("forward") else "random"  # of the same loss
-        for name, base in (("pre", "pre"), ("sft", "sft"), ("random", control)):
+        for name, base in (("pre", "pre"), ("sft", "sft"), ("random", CONTROL.get(row))):
             if row not in (base, "pre", "truth") and base in measured:
                 minus[name][row] = {c: statistics(values[c] - measured[base][c]) for c in columns}
     for row, runs in points.items():

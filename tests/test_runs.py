@@ -20,9 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 def test_bench_counts_and_measures_both_forms(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "peak_flops", lambda *_: 1e12)
-    monkeypatch.setattr(
-        bench, "JOB", {"num_references": 8, "num_candidates": 3, "eval_objects": 2, "steps": 3}
-    )
+    monkeypatch.setattr(bench, "JOB", {"num_references": 8, "num_candidates": 3, "min_gap": 0.0, "steps": 3})
     out = tmp_path / "bench"
     cfg = bench.Config(tiny_folder, groups=(2, 3), repeats=1, bf16="off", device="cpu", out=str(out))
     tables = bench.main(cfg)

@@ -20,7 +20,13 @@ from scorer import small_scorer
 
 CPU = torch.device("cpu")
 SMALL = dict(
-    num_references=5, eval_objects=2, num_steps=5, trained_calls=(0, 2), num_candidates=3, batch_size=2
+    num_references=5,
+    eval_objects=2,
+    num_steps=5,
+    trained_calls=(0, 2),
+    num_candidates=3,
+    batch_size=2,
+    min_gap=0.0,
 )
 
 
@@ -395,7 +401,9 @@ def test_the_gradient_is_that_of_the_sum(tmp_path, monkeypatch, kl, lambda_simpl
 
 
 def test_recipes_fill_what_is_not_said():
-    assert (D.Config().candidates, D.Config().num_candidates, D.Config().beta_dpo) == ("branch", 8, 1.0)
+    for name, candidates in (("geometry", ("branch", 8)), ("contrastive", ("noised", 5))):
+        cfg = D.Config(feedback=name)
+        assert (cfg.candidates, cfg.num_candidates, cfg.beta_dpo) == (*candidates, 1.0)
     forward = D.Config(loss="diffusion_dpo", num_candidates=3)
     assert (forward.candidates, forward.num_candidates, forward.beta_dpo) == ("independent", 3, 0.02)
 
@@ -648,7 +656,7 @@ def test_redder_makes_pictures_redder(tmp_path):
     ("changes", "message"),
     [
         ({"feedback": "taste"}, "--feedback taste: unknown, expected one of contrastive"),
-        ({"feedback": "least_noise"}, "--candidates noised"),
+        ({"feedback": "least_noise", "loss": "diffusion_dpo"}, "--candidates noised"),
         ({"trained_calls": (0, 4)}, "--trained_calls 0 4"),
         ({"trained_calls": (2, 1)}, "--trained_calls 2 1"),
         ({"steps": 0}, "--steps"),
