@@ -58,11 +58,13 @@ from sample import sample, sample_images, split_prediction
 from scorer import Scorer
 from train_sft import simple_loss, training_batch
 
-RECIPES: dict[str, dict[str, Any]] = {  # loss -> the candidates that suit it, the beta for its scale
-    "d3po": {"candidates": "branch", "num_candidates": 8, "beta_dpo": 1.0},
-    "diffusion_dpo": {"candidates": "independent", "num_candidates": 5, "beta_dpo": 0.02},
+RECIPES: dict[
+    str, dict[str, Any]
+] = {  # loss -> the candidates and pairs that suit it, the beta for its scale
+    "d3po": {"candidates": "branch", "num_candidates": 8, "beta_dpo": 1.0, "min_gap": 1.0},
+    "diffusion_dpo": {"candidates": "independent", "num_candidates": 5, "beta_dpo": 0.02, "min_gap": 1.0},
 }
-NOISED = {"candidates": "noised", "num_candidates": 5}  # with d3po, for feedbacks that were made for these
+NOISED = {"candidates": "noised", "num_candidates": 5, "min_gap": 0.0}  # d3po with the paper's own feedbacks
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Config:
     trained_calls: tuple[int, int] = (0, 4)  # first and last call that Eq. (2) trains (paper: last 40 of 50)
 
     lambda_simple: float = 1.0  # weight of L_simple-MV (paper: 1)
-    min_gap: float = 1.0  # only pairs whose rewards differ by more than this many standard deviations
+    min_gap: float = -1.0  # only pairs whose rewards differ by more standard deviations; -1: RECIPES
     rounds: int = 1  # collect, prefer, train again with the policy of the round before
     anchor: Literal["pre", "last"] = "pre"  # log-ratio and KL are to pi_pre, or to the last round's policy
 
@@ -108,7 +110,7 @@ class Config:
     def __post_init__(self) -> None:
         papers = self.loss == "d3po" and self.feedback in ("contrastive", "matching", "least_noise")
         for name, value in (RECIPES.get(self.loss, {}) | (NOISED if papers else {})).items():
-            if getattr(self, name) in ("auto", 0):
+            if getattr(self, name) == type(self).__dataclass_fields__[name].default:
                 object.__setattr__(self, name, value)  # the dataclass is frozen
 
 

@@ -401,11 +401,16 @@ def test_the_gradient_is_that_of_the_sum(tmp_path, monkeypatch, kl, lambda_simpl
 
 
 def test_recipes_fill_what_is_not_said():
-    for name, candidates in (("geometry", ("branch", 8)), ("contrastive", ("noised", 5))):
-        cfg = D.Config(feedback=name)
-        assert (cfg.candidates, cfg.num_candidates, cfg.beta_dpo) == (*candidates, 1.0)
-    forward = D.Config(loss="diffusion_dpo", num_candidates=3)
-    assert (forward.candidates, forward.num_candidates, forward.beta_dpo) == ("independent", 3, 0.02)
+    def recipe(**options):
+        cfg = D.Config(**options)
+        return cfg.candidates, cfg.num_candidates, cfg.beta_dpo, cfg.min_gap
+
+    for name in ("geometry", "redder"):
+        assert recipe(feedback=name) == ("branch", 8, 1.0, 1.0)
+    for name in ("contrastive", "matching", "least_noise"):
+        assert recipe(feedback=name) == ("noised", 5, 1.0, 0.0)
+    assert recipe(feedback="geometry", min_gap=0.0) == ("branch", 8, 1.0, 0.0)
+    assert recipe(loss="diffusion_dpo", num_candidates=3) == ("independent", 3, 0.02, 1.0)
 
 
 @pytest.mark.parametrize("seed", [0, 3])
