@@ -2,6 +2,10 @@
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,6 +96,47 @@ def copy(made, tmp_path, monkeypatch) -> dict[str, bytes]:
     monkeypatch.setattr(D, "grid", lambda *_: None)  # half of the time
     monkeypatch.setattr(D, "FEEDBACKS", dict(D.FEEDBACKS))
     return made[1]
+
+
+# --- the real command line: stopped, and twice at once ---
+
+
+def start() -> subprocess.Popen:
+    """The main job on tiny numbers, in a process of its own."""
+    tiny = {**COMMON, **STAGES["d3po"][1], "trained_calls": "0 1"}
+    options = [word for k, v in tiny.items() for word in (f"--{k}", *str(v).split())]
+    script = str(common.ROOT / "train_d3po.py")
+    return subprocess.Popen([sys.executable, script, *options], stdout=-1, stderr=-1, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["candidates", "rewards", "d3po", "validation"])
+def test_a_stopped_job_goes_on(copy, stage):
+    """SIGTERM as soon as a stage's folder is there: one line, and the same command ends as if nothing had been."""
+    shutil.rmtree("out")
+    first = start()
+    while first.poll() is None and not list(Path().glob(f"out/{stage}*")):
+        time.sleep(0.01)
+    first.send_signal(signal.SIGTERM)
+    _, said = first.communicate(timeout=60)
+    assert first.returncode == 130 and said.startswith("stopped") and said.count("\n") == 1, said
+    second = start()
+    _, said = second.communicate(timeout=60)
+    assert second.returncode == 0, said
+    assert Path("out/d3po_contrastive/model.safetensors").read_bytes() == copy["d3po"]
+    assert load_json("out/d3po_contrastive/results.json")["table"]
+
+
+@pytest.mark.slow
+def test_two_jobs_at_once(copy):
+    """One of them does the work. The other says that it is being done, or finds it done."""
+    shutil.rmtree("out")
+    both = [start(), start()]
+    ends = [(job.communicate(timeout=120)[1], job.returncode) for job in both]
+    assert 0 in [code for _, code in ends]
+    for said, code in ends:
+        assert code == 0 or (code == 1 and "another run is making it" in said and said.count("\n") == 1), said
+    assert run("d3po") == copy["d3po"]
 
 
 # --- damage ---
