@@ -6,11 +6,10 @@
     pi(a|s) = N(a; mean(x_t, Y, t), var)     one denoising step: the state s is x_t, the action a its x_s
 
 1. collect: for each reference the policy draws G candidates (candidates.py). For the paper's feedbacks they
-   differ by noise on their reference (App. B). For the others they differ by ONE action at one call.
-2. prefer: a feedback rates the finished images (feedback.py). Of two candidates whose rewards differ plainly
-   the better one is the winner, the other the loser.
+   differ by noise on their reference (App. B), for the others by ONE action.
+2. prefer: a feedback rates the finished images (feedback.py). Of two the better is the winner.
 3. train: Eq. (2), at calls of the first half of the chain, which decides the shape, moves the policy towards
-   winners' actions. If all candidates share a state, one forward serves all their pairs.
+   winners' actions. If candidates share a state, one forward serves all their pairs.
 4. report: validation objects before and after, from equal noise.
 
 Differences from D3PO's code (yk7333/d3po, which the paper builds on): the action is joint over the views; its
@@ -22,7 +21,6 @@ Run:
     python train_d3po.py --feedback contrastive --loss both     # the main job: Eq. (2), then Diffusion-DPO
     python train_d3po.py --feedback geometry            # or matching, hull, redder: they need no scorer
     python train_d3po.py --feedback none                # L_simple-MV alone: the SFT baseline
-    python train_d3po.py --loss diffusion_dpo           # log-ratios of finished candidates, not of actions
 
     Writes out/d3po_<feedback>-<content>/{config.json, model.safetensors, log.jsonl, results.json, grid.png}
 
@@ -445,9 +443,7 @@ def find_scorer(cfg: Config, model: ModelConfig) -> str:
     if cfg.scorer or cfg.feedback != "contrastive":
         return cfg.scorer
     if model.is_sdxl:
-        raise InputError(
-            "--feedback contrastive: expected --scorer. Make one: train_scorer.py --backbone ..."
-        )
+        raise InputError("--feedback contrastive: expected --scorer. Make one: train_scorer.py --backbone")
     names = ("negatives", "data", "num_references", "num_steps", "bf16", "device", "seed")
     shared: dict[str, Any] = {name: getattr(cfg, name) for name in names} | {"image_size": model.image_size}
     return train_scorer.main(train_scorer.Config(**shared, out=str(Path(cfg.out) / "scorer")))["folder"]
