@@ -176,6 +176,8 @@ class LoRALinear(nn.Linear):
 
     def __init__(self, linear: nn.Linear, rank: int):
         nn.Module.__init__(self)
+        if rank > (full := min(linear.weight.shape)):
+            raise InputError(f"--lora {rank}: expected a rank of at most {full}, which can say any change.")
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias  # old names: the state dict only grows
         # `merged` adds U D, about 1e-4, to this float32 copy: a `weight` in bfloat16 would round it away.

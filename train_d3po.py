@@ -13,9 +13,8 @@
 4. report: validation objects before and after, from equal noise.
 
 Differences from D3PO's code (yk7333/d3po, which the paper builds on): the action is joint over the views; its
-log-ratio is a sum, not a mean, and has no clip; all pairs of G candidates share one forward; pi_pre's means
-are stored, so no second network is held. Differences from the paper: early calls are trained, not late ones;
-pairs of nearly equal reward are left out; the KL term.
+log-ratio is a sum, not a mean, and has no clip; all pairs of G candidates share one forward. Differences from
+the paper: early calls are trained, not late ones; pairs of nearly equal reward are left out; the KL term.
 
 Run:
     python train_d3po.py --feedback contrastive --loss both     # the main job: Eq. (2), then Diffusion-DPO
@@ -466,12 +465,14 @@ def check(cfg: Config) -> ModelConfig:
     check_at_least(cfg, 1, "steps", "batch_objects", "batch_size", "num_references", "eval_objects", "rounds")
     check_at_least(cfg, 2, "num_candidates")
     check_at_least(cfg, 0, "beta_dpo", "kl", "lambda_simple", "min_gap", "lr", "lora")
-    model = load(cfg.model).cfg
-    Schedule(model).timesteps(cfg.num_steps)
+    model = load(cfg.model)
+    if cfg.lora:
+        model.add_lora(cfg.lora)  # is that rank possible?
+    Schedule(model.cfg).timesteps(cfg.num_steps)
     if cfg.scorer:  # does it see the model's images?
-        views = torch.zeros(1, 1, 3, model.image_size, model.image_size)
+        views = torch.zeros(1, 1, 3, model.cfg.image_size, model.cfg.image_size)
         Scorer.load(cfg.scorer).score(views[:, 0], views)
-    return model
+    return model.cfg
 
 
 def main(cfg: Config) -> dict:

@@ -184,6 +184,8 @@ def new_model(cfg: Config) -> MultiViewUNet:
     """What training starts from."""
     torch.manual_seed(cfg.seed)
     if cfg.init:
+        if cfg.base:
+            raise InputError(f"--base {cfg.base} and --init {cfg.init}: expected one of them.")
         model = load(cfg.init)
         made = (model.cfg.cross_view, model.cfg.image_size)
         if made != (cfg.cross_view, cfg.image_size or model.cfg.image_size):

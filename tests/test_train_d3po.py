@@ -666,6 +666,7 @@ def test_redder_makes_pictures_redder(tmp_path):
         ({"trained_calls": (2, 1)}, "--trained_calls 2 1"),
         ({"steps": 0}, "--steps"),
         ({"num_candidates": 1}, "--num_candidates"),
+        ({"lora": 33}, "--lora 33: expected a rank of at most 32"),
         ({"lr": math.nan}, "--lr"),
         ({"kl": -1.0}, "--kl"),
         ({"num_steps": 1000, "trained_calls": (0, 2)}, "--num_steps 1000"),

@@ -258,6 +258,7 @@ def test_furniture_trains_on_its_training_split(tmp_path, monkeypatch):
     ("changes", "message"),
     [
         ({"init": "", "base": "x"}, "--base x: --preset toy starts from nothing"),
+        ({"base": "x"}, "--base x and --init .*: expected one of them"),
         ({"cross_view": False}, "made with True and 16"),
         ({"data": ("nowhere",)}, "nowhere: no such folder"),
         ({"steps": 0}, "--steps"),
