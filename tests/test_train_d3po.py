@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from conftest import random_model
 import common
 import feedback
 import train_d3po as D
+from bench import random_batch
 from common import InputError, load_json, load_tensors, located
 from data import load_references, make_toys
 from model import load
@@ -631,6 +633,34 @@ def test_diffusion_dpo_runs_and_the_frozen_copy_stays(tmp_path):
     result = D.main(config(tmp_path, loss="diffusion_dpo", beta_dpo=0.05, lr=1e-3, steps=10))
     (line,) = [json.loads(x) for x in (Path(result["folder"]) / "log.jsonl").read_text().splitlines()]
     assert line["kl"] > 0 and line["loss_d3po"] > 0
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+@pytest.mark.parametrize("loss", ["d3po", "diffusion_dpo"])
+def test_the_whole_step_needs_one_device_only(monkeypatch, loss, lora):
+    """Both parts of L, their backward and the update on the meta device, where a tensor left on the CPU is an error as
+    it is beside a GPU."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # does not know that device
+    policy, pre = random_model(), random_model().to("meta")
+    if lora:
+        policy.add_lora(lora)
+    policy.freeze(attention_only=True)
+    policy.to("meta")
+    parameters, schedule = [p for p in policy.parameters() if p.requires_grad], Schedule(policy.cfg)
+    batch = random_batch(policy.cfg, "meta", B=2, R=3, G=3)
+    if loss == "d3po":
+        ratio, kl = D.step_log_ratio(policy, schedule, batch, 0 * batch.x_t, True)
+    else:
+        ratio, kl = D.forward_log_ratio(policy, pre, schedule, batch, 0, 0, True)
+    (-torch.nn.functional.logsigmoid(ratio[:, 0] - ratio[:, 1]).mean() + kl.mean()).backward()
+    views = make_toys(2, 16, 0)
+    real = D.training_batch(policy, schedule, [views], 2, 0, 0, torch.device("meta"))
+    D.simple_loss(policy, schedule, *real).mean().backward()
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    assert len(gradients) == len(parameters) > 0
+    assert {z.device.type for z in (ratio, kl, *gradients)} == {"meta"}
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    torch.optim.AdamW(parameters, 1e-4).step()
 
 
 def test_attention_layers_or_lora_alone_can_be_trained(tmp_path):
