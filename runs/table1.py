@@ -32,7 +32,9 @@ from model import load
 from sample import sample, sample_images
 from scorer import Scorer, contrastive_reward
 
-NOISED, FORWARD = D.NOISED, {"loss": "diffusion_dpo", **D.RECIPES["diffusion_dpo"]}
+# Recipes in full: the config that a row changes has been filled by its own already
+NOISED, BRANCH = {**D.RECIPES["d3po"], **D.NOISED}, D.RECIPES["d3po"]
+FORWARD = {"loss": "diffusion_dpo", **D.RECIPES["diffusion_dpo"]}
 ROWS = {  # row -> label; what changes in the config of train_d3po.py, if it is trained at all
     "pre": ("pre-trained", None),
     "sft": ("SFT", {"feedback": "none"}),
@@ -43,8 +45,8 @@ ROWS = {  # row -> label; what changes in the config of train_d3po.py, if it is 
     "c_pre": ("MV-D3PO-C (pre)", {"feedback": "contrastive", **NOISED}),
     "c": ("MV-D3PO-C", {"feedback": "contrastive", **NOISED}),
     # Eq. (2) on branches: one action
-    "random": ("control: random preferences, branches", {"feedback": "random"}),
-    "geometry": ("MV-D3PO, geometry (ours)", {"feedback": "geometry"}),
+    "random": ("control: random preferences, branches", {"feedback": "random", **BRANCH}),
+    "geometry": ("MV-D3PO, geometry (ours)", {"feedback": "geometry", **BRANCH}),
     # Diffusion-DPO on independent samples
     "forward_random": ("Diffusion-DPO, random preferences", {"feedback": "random", **FORWARD}),
     "forward_c": ("Diffusion-DPO, C", {"feedback": "contrastive", **FORWARD}),

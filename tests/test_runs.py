@@ -134,3 +134,13 @@ def test_every_script_runs_through_the_command_line(tmp_path):
     )
     assert first.returncode == 0, first.stderr[-2000:]
     assert again.returncode == 0 and "negatives: 100%" not in again.stderr and "reused" in again.stdout
+
+
+def test_the_rows_of_table_1_are_the_recipes_of_the_command_line():
+    """A row changes a config that its own feedback has filled: what it does not name would be another row's."""
+    told = ("feedback", "loss", "candidates", "num_candidates", "beta_dpo", "min_gap")
+    for row, (_, changes) in table1.ROWS.items():
+        if changes and row not in ("sft", "noised_random"):
+            made = replace(table1.base_config(table1.Config()), **changes)
+            plain = table1.D.Config(feedback=made.feedback, loss=made.loss)
+            assert [getattr(made, name) for name in told] == [getattr(plain, name) for name in told], row
