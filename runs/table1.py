@@ -271,10 +271,10 @@ def main(cfg: Config) -> dict:
         title = f"**Minus {BASES[base]}** (bold: the interval leaves out 0)"
         text += ["", title, "", *markdown(differences, columns, "+")]
     results = Path(cfg.results)
-    write_atomic(results / "table.md", lambda p: p.write_text("\n".join(text) + "\n"))
     kls = {row: [kl for kl, _ in runs] for row, runs in points.items()}
-    result = {**provenance(cfg), "rows": rows, "minus": minus, "kl": kls}
+    result = {**provenance(cfg), "rows": rows, "minus": minus, "kl": kls}  # before the tree holds new results
     save_json(results / "table.json", result)
+    write_atomic(results / "table.md", lambda p: p.write_text("\n".join(text) + "\n"))
     shown = {
         ROWS[row][0]: first[row][:10]
         for row in ("truth", "pre", "forward_c", "forward_geometry")

@@ -155,6 +155,29 @@ def test_the_table_of_results_holds_the_numbers_of_table_1():
     assert compared >= 30
 
 
+RUNS = {  # a heading of the quick start's output -> the file it is from
+    "--feedback contrastive --loss d3po": "main/results_eq2.json",
+    "--feedback contrastive --loss diffusion_dpo": "main/results.json",
+    "--feedback geometry --loss diffusion_dpo": "geometry/results.json",
+}
+
+
+def test_the_quick_start_shows_what_the_runs_printed():
+    output = next(part for part in README.split("```") if part.strip().startswith("--feedback"))
+    for heading, file in RUNS.items():
+        result = json.loads((ROOT / "results" / file).read_text())
+        command = result["command"].split()
+        assert command[command.index("--feedback") + 1] == heading.split()[1]
+        lines = output.split(heading)[1].split("\n\n")[0].strip().splitlines()
+        assert len(lines) >= 3
+        for line in lines:
+            name, *numbers = line.replace("[", " ").replace("]", " ").replace(",", " ").split()
+            row = result["table"][name]
+            shown = [float(x) for x in numbers[:5]]
+            kept = [row[k] for k in ("before", "after", "difference", "low", "high")]
+            assert shown == pytest.approx(kept, abs=5.1e-5), (heading, line)
+
+
 def test_nothing_is_left_to_fill_in():
     for path in [*ROOT.glob("*.md"), *(ROOT / "results").glob("*.md"), *(ROOT / "checkpoints").glob("*.md")]:
         assert not re.findall(r"<<.*?>>", path.read_text(), re.S), path
