@@ -208,16 +208,18 @@ def curves(path: Path, points: dict[str, list[tuple[float, dict[str, float]]]], 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(columns), figsize=(3.2 * len(columns), 3.4), layout="constrained")
-    for axis, c in zip(axes, columns):
+    figure, axes = plt.subplots(2, -(-len(columns) // 2), figsize=(14, 7), layout="constrained")
+    for axis, c in zip(axes.flat, columns):
         for row, runs in points.items():
             mark = "o" if row.startswith("forward") else "x"
             x, y = [kl**0.5 for kl, _ in runs], [v[c] * METRICS[c][2] for _, v in runs]
             axis.plot(x, y, mark, label=ROWS[row][0])
         axis.axhline(0, color="grey", lw=0.5)
         axis.set_xscale("log")
+        axis.set_xticks((0.3, 1, 3, 6), ("0.3", "1", "3", "6"))
+        axis.minorticks_off()
         axis.set(title=f"{METRICS[c][0]}, minus pre-trained", xlabel="sqrt(KL / nats)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     write_atomic(path, lambda p: figure.savefig(p, dpi=80, format="png"))
     plt.close(figure)
 
