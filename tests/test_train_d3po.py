@@ -697,6 +697,7 @@ def test_redder_makes_pictures_redder(tmp_path):
         ({"steps": 0}, "--steps"),
         ({"num_candidates": 1}, "--num_candidates"),
         ({"lora": 33}, "--lora 33: expected a rank of at most 32"),
+        ({"feedback": "matching", "matcher": "nowhere.ckpt"}, "nowhere.ckpt"),
         ({"lr": math.nan}, "--lr"),
         ({"kl": -1.0}, "--kl"),
         ({"num_steps": 1000, "trained_calls": (0, 2)}, "--num_steps 1000"),
@@ -744,3 +745,18 @@ def test_the_tiny_main_job_ends_where_it_always_did(tmp_path, loss, expected):
     change = torch.cat([(after[k] - before[k]).flatten().double() for k in sorted(after)])
     along = torch.randn(len(change), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert (1e3 * change.norm().item(), 1e3 * (change @ along).item()) == pytest.approx(expected, rel=1e-2)
+
+
+def test_the_frozen_means_are_those_of_the_anchor(tmp_path, monkeypatch):
+    """Also when training starts from another policy than pi_pre, as later rounds do."""
+    cfg, references, folder, _ = collected(tmp_path)
+    other_model().save(tmp_path / "start")
+    seen, original = [], D.frozen_means
+
+    def spy(model, *rest):
+        seen.append([p.detach().clone() for p in model.parameters()])
+        return original(model, *rest)
+
+    monkeypatch.setattr(D, "frozen_means", spy)
+    D.train(tmp_path / "start", Path(cfg.model), folder, D.prefer(folder, references, cfg), references, cfg)
+    assert all(map(torch.equal, seen[0], random_model().parameters()))

@@ -255,3 +255,14 @@ def test_wrong_input_is_one_line(folders, tmp_path, changes, message):
     with pytest.raises(InputError, match=message):
         T.main(config(folders, tmp_path / "run" / "scorer", **changes))
     assert not list((tmp_path / "run").glob("scorer*/config.json"))
+
+
+def test_accuracy_counts_objects_whose_truth_has_the_higher_reward():
+    class Brightness:
+        def score(self, ref, views):
+            return views.mean((2, 3, 4))
+
+    dark, bright = (torch.full((2, 5, 3, 16, 16), value, dtype=torch.uint8) for value in (50, 200))
+    for truth, fake, accuracy in ((dark, bright, 0.0), (bright, dark, 1.0), (dark, dark, 0.5)):
+        found = T.evaluate(Brightness(), truth, fake)
+        assert (found["accuracy_generated"], found["auc_generated"]) == (accuracy, accuracy)
