@@ -34,9 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 T = TypeVar("T")
-ROOT = Path(
-    __file__
-).parent  # of the repository: shipped models and data are found from any working directory
+ROOT = Path(__file__).parent  # shipped models and data are found from any working directory
 
 
 def located(path: str | Path) -> Path:

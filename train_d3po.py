@@ -55,9 +55,8 @@ from sample import sample, sample_images, split_prediction
 from scorer import Scorer
 from train_sft import simple_loss, training_batch
 
-RECIPES: dict[
-    str, dict[str, Any]
-] = {  # loss -> the candidates and pairs that suit it, the beta for its scale
+# loss -> the candidates and pairs that suit it, the beta for its scale
+RECIPES: dict[str, dict[str, Any]] = {
     "d3po": {"candidates": "branch", "num_candidates": 8, "beta_dpo": 1.0, "min_gap": 1.0},
     "diffusion_dpo": {"candidates": "independent", "num_candidates": 5, "beta_dpo": 0.02, "min_gap": 1.0},
 }

@@ -82,11 +82,7 @@ class Config:
 
     seeds: tuple[int, ...] = (0, 1, 2)  # of candidates, batches and samples; scorers are shared
     rows: tuple[str, ...] = tuple(ROWS)  # which rows
-    rates: tuple[float, ...] = (
-        2e-5,
-        5e-5,
-        1e-4,
-    )  # of SFT: the best on validation objects stands in the table
+    rates: tuple[float, ...] = (2e-5, 5e-5, 1e-4)  # of SFT: the best on validation objects is in the table
     n: int = 96  # held-out objects
     lpips: str = ""  # "hub", or a folder with the two published files: adds that column
     small: bool = False  # tiny numbers: does everything fit together?
