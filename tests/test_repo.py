@@ -11,6 +11,7 @@ import pytest
 import torch
 import tyro
 
+from common import InputError
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [p.stem for p in ROOT.glob("*.py") if "\nclass Config:" in p.read_text()]
@@ -73,6 +74,44 @@ def test_every_option_has_help(script, capsys):
             lines = source.splitlines()[node.lineno - 1 : node.end_lineno]
             comment = next(line for line in lines if "#" in line).split("#", 1)[1]
             assert "".join(comment.split()) in shown, f"{script}: {ast.unparse(node)}"
+
+
+LEAST = {  # script -> least value -> options
+    "bench": {1: "repeats sizes", 2: "groups", 0: "lora"},
+    "data": {8: "size", 0: "toys seed"},
+    "evaluate": {1: "n seeds num_steps batch_size", 0: "seed"},
+    "matcher": {1: "size"},
+    "train_d3po": {
+        1: "steps batch_objects batch_size num_references eval_objects rounds",
+        2: "num_candidates",
+        0: "beta_dpo kl lambda_simple min_gap lr lora",
+    },
+    "train_scorer": {
+        1: "steps eval_every backbone_size patch_size hidden_size num_layers num_heads",
+        2: "num_references num_val batch_size num_steps",
+        0: "lr head_lr weight_decay mismatch",
+    },
+    "train_sft": {
+        1: "steps batch_size warmup eval_every num_objects eval_objects",
+        0: "lr muon_lr ema lora image_size",
+    },
+    "runs.headroom": {1: "n"},
+    "runs.table1": {1: "n", 0: "rates"},
+}
+
+
+@pytest.mark.parametrize("script", LEAST)
+def test_numbers_below_their_least_are_refused(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(script)
+    for least, names in LEAST[script].items():
+        for name in names.split():
+            wrong = least - (2 if name == "min_gap" else 0.5 if least == 0 else 1)  # min_gap -1: the recipe's
+            default = getattr(module.Config, name)
+            options = {name: (wrong,) if isinstance(default, tuple) else wrong}
+            options |= {"evaluate": {"model": "x"}}.get(script, {})
+            with pytest.raises(InputError, match=f"--{name} "):
+                module.main(module.Config(**options))
 
 
 @pytest.mark.parametrize(

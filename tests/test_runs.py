@@ -99,15 +99,12 @@ def test_headroom_finds_the_better_candidates(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("main", "cfg", "message"),
     [
-        (bench.main, bench.Config(groups=(1,)), "--groups"),
         (bench.main, bench.Config(out="file/x"), "--out file/x"),
         (table1.main, table1.Config(rows=("pre", "nope")), "--rows nope"),
         (table1.main, table1.Config(rows=("sft",)), "--rows pre"),
-        (table1.main, table1.Config(rates=(-1.0,)), "--rates"),
         (table1.main, table1.Config(results="file/x"), "--results file/x"),
         (headroom.main, headroom.Config("MODEL", "toys", "SCORER", feedbacks=("taste",)), "--feedback taste"),
         (headroom.main, headroom.Config("MODEL", "toys", "SCORER", branch_calls=(9,)), "--trained_calls 9 9"),
-        (headroom.main, headroom.Config("MODEL", "toys", "SCORER", n=0), "--n 0"),
         (headroom.main, headroom.Config("MODEL", "toys", "SCORER", out="file/x"), "--out file/x"),
         (theory_extra.main, theory_extra.Config(out="file/x"), "--out file/x"),
     ],

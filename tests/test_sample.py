@@ -1,5 +1,7 @@
 """The step against diffusers and torch.distributions; the log-ratio's accuracy; what samples depend on."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import TINY
@@ -223,6 +225,11 @@ def test_main_takes_any_picture(tiny_folder, tmp_path):
     S.main(S.Config(image=str(tmp_path / "photo.png"), model=tiny_folder, out=out, num_steps=2))
     assert Image.open(out).size == (5 * 16, 16)
     assert all(Image.open(tmp_path / "views" / f"{v}.png").size == (16, 16) for v in S.VIEWS)
+    drawn = {}
+    for bf16 in ("off", "on"):
+        S.main(S.Config(str(tmp_path / "photo.png"), tiny_folder, out, num_steps=2, bf16=bf16))
+        drawn[bf16] = Path(out).read_bytes()
+    assert drawn["off"] != drawn["on"]
     with pytest.raises(InputError):
         S.main(S.Config(image=str(tmp_path / "missing.png"), model=tiny_folder, out=out))
     for image in ("views.png", "views/top.png"):  # its own output
