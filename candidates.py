@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from common import load_tensors
+from common import InputError, load_tensors
 from model import MultiViewUNet
 from sample import Schedule, branch, sample
 
@@ -65,10 +65,18 @@ def draw_candidates(
     return Rollouts(*(z.cpu().contiguous() for z in rollouts)), chain.images.unflatten(0, (len(ref), G))
 
 
+def candidate_files(folder: Path) -> list[Path]:
+    """What `collect` wrote, and no copy beside it."""
+    return sorted(folder.glob("?" * 6 + ".safetensors"))
+
+
 def read_rollouts(folder: Path) -> Rollouts:
     """All rollouts of `collect`, in the order of the references. The images stay on disk."""
-    parts = [load_tensors(path) for path in sorted(folder.glob("*.safetensors"))]
-    order = torch.cat([p["reference"] for p in parts]).argsort()
+    parts = [load_tensors(path) for path in candidate_files(folder)]
+    reference = torch.cat([p["reference"] for p in parts])
+    if not torch.equal(reference.sort().values, torch.arange(len(reference))):
+        raise InputError(f"{folder}: not one part for each reference, expected that. Delete it.")
+    order = reference.argsort()
     return Rollouts(*(torch.cat([p[name] for p in parts])[order] for name in Rollouts._fields))
 
 

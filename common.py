@@ -6,8 +6,8 @@ Nothing in here knows of diffusion, views or preferences: an equation that needs
 import ast
 import ctypes
 import fcntl
+import functools
 import hashlib
-import inspect
 import io
 import json
 import os
@@ -16,7 +16,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from types import CodeType, FunctionType
 from typing import Any, BinaryIO, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
@@ -35,11 +35,14 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 ROOT = Path(__file__).parent  # shipped models and data are found from any working directory
+for library in ("HF_HUB", "TRANSFORMERS", "DIFFUSERS"):  # what concerns the user is said in one line, by us
+    os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
 
 def located(path: str | Path) -> Path:
-    """The path, or if there is nothing there, the same path inside the repository."""
-    return ROOT / path if not Path(path).exists() and (ROOT / path).exists() else Path(path)
+    """The path, or if there is nothing there, the same path inside the repository. Links are followed now: a
+    run moves them, and what was found at the start is what is meant at the end."""
+    return (Path(path) if Path(path).exists() else ROOT / path).resolve()
 
 
 # --- the command line: what goes wrong is one line ---
@@ -72,6 +75,7 @@ def cli(main: Callable[[Any], T], config: type, doc: str | None) -> T:
             print("error: " + " ".join(text.split()), file=sys.stderr)
         raise
     warnings.filterwarnings("ignore", module="huggingface_hub")  # its own old habits
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore  # a name that the terminal cannot show
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell job starts with it ignored
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
@@ -116,8 +120,9 @@ def same_place(a: str | Path, b: str | Path) -> bool:
 
 def check_options(cfg: Any) -> None:
     """What holds for every script: numbers are finite, lists are not empty, what is written is not read."""
+    out = getattr(cfg, "out", "")
     for option in fields(cfg):
-        value, out = getattr(cfg, option.name), getattr(cfg, "out", "")
+        value = getattr(cfg, option.name)
         values = value if isinstance(value, tuple) else (value,)
         if not values and option.default:
             raise InputError(f"--{option.name}: is empty, expected one or more.")
@@ -125,8 +130,11 @@ def check_options(cfg: Any) -> None:
             limit = 2**63 if option.name.startswith("seed") else 10**9
             if isinstance(v, int | float) and not abs(v) < limit:
                 raise InputError(f"--{option.name} {v}: expected a number below {limit}.")
-            if isinstance(v, str) and v and out and option.name != "out" and same_place(v, out):
-                raise InputError(f"--out {out}: is --{option.name}, too. Expected another place.")
+            if isinstance(v, str) and out and option.name != "out" and os.path.lexists(v):
+                if same_place(v, out):
+                    raise InputError(f"--out {out}: is --{option.name}, too. Expected another place.")
+                if Path(v).is_dir() and Path(v).resolve() in Path(out).absolute().parents:
+                    raise InputError(f"--out {out}: lies in --{option.name}. Expected another place.")
 
 
 def check_output(option: str, path: str | Path, suffix: str = "", inputs: Sequence[str] = ()) -> Path:
@@ -259,8 +267,10 @@ def typed(kind: Callable[..., T], values: Any, where: str) -> T:
         elif not fits(value, hint):
             raise InputError(f"{where}: {name} {value!r}, expected {get_args(hint) or hint.__name__}.")
         made[name] = tuple(value) if isinstance(value, list) else value
-    with explained(f"{where}: makes no {kind.__name__}."):
+    try:
         return kind(**made)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
@@ -294,7 +304,9 @@ def load_weights(module: torch.nn.Module, path: str | Path, assign: bool = False
             f"{path}: {len(wrong)} tensors are missing, unexpected or of another shape (first: {wrong[0]}); "
             f"expected the weights of {type(module).__name__} with the config beside the file."
         )
-    if broken := [k for k, v in tensors.items() if not (v.is_floating_point() and v.isfinite().all())]:
+    if broken := [
+        k for k, v in tensors.items() if not (v.is_floating_point() and v.float().isfinite().all())
+    ]:
         raise InputError(
             f"{path}: {broken[0]} is not finite, expected real numbers. The run that made it diverged."
         )
@@ -326,16 +338,16 @@ def provenance(cfg: Any) -> dict[str, Any]:
 
 
 def digest(what: Any) -> str:
-    """16 hexadecimal digits of the SHA-256 of a tensor, a function's code, a file (Path), a folder of weights
-    (Path; its config.json and model.safetensors), or anything JSON can say. A missing file raises
-    InputError."""
+    """16 hexadecimal digits of the SHA-256 of a tensor, a file (Path), a folder of weights (Path; its
+    config.json and model.safetensors), or anything JSON can say. A missing file raises InputError.
+
+    Also of a function: its code, defaults and what it closes over, not the functions that it calls."""
     if isinstance(what, Tensor):
         plain = what.detach().cpu().contiguous().flatten().view(torch.uint8)  # numpy has no bfloat16
         return hashlib.sha256(plain.numpy().data).hexdigest()[:16]
-    if callable(what):  # a function's code, without its comments
-        return digest(ast.dump(ast.parse(textwrap.dedent(inspect.getsource(what)))))
     if not isinstance(what, Path):
-        return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        said = json.dumps(what, sort_keys=True, default=parts)
+        return hashlib.sha256(said.encode()).hexdigest()[:16]
     what = located(what)
     if what.is_dir():
         return digest([digest(what / name) for name in ("config.json", "model.safetensors")])
@@ -345,6 +357,44 @@ def digest(what: Any) -> str:
         )
     with open(what, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def parts(what: Any) -> Any:
+    """What JSON cannot say, in parts that it can."""
+    if isinstance(what, functools.partial):
+        return [what.func, what.args, what.keywords]
+    if isinstance(what, FunctionType):
+        held = [cell.cell_contents for cell in what.__closure__ or ()]
+        return [what.__code__, what.__defaults__, what.__kwdefaults__, held]
+    if isinstance(what, CodeType):
+        return [what.co_code.hex(), what.co_names, what.co_consts]
+    return digest(what) if isinstance(what, Tensor) else str(what)
+
+
+SOURCES = {p.stem: p.read_text() for p in ROOT.glob("*.py")}  # as this program started: files may change
+
+
+def code(*modules: str) -> str:
+    """The digest of files of ours, without comments: a result depends on the code that made it."""
+    return digest([ast.dump(ast.parse(SOURCES[name])) for name in modules])
+
+
+@contextmanager
+def locked(folder: Path, finished: Path | None = None) -> Iterator[None]:
+    """One run at a time in a folder. If the file `finished` is there, others only read, and we wait."""
+    with explained(f"--out {folder}: cannot be written. Expected another place."):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / ".lock", os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o666)
+    try:
+        try:
+            wait = 0 if finished and finished.is_file() else fcntl.LOCK_NB
+            fcntl.flock(lock, fcntl.LOCK_EX | wait)  # the system lets go of it when a run is killed
+        except BlockingIOError:
+            message = f"{folder}: another run writes there. Wait for it, or take another --out."
+            raise InputError(message) from None
+        yield
+    finally:
+        os.close(lock)
 
 
 def cached(root: str | Path, name: str, made_by: dict[str, Any], make: Callable[[Path], object]) -> Path:
@@ -358,42 +408,43 @@ def cached(root: str | Path, name: str, made_by: dict[str, Any], make: Callable[
     made_by = json.loads(json.dumps({**made_by, "torch": torch.__version__}, default=str))  # as in the file
     folder = Path(root) / f"{name}-{digest(made_by)[:8]}"
     note, link = folder / "made_by.json", Path(root) / name
-    if name in ("", "..") or (link.exists() and not link.is_symlink()):
-        raise InputError(f"--out {link}: is there, and no link to a result. Expected a new name.")
     with explained(f"--out {link}: cannot be made. Expected a place to write."):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a")  # "w" would empty what a link leads to
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when a run is killed
-        except BlockingIOError:
-            if not note.is_file():
-                raise InputError(
-                    f"{folder}: another run is making it. Wait for that, or take another --out."
-                ) from None
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another run is only reading it: soon done
-        if note.is_file():
-            try:
-                noted = load_json(note)
-                damaged = [f for f, d in noted.pop("files").items() if digest(folder / f) != d]
-                damaged += [note.name] * (noted != made_by)
-            except (InputError, KeyError, TypeError, AttributeError):
-                damaged = [note.name]
-            if not damaged:
+        ours = link.is_symlink() and re.fullmatch(f"{re.escape(name)}-[0-9a-f]{{8}}", os.readlink(link))
+        if name in ("", "..") or (os.path.lexists(link) and not ours):
+            raise InputError(f"--out {link}: is there, and no link to a result. Expected a new name.")
+    with locked(folder, note):
+        if note.exists():
+            if not (damaged := damage(folder, made_by)):
                 print(f"{folder}: made before, reused")
             else:
-                print(f"{folder}: {damaged[0]} is missing or damaged, made again")
-                for path in (p for p in folder.iterdir() if p.name != ".lock"):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if not note.is_file():
+                print(f"{folder}: {damaged} is missing or damaged, made again")
+                for path in sorted(folder.iterdir(), key=lambda p: p == note):  # the note last
+                    if path.is_dir() and not path.is_symlink():
+                        shutil.rmtree(path)
+                    elif path.name != ".lock":
+                        path.unlink()
+        if not note.exists():
             for path in folder.rglob(".[0-9]*.*"):  # what a killed run was writing
                 path.unlink()
             make(folder)
-            files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-            save_json(note, {**made_by, "files": {str(p.relative_to(folder)): digest(p) for p in files}})
-    link.unlink(missing_ok=True)
-    link.symlink_to(folder.name)
+            made = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+            files = {str(p.relative_to(folder)): digest(p) for p in sorted(made) if p.name != STATE}
+            save_json(note, {**made_by, "files": files})
+        (folder / STATE).unlink(missing_ok=True)
+    new = link.with_name(f".{os.getpid()}.{name}")  # moved in one step: another run may do the same
+    new.symlink_to(folder.name)
+    new.replace(link)
     return folder
+
+
+def damage(folder: Path, made_by: dict[str, Any]) -> str:
+    """The first file of a finished folder that is not as its note says; empty if there is none."""
+    try:
+        noted = load_json(folder / "made_by.json")
+        wrong = [f for f, d in noted.pop("files").items() if digest(folder / f) != d]
+        return (wrong + ["made_by.json"] * (noted != made_by) + [""])[0]
+    except (InputError, KeyError, TypeError, AttributeError):
+        return "made_by.json"
 
 
 def settings(cfg: Any, *without: str) -> dict[str, Any]:
@@ -402,6 +453,9 @@ def settings(cfg: Any, *without: str) -> dict[str, Any]:
 
 
 # --- what the three training loops share. The loop itself stays in its script ---
+
+
+STATE = "state.pt"  # in a run's folder until it is finished
 
 
 def save_state(path: Path, parts: dict[str, Any], **rest: Any) -> None:
@@ -427,8 +481,9 @@ SAVE_SECONDS = 120.0  # a killed run loses no more than this
 
 
 def training_steps(start: int, total: int, label: str, save: Callable[[int], None]) -> Iterator[int]:
-    """The numbers start .. total - 1, with a progress bar. `save(done)` is called every SAVE_SECONDS, and
-    when Ctrl-C or SIGTERM asks to stop: then after the step under way, so that what is saved is whole."""
+    """The numbers start .. total - 1, with a progress bar. `save(done)` is called every SAVE_SECONDS, after
+    the last, and when Ctrl-C or SIGTERM asks to stop: then after the step under way, so that what is saved is
+    whole."""
     asked: list[int] = []
 
     def handler(number: int, frame: Any) -> None:
@@ -440,7 +495,7 @@ def training_steps(start: int, total: int, label: str, save: Callable[[int], Non
     try:
         for step in tqdm(range(start, total), initial=start, total=total, desc=label, disable=None):
             yield step
-            if asked or time.time() - saved >= SAVE_SECONDS:
+            if asked or step + 1 == total or time.time() - saved >= SAVE_SECONDS:
                 save(step + 1)
                 saved = time.time()
             if asked:
@@ -453,15 +508,15 @@ class Log:
     """log.jsonl: every `every` steps, and after the last, the number of steps done and means since the line
     before."""
 
-    def __init__(self, path: Path, start: int, every: int, last: int, sums: dict | None = None) -> None:
-        """Lines after step `start` are dropped: a killed run may have logged steps that are now done again.
-        `sums`: the numbers of its unfinished line."""
+    def __init__(self, path: Path, every: int, last: int, state: dict[str, Any] | None = None) -> None:
+        """`state`: of a killed run. Its file may tell of steps that are now done again."""
         self.path, self.every, self.last = path, every, last
-        lines = path.read_text().splitlines(keepends=True) if path.is_file() and start else []
-        with explained(f"{path}: damaged, expected lines of JSON. Delete its folder."):
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
-        write_atomic(path, lambda p: p.write_text("".join(kept)))
-        self.sums = dict(sums or {})
+        self.text, self.sums = (state or {}).get("text", ""), dict((state or {}).get("sums", {}))
+        write_atomic(path, lambda p: p.write_text(self.text))
+
+    def state(self) -> dict[str, Any]:
+        """What `save_state` needs to go on: all lines, and the numbers of the unfinished one."""
+        return {"text": self.text, "sums": self.sums}
 
     def add(self, step: int, **values: float) -> None:
         """Add one step's numbers; `step` counts from 0."""
@@ -473,8 +528,8 @@ class Log:
 
     def line(self, step: int, **values: Any) -> None:
         """Write one line now."""
-        with explained(f"{self.path}: cannot be written. Expected room."), open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        self.text += json.dumps({"step": step, **values}) + "\n"
+        write_atomic(self.path, lambda p: p.write_text(self.text))
 
 
 def optimizer_step(

@@ -9,6 +9,7 @@ The cameras and axes stand in render.py.
     python data.py --strip furniture/x.png --out DIR   # packs a folder of renders as furniture/README.md says
 """
 
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,10 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from common import ROOT, InputError, cached, check_at_least, check_output, cli, digest, explained
-from common import key_seed, keyed_generator, load_tensors, save_tensors, write_atomic
+from common import ROOT, InputError, cached, check_at_least, check_output, cli, code, explained
+from common import key_seed, keyed_generator, load_tensors, locked, save_tensors, write_atomic
 from meshes import find_meshes, update_mesh
-from pictures import Views, fingerprint, kept, load_views, locked, open_image, read_image  # noqa: F401
+from pictures import Views, fingerprint, kept, load_views, open_image, read_image  # noqa: F401
 from pictures import resize, write_png, write_views
 from render import CAMERAS, NUM_SIDES, VIEWS, make_toys
 from toys import toy_kind
@@ -66,8 +67,7 @@ MIRRORED_ORDER = [int((CAMERAS == MIRROR @ c @ MIRROR).all(-1).all(-1).nonzero()
 def stretch(images: Tensor, factors: Tensor, cameras: Sequence[int] = range(len(VIEWS))) -> Tensor:
     """(R, 3, S, S) in [0, 1], taken by `cameras`, of an object scaled along X, Y, Z by factors up to 1.
 
-    Its views stay views of one object.
-    """
+    Its views stay views of one object."""
     # A view's columns run along one world axis, its rows along another; a pixel looks up where it came from.
     scale = CAMERAS[list(cameras), :2].abs() @ factors  # (R, 2)
     theta = torch.zeros(len(images), 2, 3)
@@ -80,8 +80,7 @@ def augment(views: Tensor, generator: torch.Generator) -> Tensor:  # (V, 3, S, S
     """Another object that the cameras could have seen, changed in all views alike.
 
     The world is mirrored or not, each of its three axes shrinks by a factor of its own, the colour channels
-    change places and each gets a gamma of its own. White stays white.
-    """
+    change places and each gets a gamma of its own. White stays white."""
     coin, order = torch.rand((), generator=generator), torch.randperm(3, generator=generator)
     gamma = torch.exp(torch.rand(3, generator=generator) - 0.5)  # .61 to 1.65
     factors = 0.6 + 0.4 * torch.rand(3, generator=generator)
@@ -101,23 +100,26 @@ LEAST_PIXELS = 40  # an object that covers fewer of the 64 x 64 in some view is 
 def write_strip(path: Path, folder: str | Path) -> list[str]:
     """All objects of a folder of renders in one picture, an object a row; their names in a .txt beside it.
 
-    Returns what is left out and why.
-    """
+    Returns what is left out and why."""
+    text = path.with_suffix(".txt")
+    if text.exists() and not path.exists():
+        raise InputError(f"{text}: is there without {path.name}, would be overwritten. Move or delete it.")
     every, views = load_views(folder, FURNITURE_SIZE)
+    if wrong := [name for name in every if not name.isprintable()]:  # a line break, or no text at all
+        raise InputError(f"{folder}: object {wrong[0]!r}, expected a name of printable text. Rename it.")
     last = [name.split("__")[-1] for name in every]
     rows, dropped = {}, []
-    for i, name in enumerate(last if len(set(last)) == len(last) else every):
-        object_views = views[i]
-        covered = (object_views.amin(1) < 0.9 * 255).flatten(1).sum(1).tolist()
-        if min(covered) < LEAST_PIXELS:
+    for name, row in zip(last if len(set(last)) == len(last) else every, views, strict=True):
+        covered = (row.amin(1) < 0.9 * 255).flatten(1).sum(1).tolist()
+        if min(covered) >= LEAST_PIXELS:
+            rows[name] = row
+        else:
             dropped.append(f"{name}: covers {min(covered)} pixels of {VIEWS[covered.index(min(covered))]}")
             print(f"left out {dropped[-1]}")
-        else:
-            rows[name] = object_views
     if not rows:
         raise InputError(f"{folder}: no object of {len(every)} covers {LEAST_PIXELS} pixels in every view.")
+    write_atomic(text, lambda p: p.write_text("".join(f"{name}\n" for name in rows), "utf-8"))
     write_png(path, rearrange(list(rows.values()), "N V c h w -> c (N h) (V w)"))
-    write_atomic(path.with_suffix(".txt"), lambda p: p.write_text("".join(f"{name}\n" for name in rows)))
     return dropped
 
 
@@ -131,17 +133,14 @@ def load_furniture(split: str, size: int) -> tuple[list[str], Tensor]:  # names,
     }[known(split)]
     path = ROOT / "furniture" / f"{library}.png"
     picture, S = open_image(path), FURNITURE_SIZE
-    with explained(f"{path}: cannot read its names beside it, expected {library}.txt."):
-        names = path.with_suffix(".txt").read_text().splitlines()
-    if picture.shape[1:] != (len(names) * S, len(VIEWS) * S):
-        raise InputError(
-            f"{path}: {picture.shape[2]} x {picture.shape[1]} pixels, expected {len(VIEWS) * S} x "
-            f"{len(names) * S}: {len(VIEWS)} views of each name in {library}.txt. See furniture/README.md."
-        )
-    views = rearrange(picture, "c (N h) (V w) -> N V c h w", h=S, w=S)
+    got = f"{picture.shape[2]} x {picture.shape[1]} pixels"
+    with explained(f"{path}: {got}, expected {len(VIEWS)} views of {S} of each name in {library}.txt."):
+        names = path.with_suffix(".txt").read_text("utf-8").splitlines()
+        sizes = {"N": len(names), "V": len(VIEWS), "h": S, "w": S}
+        views = rearrange(picture, "c (N h) (V w) -> N V c h w", **sizes)
     # FORK: a library of your own is a strip (--strip) and a row in the table above.
     order = torch.randperm(len(names), generator=keyed_generator(0))[cut].tolist()
-    views = torch.stack([torch.stack([resize(view, size) for view in views[i]]) for i in order])
+    views = torch.stack([torch.stack([resize(view, size, size) for view in views[i]]) for i in order])
     return [names[i] for i in order], views
 
 
@@ -157,12 +156,11 @@ def known(split: str) -> str:
     return split
 
 
-def split_of(ids: list[str], split: str) -> list[str]:
+def split_of(ids: list, split: str) -> list:
     """The objects of a folder that belong to a split: N of them shuffled once by a fixed key, then cut.
 
     The first fifth, rounded up (64 at most), validates, the second fifth (200 at most) is held out, and the
-    rest both trains and is the preference set, as in the paper (App. B).
-    """
+    rest both trains and is the preference set, as in the paper (App. B)."""
     order = torch.randperm(len(ids), generator=keyed_generator(0)).tolist()
     fifth = -(-len(ids) // 5)  # rounded up
     a = min(64, fifth)
@@ -178,20 +176,6 @@ def toy_name(seed: int, i: int) -> str:
     return f"{i:06d}_{toy_kind(key_seed(seed, i))}"
 
 
-def object_names(source: str, split: str, n: int) -> list[str]:
-    """The names of what `load_split` returns, in its order."""
-    if source == "toys":
-        return [toy_name(SPLITS[known(split)], i) for i in range(n)]
-    if source == "furniture":
-        return load_furniture(split, FURNITURE_SIZE)[0][:n]
-    return split_of(load_views(source, 0)[0], split)[:n]
-
-
-def renderer() -> str:
-    """The digest of the code that draws."""
-    return digest([digest(ROOT / "toys.py"), digest(ROOT / "render.py")])
-
-
 def load_toys(split: str, n: int, size: int, cache: str | Path) -> Tensor:  # (n, V, 3, size, size) uint8
     """Rendered once. A cache is used only for what it was made for, by the same code."""
     seed = SPLITS[known(split)]
@@ -201,23 +185,32 @@ def load_toys(split: str, n: int, size: int, cache: str | Path) -> Tensor:  # (n
         parts = [make_toys(min(64, n - i), size, seed, first=i) for i in bar]
         save_tensors(folder / "toys.safetensors", {"views": torch.cat(parts)})
 
-    made_by = {"n": n, "size": size, "seed": seed, "renderer": renderer()}
+    made_by = {"n": n, "size": size, "seed": seed, "renderer": code("render", "toys")}
     return load_tensors(cached(cache, f"toys_{split}", made_by, make) / "toys.safetensors")["views"]
+
+
+def read_split(source: str, split: str, n: int, size: int) -> tuple[list[str], Tensor | Views]:
+    """Names and views of the first n objects of a split of furniture or a folder."""
+    if source == "furniture":
+        names, views = load_furniture(split, size)
+        return names[:n], views[:n]
+    folders = split_of(load_views(source, size)[1].folders, split)[:n]
+    return [folder.name for folder in folders], Views(folders, size)
+
+
+def object_names(source: str, split: str, n: int) -> list[str]:
+    """The names of what `load_split` returns, in its order."""
+    if source == "toys":
+        return [toy_name(SPLITS[known(split)], i) for i in range(n)]
+    return read_split(source, split, n, FURNITURE_SIZE)[0]
 
 
 def lazy_split(source: str, split: str, n: int, size: int, cache: str | Path = "out/data") -> Tensor | Views:
     """The first n objects, or fewer, of a split of toys, furniture or a folder: (n, V, 3, size, size) uint8.
 
     The four splits of toys, and of furniture, share no object; of a folder, train and preference are one
-    (split_of). A folder is left on disk until indexed: 100,000 objects of 512 pixels would be 390 GB.
-    """
-    if source == "toys":
-        return load_toys(split, n, size, cache)
-    if source == "furniture":
-        return load_furniture(split, size)[1][:n]
-    ids, views = load_views(source, size)
-    folders = dict(zip(ids, views.folders, strict=True))
-    return Views([folders[name] for name in split_of(ids, split)[:n]], size)
+    (split_of). A folder is left on disk until indexed: 100,000 objects of 512 pixels would be 390 GB."""
+    return load_toys(split, n, size, cache) if source == "toys" else read_split(source, split, n, size)[1]
 
 
 def load_split(source: str, split: str, n: int, size: int, cache: str | Path = "out/data") -> Tensor:
@@ -231,8 +224,7 @@ def load_references(source: str, n: int, size: int, seed: int) -> Tensor:  # (n,
     """What preferences are about: n references of the preference split, view 0 being the reference.
 
     Each shows its object from one of its sides, drawn by (seed, number). If the split has fewer than n
-    objects they come again, as augmented objects (`augment`).
-    """
+    objects they come again, as augmented objects (`augment`)."""
     objects, references = load_split(source, "preference", n, size), []
     for i in range(n):
         g = keyed_generator(seed, 5, i)
@@ -260,20 +252,17 @@ def check_strangers(out: Path, names: Iterable[str]) -> None:
 
 def render_meshes(root: Path, out: Path, size: int, up: str) -> list[str]:
     """Render what is not there yet. Returns what cannot be, and why."""
-    meshes, skipped = find_meshes(root), []
+    meshes = find_meshes(root)
     if not meshes:
         raise InputError(f"--meshes {root}: found no .glb, .gltf or .obj file, expected a folder with some.")
     check_strangers(out, meshes)
-    for name, path in tqdm(meshes.items(), desc="meshes", disable=None):
-        try:
-            update_mesh(out / name, path, size, up)
-        except InputError as error:
-            skipped.append(str(error))
+    bar = tqdm(meshes.items(), desc="meshes", disable=None)
+    skipped = [wrong for name, path in bar if (wrong := update_mesh(out / name, path, size, up))]
+    done = len(meshes) - len(skipped)
     links = [p for p in root.rglob("*") if p.is_symlink() and p.is_dir()]
     skipped += [f"{p}: a link to a folder, not followed" for p in links]
     for line in skipped:  # as text on one line, whatever bytes a name is made of
         print("skipped " + " ".join(line.encode(errors="replace").decode().split()))
-    done = sum((out / name).is_dir() for name in meshes)
     if not done:
         raise InputError(f"--meshes {root}: none of {len(meshes)} files could be rendered.")
     print(f"{out}: {done} objects, {len(skipped)} skipped")
@@ -282,10 +271,10 @@ def render_meshes(root: Path, out: Path, size: int, up: str) -> list[str]:
 
 def render_toys(out: Path, n: int, seed: int, size: int) -> list[str]:
     """Write the toys that are not there yet. Nothing is left out."""
-    names = [toy_name(seed, i) for i in range(n)]
+    names, drawn_by = [toy_name(seed, i) for i in range(n)], code("render", "toys")
     check_strangers(out, names)
     for i, name in enumerate(tqdm(names, desc="toys", disable=None)):
-        made_by = {"toy": [seed, i], "size": size, "renderer": renderer()}
+        made_by = {"toy": [seed, i], "size": size, "renderer": drawn_by}
         if not kept(out / name, made_by):
             write_views(out / name, make_toys(1, size, seed, first=i)[0], made_by)
     print(f"{out}: {n} toys, {names[0]} to {names[-1]}")
@@ -297,15 +286,18 @@ def main(cfg: Config) -> list[str]:
     torch.set_num_threads(1)  # the tensors are small: more threads only wait for each other
     check_at_least(cfg, 8, "size")
     check_at_least(cfg, 0, "toys", "seed")
-    if cfg.seed >= 2**63:
-        raise InputError(f"--seed {cfg.seed}: expected less than 2^63.")
     out, strip = Path(cfg.out), Path(cfg.strip)
     if not cfg.out or sum(map(bool, (cfg.meshes, cfg.toys, cfg.strip))) != 1:
         raise InputError("expected --out DIR and one of --meshes DIR, --toys N, --strip PNG. See --help.")
     if cfg.strip:
         check_output("strip", strip, ".png", (cfg.out,))
-        return write_strip(strip, out)
-    with locked(out):
+        if not out.is_dir():  # the lock would make it
+            raise InputError(f"--out {out}: no such folder, expected one of renders.")
+    with locked(out):  # also to read: another run may be rendering it
+        if cfg.strip:
+            return write_strip(strip, out)
+        for path in out.glob(".*.partial"):  # of a killed run
+            shutil.rmtree(path, ignore_errors=True)
         if cfg.meshes:
             return render_meshes(Path(cfg.meshes), out, cfg.size, cfg.up)
         return render_toys(out, cfg.toys, cfg.seed, cfg.size)

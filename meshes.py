@@ -1,7 +1,8 @@
 """Meshes of other people: read .glb, .gltf and .obj files, draw them, keep what is drawn up to date.
 
-In: a file with its textures and materials beside it. Out: its views, uint8 (V, 3, size, size) on white. What
-cannot be drawn as its author meant it (a texture is missing, a number is not finite) raises InputError.
+In: a file with its textures and materials beside it. Out: its views, uint8 (V, 3, size, size) on white. A
+texture that is missing or a number that is not finite raises InputError. A missing .mtl file leaves its parts
+grey, missing texture coordinates leave a part plain: so are some of furniture/.
 trimesh parses, the rest is here: no OpenGL, and the same pixels on every machine.
 """
 
@@ -9,7 +10,6 @@ import logging
 import math
 import os
 import re
-import shutil
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from common import ROOT, InputError, digest, explained, load_json
+from common import InputError, code, digest, explained, load_json, regular
 from pictures import kept, write_views
 from render import ANTIALIAS, CAMERAS, VIEWS, fragments, nearest, project, shaded, to_uint8
 
@@ -64,8 +64,11 @@ def read_surface(mesh: Any, gltf: bool) -> tuple[Tensor, Image.Image | None, Ten
     if gltf:
         color[..., :3] = to_srgb(color[..., :3])
     if uv is None or len(uv) != len(mesh.vertices):
-        return color, None, torch.zeros(len(faces), 3, 2), threshold
-    return color, texture, torch.as_tensor(uv).float()[faces], threshold
+        texture, uv = None, np.zeros((len(mesh.vertices), 2))
+    uv = torch.as_tensor(uv).float()[faces]
+    if not (color.isfinite().all() and uv.isfinite().all()):
+        raise ValueError("a colour or texture coordinate is not finite")
+    return color, texture, uv, threshold
 
 
 def find_beside(path: Path, name: str) -> Path | None:
@@ -85,6 +88,8 @@ def read_surfaces(path: Path) -> tuple[list[tuple], list[str]]:
     from trimesh.resolvers import FilePathResolver
 
     asked, lost, surfaces, gltf = [], [], [], path.suffix.lower() in (".glb", ".gltf")
+    resolver, log, colors = FilePathResolver(str(path)), trimesh.util.log, trimesh.visual.color
+    to_rgba = colors.to_rgba
 
     def get(name: str) -> bytes:
         asked.append(name)
@@ -94,21 +99,26 @@ def read_surfaces(path: Path) -> tuple[list[tuple], list[str]]:
 
     def listen(record: logging.LogRecord) -> bool:
         message = record.getMessage()
-        if re.match("failed to load image|unable to load image|unable to store texture|.image/ktx2", message):
+        if re.match("(failed|unable) to .*(image|texture|color|mesh)|.image/ktx2", message):
             lost.append(record.exc_info[1] if record.exc_info else message)
         return False  # nothing is printed
 
-    resolver, log = FilePathResolver(str(path)), trimesh.util.log
-    resolver.get = get
+    def finite_rgba(values: Any, *args: Any, **kwargs: Any) -> Any:  # trimesh takes 0 for a NaN
+        if values is not None and not np.isfinite(values).all():
+            lost.append("a number is not finite")
+        return to_rgba(values, *args, **kwargs)
+
+    resolver.get, colors.to_rgba = get, finite_rgba
     log.setLevel(logging.DEBUG)  # without a texture trimesh goes on, and only its debug log knows
     log.addFilter(listen)
     try:
         scene: Any = trimesh.load(str(path), process=False, force="scene", resolver=resolver)
     finally:
+        colors.to_rgba = to_rgba
         log.removeFilter(listen)
         log.setLevel(logging.NOTSET)
     if lost:
-        raise ValueError(f"a texture: {lost[0]}")
+        raise ValueError(f"a texture or colour: {lost[0]}")
     for node in scene.graph.nodes_geometry:
         transform, name = scene.graph[node]
         mesh = scene.geometry[name]
@@ -118,9 +128,6 @@ def read_surfaces(path: Path) -> tuple[list[tuple], list[str]]:
             surfaces.append((corner @ matrix[:3, :3].T + matrix[:3, 3], *read_surface(mesh, gltf)))
     if not surfaces:
         raise ValueError("no triangles")
-    for corner, color, _, uv, _ in surfaces:
-        if not all(torch.isfinite(numbers).all() for numbers in (corner, color, uv)):
-            raise ValueError("a vertex, colour or texture coordinate is not finite")
     return surfaces, asked
 
 
@@ -139,8 +146,7 @@ def to_frame(corner: Tensor, up: str) -> Tensor:  # (N, 3, 3) -> the same
 def read_texels(image: Image.Image | None, corner: Tensor, uv: Tensor, pixels: int) -> Tensor:
     """The texture of a part, (N, 3, 3) and (N, 3, 2) -> (height, width, 4); without one, a white texel.
 
-    At most as fine as the pixels: a finer one would sparkle.
-    """
+    At most as fine as the pixels: a finer one would sparkle."""
     image = Image.new("RGBA", (1, 1), "white") if image is None else image.convert("RGBA")
     # Mip-map: compare the area in texels with that in pixels.
     edge, edge_uv = corner[:, 1:] - corner[:, :1], uv[:, 1:] - uv[:, :1]
@@ -155,8 +161,7 @@ def read_texels(image: Image.Image | None, corner: Tensor, uv: Tensor, pixels: i
 def normals(corner: Tensor) -> tuple[Tensor, Tensor]:  # (N, 3, 3) -> (N, 3) of faces, (N, 3, 3) of corners
     """A corner's normal is the mean of the faces that meet there, unless it is far off (26 degrees): an edge.
 
-    Corners at the same place are one vertex: files split vertices at texture seams.
-    """
+    Corners at the same place are one vertex: files split vertices at texture seams."""
     area = torch.linalg.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0])  # weighs the mean
     if not area.any():
         raise ValueError("no triangle has an area")
@@ -171,9 +176,8 @@ def normals(corner: Tensor) -> tuple[Tensor, Tensor]:  # (N, 3, 3) -> (N, 3) of 
 
 def load_mesh(path: Path, up: str, pixels: int) -> tuple[dict[str, Tensor], list[str]]:
     """All N triangles of a file, all textures in one row of texels; the names of the files it asked for."""
-    if not path.is_file():
-        raise InputError(f"{path}: not a file, expected a mesh.")
     with explained(f"{path}: cannot be drawn, expected a whole .glb, .gltf or .obj beside its textures."):
+        regular(path).close()
         surfaces, asked = read_surfaces(path)
         corners, colors, textures, uvs, thresholds = zip(*surfaces)
         corner, count = to_frame(torch.cat(corners), up), torch.tensor([len(part) for part in corners])
@@ -264,8 +268,7 @@ def find_meshes(root: Path) -> dict[str, Path]:
     """The mesh files below a folder, each by the name of its object: its path, joined by "__".
 
     A name that two files share (also where A and a are one), or that is too long for a file, gets a digest of
-    the path. A leading dot would hide the object or lead out of the folder.
-    """
+    the path. A leading dot would hide the object or lead out of the folder."""
     found = (p for p in root.rglob("*") if p.suffix.lower() in (".glb", ".gltf", ".obj") and not p.is_dir())
     paths = sorted(p.relative_to(root) for p in found)
     names = ["__".join([*p.parts[:-1], p.name[: -len(p.suffix)]]) for p in paths]
@@ -281,21 +284,26 @@ def mesh_made_by(path: Path, asked: list[str], size: int, up: str) -> dict:
     """All that the pictures of a mesh depend on, by content: also a file it asked for that is not there."""
     found = {name: find_beside(path, name) for name in asked}
     beside = {name: digest(p) if p else None for name, p in found.items()}
-    code = digest([digest(ROOT / "render.py"), digest(ROOT / "meshes.py")])
-    return {"size": size, "up": up, "renderer": code, "mesh": digest(path), "beside": beside}
+    made_by = {"size": size, "up": up, "renderer": code("render", "meshes")}
+    return {**made_by, "mesh": digest(path), "beside": beside}
 
 
-def update_mesh(folder: Path, path: Path, size: int, up: str) -> None:
-    """Render a mesh, unless its pictures are there, made by the same files and settings."""
+def update_mesh(folder: Path, path: Path, size: int, up: str) -> str:
+    """Render a mesh, unless its pictures are there, made by the same files and settings. Returns why it
+    cannot be drawn, or nothing."""
     try:
         asked = list(load_json(folder / "made_by.json")["beside"])
         if kept(folder, mesh_made_by(path, asked, size, up)):
-            return
-    except (InputError, OSError, TypeError, KeyError):  # not there, or not readable: made again
+            return ""
+    except (InputError, OSError, TypeError, KeyError, AttributeError):  # not there or damaged: made again
         pass
     try:
         views, asked = render_mesh(path, size, up)
-    except InputError:
-        shutil.rmtree(folder, ignore_errors=True)  # what the file showed before it changed
-        raise
+    except InputError as error:
+        for name in ("made_by.json", *(f"{view}.png" for view in VIEWS)):  # what it showed before it changed
+            (folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # there is no folder, or a user's file in it
+            folder.rmdir()
+        return str(error)
     write_views(folder, views, mesh_made_by(path, asked, size, up))
+    return ""

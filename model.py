@@ -227,10 +227,18 @@ def small_unet(cfg: ModelConfig) -> UNet2DConditionModel:
 
 
 def from_pipeline(kind: Any, base: str, **options: Any) -> Any:
-    """diffusers' `kind.from_pretrained` or `kind.load_config` on a part of a pipeline."""
+    """diffusers' `kind.from_pretrained`, with all its weights, or its `load_config`, of a pipeline."""
     remedy = f"expected a hub id such as {SDXL}, or a local folder with unet/ and vae/ in it."
     with explained(f"--base {base}: cannot load its {options['subfolder']}, {remedy}"):
-        return kind(base, **options)
+        if kind.__name__ == "load_config":
+            return kind(base, **options)
+        # (low_cpu_mem_usage asks for one more package, and only spares main memory while loading)
+        model, report = kind(base, low_cpu_mem_usage=False, output_loading_info=True, **options)
+        # diffusers only warns where weights are missing, and goes on with random ones
+        broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+        if wrong := [*report["missing_keys"], *broken]:
+            raise ValueError(f"{wrong[0]} is missing or not finite")
+        return model
 
 
 class MultiViewUNet(nn.Module):
@@ -339,8 +347,8 @@ class MultiViewUNet(nn.Module):
     @cached_property  # which is no submodule: not saved, not trained, and moved by `with_vae` alone
     def vae(self) -> AutoencoderKL:
         """SDXL's autoencoder, frozen, in float32: in half precision it overflows."""
-        options = {"subfolder": "vae", "low_cpu_mem_usage": False}
-        return from_pipeline(AutoencoderKL.from_pretrained, self.cfg.base, **options).requires_grad_(False)
+        vae = from_pipeline(AutoencoderKL.from_pretrained, self.cfg.base, subfolder="vae")
+        return vae.requires_grad_(False)
 
     @torch.no_grad()
     def with_vae(self, function: Any, z: Tensor) -> Tensor:
@@ -385,9 +393,8 @@ class MultiViewUNet(nn.Module):
 
 def from_base(cfg: ModelConfig) -> MultiViewUNet:
     """The pre-trained SDXL of cfg.base with our attention: stage 1 starts from it."""
-    # (low_cpu_mem_usage asks for one more package, and only spares main memory while loading)
-    options = {"subfolder": "unet", "low_cpu_mem_usage": False}
-    return MultiViewUNet(cfg, from_pipeline(UNet2DConditionModel.from_pretrained, cfg.base, **options)).eval()
+    unet = from_pipeline(UNet2DConditionModel.from_pretrained, cfg.base, subfolder="unet")
+    return MultiViewUNet(cfg, unet).eval()
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu", half: bool = False) -> MultiViewUNet:

@@ -3,11 +3,8 @@
 A folder is checked at once and read later. It is written whole, with a note of what it was made by.
 """
 
-import fcntl
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -28,27 +25,32 @@ def open_image(path: str | Path) -> Tensor:  # (3, H, W) uint8
         raise InputError(f"{path}: no such file, expected a picture.")
     with explained(f"{path}: not readable as a picture. Replace or re-render it."), Image.open(path) as file:
         image = ImageOps.exif_transpose(file)  # phones store a photo lying and a note to turn it
+        if image.mode in ("I", "F"):  # 32 bits: only the numbers tell what white is
+            low, high = image.getextrema()
+            if image.mode == "F" or low < 0 or not 255 < high < 2**16:
+                raise ValueError(f"grey from {low} to {high}, expected 8 or 16 bits")
         if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip instead of scaling
-            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return torch.from_numpy(np.array(Image.alpha_composite(white, image))[..., :3]).permute(2, 0, 1)
 
 
-def resize(image: Tensor, size: int) -> Tensor:  # (3, H, W) uint8 -> (3, size, size) uint8
+def resize(image: Tensor, height: int, width: int) -> Tensor:  # (3, H, W) uint8 -> (3, height, width) uint8
     """Anti-aliased: a plain resize of a large render drops the thin parts."""
-    if image.shape[-2:] == (size, size):
+    if image.shape[-2:] == (height, width):
         return image
-    smooth = F.interpolate(image[None].float(), (size, size), mode="bilinear", antialias=True)[0]
+    smooth = F.interpolate(image[None].float(), (height, width), mode="bilinear", antialias=True)[0]
     return smooth.round().clamp(0, 255).to(torch.uint8)
 
 
 def read_image(path: str | Path, size: int) -> Tensor:  # (3, size, size) uint8
     """A user's picture as a reference: padded to a square with white, so that nothing is cut or stretched."""
     image = open_image(path)
-    height, width = image.shape[-2:]
-    x, y = max(height - width, 0), max(width - height, 0)
-    return resize(F.pad(image, (x // 2, x - x // 2, y // 2, y - y // 2), value=255), size)
+    scale = size / max(image.shape[-2:])  # before it is padded: 30000 x 1 would become 30000 x 30000
+    image = resize(image, *(max(1, round(n * scale)) for n in image.shape[-2:]))
+    y, x = (size - n for n in image.shape[-2:])
+    return F.pad(image, (x // 2, x - x // 2, y // 2, y - y // 2), value=255)
 
 
 def write_png(path: str | Path, image: Tensor) -> None:
@@ -65,8 +67,7 @@ def write_png(path: str | Path, image: Tensor) -> None:
 def write_views(folder: str | Path, views: Tensor, made_by: dict | None = None) -> None:
     """(V, 3, S, S) to folder/{front,right,back,left,top}.png. A new folder appears whole or not at all.
 
-    made_by: what the pictures depend on, for `kept`. It is written beside them with the digest of each.
-    """
+    made_by: what the pictures depend on, for `kept`. It is written beside them with the digest of each."""
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a killed run
@@ -75,11 +76,12 @@ def write_views(folder: str | Path, views: Tensor, made_by: dict | None = None) 
             write_png(partial / f"{name}.png", view)
         if made_by is not None:
             save_json(partial / "made_by.json", {**made_by, "files": picture_digests(partial)})
-        if folder.exists():
-            for path in partial.iterdir():  # if killed between, the digests in the note say so
-                path.replace(folder / path.name)
-        else:
-            partial.rename(folder)
+        with explained(f"{folder}: cannot be written, expected files and room. Delete what is in the way."):
+            if folder.exists():
+                for path in partial.iterdir():  # if killed between, the digests in the note say so
+                    path.replace(folder / path.name)
+            else:
+                partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -107,7 +109,8 @@ class Views:
         return len(self.folders)
 
     def __getitem__(self, i: int) -> Tensor:
-        return torch.stack([resize(open_image(self.folders[i] / f"{v}.png"), self.size) for v in VIEWS])
+        images = [open_image(self.folders[i] / f"{view}.png") for view in VIEWS]
+        return torch.stack([resize(image, self.size, self.size) for image in images])
 
 
 def load_views(folder: str | Path, size: int) -> tuple[list[str], Views]:
@@ -121,10 +124,8 @@ def load_views(folder: str | Path, size: int) -> tuple[list[str], Views]:
     if not objects:
         raise InputError(f"{folder}: found no object, expected <object>/{{{','.join(VIEWS)}}}.png. {remedy}")
     for path in objects:  # all of them now, not after an hour of training
-        missing = [view for view in VIEWS if not (path / f"{view}.png").is_file()]
-        if missing:
-            found = ", ".join(view for view in VIEWS if view not in missing) or "no view"
-            raise InputError(f"{path}: found {found}; expected {', '.join(missing)} too. {remedy}")
+        if missing := [view for view in VIEWS if not (path / f"{view}.png").is_file()]:
+            raise InputError(f"{path}: no {', '.join(missing)}; expected {', '.join(VIEWS)}. {remedy}")
         for view in VIEWS:
             check_png(path / f"{view}.png")
     return [p.name for p in objects], Views(objects, size)
@@ -143,24 +144,14 @@ def check_png(path: Path) -> None:
 
 
 def fingerprint(views: Tensor | Views) -> str:
-    """Changes with the pictures. Of a folder names, sizes and times count: to read all would take hours."""
+    """Changes with the pictures. Of a folder names, sizes and ends count: to read all would take hours.
+
+    A PNG's pixels are a zlib stream, which ends with a checksum of all of them, 20 bytes before the file does."""
     if isinstance(views, Tensor):
         return digest(views)
-    paths = [folder / f"{view}.png" for folder in views.folders for view in VIEWS]
-    seen = [(p.parent.name, p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+    seen = []
+    for path in (folder / f"{view}.png" for folder in views.folders for view in VIEWS):
+        with open(path, "rb") as file:
+            size = file.seek(-20, os.SEEK_END)
+            seen.append((path.parent.name, path.name, size, file.read().hex()))
     return digest([views.size, seen])
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One run at a time in a folder; the system lets go of the lock when a run is killed."""
-    with explained(f"--out {folder}: cannot be written, expected another place."):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a")  # "w" would empty what a link leads to
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            message = f"{folder}: another run writes there. Wait for it, or take another --out."
-            raise InputError(message) from None
-        yield

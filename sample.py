@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import InputError, check_output, cli, get_device, key_seed, keyed_generator, use_bf16
+from common import InputError, check_output, cli, get_device, key_seed, keyed_generator, located, use_bf16
 from data import VIEWS, read_image, write_png
 from model import ModelConfig, MultiViewUNet, load
 
@@ -168,6 +168,14 @@ def start(model: MultiViewUNet, ref: Tensor, seeds: list[int]) -> tuple[Tensor, 
     return x, draw(latent, [(seed, 1) for seed in seeds]).to(ref.device), model.encode(ref)
 
 
+def finished(model: MultiViewUNet, latents: Tensor) -> Tensor:
+    """The images; a model whose weights are broken would draw black ones."""
+    images = model.decode(latents)
+    if not images.isfinite().all():
+        raise InputError("the model's images are not finite, expected numbers. Its weights are broken.")
+    return images
+
+
 @dataclass
 class Trajectory:
     """What the chain did, in float32: half precision would move the log-ratio at equal weights from 0."""
@@ -204,7 +212,7 @@ def sample(
         noise = draw(x.shape[1:], [(seed, 3, call, g) for seed, g in zip(seeds, candidates)]).to(device)
         x = mean + var.sqrt() * noise
         states.append(x)
-    return Trajectory(torch.stack(states, 1), y, ref_noise, model.decode(x))
+    return Trajectory(torch.stack(states, 1), y, ref_noise, finished(model, x))
 
 
 @dataclass
@@ -249,7 +257,7 @@ def branch(
             noise = draw(x.shape[1:], [(seed, 3, k, 0) for seed in seeds]).to(ref.device)
             x = mean + var.sqrt() * noise[rows]
     x0 = x.unflatten(0, (B, G))
-    return Branches(x_t, actions.unflatten(0, (B, G)), y, ref_noise, x0, model.decode(x0))
+    return Branches(x_t, actions.unflatten(0, (B, G)), y, ref_noise, x0, finished(model, x0))
 
 
 def sample_images(
@@ -286,20 +294,23 @@ class Config:
 
 def main(cfg: Config) -> dict:
     """Image -> five views. Returns the paths that were written."""
-    check_output("out", cfg.out, ".png", (cfg.model,))
-    folder = Path(cfg.out).with_suffix("")
-    written = {path.resolve() for path in (Path(cfg.out), *(folder / f"{view}.png" for view in VIEWS))}
-    if Path(cfg.image).resolve() in written:
+    read = (str(located(cfg.model)),)
+    check_output("out", cfg.out, ".png", read)
+    out, folder = Path(cfg.out), Path(cfg.out).with_suffix("")
+    there = [path for path in (out, *(folder / f"{view}.png" for view in VIEWS)) if path.exists()]
+    if Path(cfg.image).exists() and any(path.samefile(cfg.image) for path in there):  # by a hard link, too
         raise InputError(f"--out {cfg.out}: would overwrite --image {cfg.image}. Take another name.")
-    check_output("out", folder)
+    if there and not out.exists():
+        raise InputError(f"--out {cfg.out}: {there[0]} is there, and not of this command. Take another name.")
+    check_output("out", folder, inputs=read)
     device = get_device(cfg.device)
     bf16 = use_bf16(cfg.bf16, device)
     model = load(cfg.model, device, half=bf16)
     ref = read_image(cfg.image, model.cfg.image_size)[None].float() / 255
     images = sample_images(model, ref, cfg.seed, cfg.num_steps, bf16=bf16)[0]  # (V, 3, H, W)
+    write_png(out, torch.cat(list(images), dim=-1))  # first: it says that the folder's pictures are ours
     for view, image in zip(VIEWS, images, strict=True):
         write_png(folder / f"{view}.png", image)
-    write_png(cfg.out, torch.cat(list(images), dim=-1))
     print(f"wrote {cfg.out} ({' | '.join(VIEWS)}) and {folder}/{{{','.join(VIEWS)}}}.png")
     return {"out": cfg.out, "folder": str(folder)}
 

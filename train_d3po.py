@@ -39,10 +39,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import train_scorer
-from candidates import Batch, Rollouts, draw_candidates, make_batch, read_rollouts
-from common import InputError, Log, cached, check_at_least, cli, digest, get_device, key_seed, keyed_generator
-from common import load_json, load_state, load_tensors, located, optimizer_step, provenance, save_json
-from common import same_place, save_state, save_tensors, training_steps, use_bf16
+from candidates import Batch, Rollouts, candidate_files, draw_candidates, make_batch, read_rollouts
+from common import STATE, InputError, Log, cached, check_at_least, cli, code, digest, get_device, key_seed
+from common import keyed_generator, load_json, load_state, load_tensors, located, optimizer_step, provenance
+from common import same_place, save_json, save_state, save_tensors, settings, training_steps, use_bf16
 from data import load_references, load_split
 from evaluate import before_after, print_table
 from feedback import FEEDBACKS, preference_pairs
@@ -50,10 +50,10 @@ from grid import grid
 from matcher import loftr_model
 from metrics import closeness
 from model import ModelConfig, MultiViewUNet, load
-from sample import Schedule, branch, forward_noise, kl_divergence, log_ratio, noised_reference, policy_mean
-from sample import sample, sample_images, split_prediction
+from sample import Schedule, forward_noise, kl_divergence, log_ratio, noised_reference, policy_mean
+from sample import sample_images, split_prediction
 from scorer import Scorer
-from train_sft import simple_loss, training_batch
+from train_sft import simple_loss, trained_parameters, training_batch
 
 # loss -> the candidates and pairs that suit it, the beta for its scale
 RECIPES: dict[str, dict[str, Any]] = {
@@ -120,7 +120,7 @@ def collect(policy: Path, references: Tensor, cfg: Config, round: int) -> Path:
     options = ("candidates", "num_candidates", "num_steps", "trained_calls", "seed", "batch_size")
     made_by = {name: getattr(cfg, name) for name in options} | {"policy": digest(policy), "round": round}
     made_by |= {"references": digest(references[:, 0]), "bf16": bf16, "on": device.type}
-    made_by |= {"code": [digest(f) for f in (draw_candidates, branch, sample)]}
+    made_by |= {"code": code("candidates", "model", "sample")}
     # Each reference branches at one call, drawn once; those with equal calls go through the network together.
     first, last = cfg.trained_calls
     calls = torch.randint(first, last + 1, (len(references),), generator=keyed_generator(cfg.seed, 10, round))
@@ -150,16 +150,19 @@ def prefer(candidates: Path, references: Tensor, cfg: Config) -> Tensor:  # (N, 
     """Rate all candidates. Says how often the winner of a pair is nearer to the ground truth."""
     device, feedback = get_device(cfg.device), FEEDBACKS[cfg.feedback]
     made_by = {"candidates": digest(load_json(candidates / "made_by.json")), "feedback": cfg.feedback}
-    made_by |= {"code": digest(feedback), "references": digest(references), "seed": cfg.seed}
+    made_by |= {"code": [digest(feedback), code("feedback", "matcher", "metrics", "scorer")]}
+    made_by |= {"references": digest(references), "seed": cfg.seed}
     if cfg.feedback == "contrastive":
         made_by["scorer"] = digest(Path(cfg.scorer))
     if cfg.feedback == "matching":
         made_by["matcher"] = digest(Path(cfg.matcher)) if Path(cfg.matcher).is_file() else cfg.matcher
+    if feedback.__module__ != "feedback":  # yours: it may read any option
+        made_by |= settings(cfg, "scorer") | {"scorer": digest(Path(cfg.scorer)) if cfg.scorer else ""}
 
     def make(folder: Path) -> None:
-        G = load_tensors(min(candidates.glob("*.safetensors")))["images"].shape[1]
-        rewards, psnr = torch.empty(len(references), G), torch.empty(len(references), G)
-        files = sorted(candidates.glob("*.safetensors"))
+        files = candidate_files(candidates)
+        G = load_tensors(files[0])["images"].shape[1]
+        rewards, psnr = (torch.full((len(references), G), torch.nan) for _ in range(2))
         for path in tqdm(files, desc=f"{cfg.feedback} feedback", disable=None):
             part = load_tensors(path)
             for i, images in zip(part["reference"].tolist(), part["images"]):
@@ -294,16 +297,10 @@ def frozen_means(model: MultiViewUNet, rollouts: Rollouts, cfg: Config, bf16: bo
 
 
 def prepare(folder: Path, cfg: Config, device: Any) -> tuple[MultiViewUNet, list[Any]]:
-    """A model to fine-tune, and its trained parameters. Of SDXL what is frozen is stored in bfloat16."""
+    """A model to fine-tune, and its trained parameters."""
     model = load(folder)
     torch.manual_seed(cfg.seed)  # of LoRA's start; all other noise has keys of its own
-    if cfg.lora:
-        model.add_lora(cfg.lora)
-    parameters = model.freeze(cfg.attention_only, model.cfg.is_sdxl and use_bf16(cfg.bf16, device))
-    model.to(device)
-    if cfg.checkpointing:
-        model.unet.enable_gradient_checkpointing()
-    return model, parameters
+    return model, trained_parameters(model, cfg, device)
 
 
 def run_name(cfg: Config) -> str:
@@ -321,6 +318,7 @@ def train(
     made_by = {name: getattr(cfg, name) for name in options} | {"start": digest(start)}
     made_by |= {"objects": digest(objects), "bf16": use_bf16(cfg.bf16, device), "on": device.type}
     made_by |= {"code": [digest(f) for f in (run, d3po_loss, step_log_ratio, forward_log_ratio, simple_loss)]}
+    made_by["code"] += [code("candidates", "feedback", "model", "sample", "train_d3po", "train_sft")]
     if candidates:
         made_by |= {"pre": digest(pre), "rewards": digest(rewards), "feedback": cfg.feedback}
         made_by |= {"candidates": digest(load_json(candidates / "made_by.json"))}
@@ -348,16 +346,16 @@ def run(
         parameters, cfg.lr, (0.9, 0.99), weight_decay=0.0, fused=device.type == "cuda"
     )
 
-    state = load_state(folder / "state.pt")
+    state = load_state(folder / STATE)
     if state:
         policy.load_state_dict(state["model"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         print(f"{folder}: goes on at step {state['step']}")
-    log = Log(folder / "log.jsonl", state.get("step", 0), 10, cfg.steps, sums=state.get("log"))
+    log = Log(folder / "log.jsonl", 10, cfg.steps, state.get("log"))
 
     def save(done: int) -> None:
-        parts = {"model": policy.trained_state(), "optimizer": optimizer.state_dict(), "log": log.sums}
-        save_state(folder / "state.pt", parts, step=done)
+        parts = {"model": policy.trained_state(), "optimizer": optimizer.state_dict(), "log": log.state()}
+        save_state(folder / STATE, parts, step=done)
 
     for step in training_steps(state.get("step", 0), cfg.steps, "train_d3po", save):
         metrics = {}
@@ -394,7 +392,6 @@ def run(
         norm = optimizer_step([optimizer], parameters, 1 - step / cfg.steps, step)
         log.add(step, **metrics, loss_simple=loss_simple.item(), grad_norm=norm)
     policy.save(folder)
-    (folder / "state.pt").unlink(missing_ok=True)
 
 
 # --- 4. report ---
@@ -405,6 +402,7 @@ def draw_validation(model: Path, views: Tensor, cfg: Config) -> Tensor:
     device, ref = get_device(cfg.device), views[:, 0]
     bf16 = use_bf16(cfg.bf16, device)
     made_by = {"model": digest(model), "ref": digest(ref), "num_steps": cfg.num_steps, "seed": cfg.seed}
+    made_by |= {"batch_size": cfg.batch_size, "code": code("model", "sample")}
 
     def make(folder: Path) -> None:
         policy, how = load(model, device, half=bf16), (cfg.batch_size, "validation objects", bf16)
@@ -415,10 +413,10 @@ def draw_validation(model: Path, views: Tensor, cfg: Config) -> Tensor:
     return load_tensors(folder / "images.safetensors")["images"].float() / 255
 
 
-def report(pre: Path, policy: Path, cfg: Config, clock: float) -> dict:
+def report(pre: Path, policy: Path, size: int, cfg: Config, clock: float) -> dict:
     """Before against after on validation objects: a table, and results.json and grid.png in the run's
     folder."""
-    views = load_split(cfg.data, "validation", cfg.eval_objects, load(pre).cfg.image_size)
+    views = load_split(cfg.data, "validation", cfg.eval_objects, size)
     truth, (before, after) = views.float() / 255, (draw_validation(m, views, cfg) for m in (pre, policy))
     table = before_after(before, after, truth, {"contrastive": Scorer.load(cfg.scorer)} if cfg.scorer else {})
     print(f"--feedback {cfg.feedback} --loss {cfg.loss}")
@@ -439,7 +437,7 @@ def report(pre: Path, policy: Path, cfg: Config, clock: float) -> dict:
 def find_scorer(cfg: Config, model: ModelConfig) -> str:
     """The scorer of --feedback contrastive: given, or trained now (stage 2)."""
     if cfg.scorer or cfg.feedback != "contrastive":
-        return cfg.scorer
+        return str(located(cfg.scorer)) if cfg.scorer else ""
     if model.is_sdxl:
         raise InputError("--feedback contrastive: expected --scorer. Make one: train_scorer.py --backbone")
     names = ("negatives", "data", "num_references", "num_steps", "bf16", "device", "seed")
@@ -477,7 +475,10 @@ def check(cfg: Config) -> ModelConfig:
 def main(cfg: Config) -> dict:
     """Collect, prefer, train, report. A stage that equal inputs made before is read, not done again."""
     if cfg.loss == "both":
-        return {loss: main(replace(cfg, loss=loss)) for loss in RECIPES}
+        runs = {loss: replace(cfg, loss=loss) for loss in RECIPES}
+        for one in runs.values():
+            check(one)
+        return {loss: main(one) for loss, one in runs.items()}
     clock = time.time()
     model = check(cfg)
     pre = policy = located(cfg.model)
@@ -492,7 +493,7 @@ def main(cfg: Config) -> dict:
             candidates = collect(policy, references, cfg, round)
             rewards = prefer(candidates, references, cfg)
             policy = train(policy, pre if cfg.anchor == "pre" else policy, candidates, rewards, objects, cfg)
-    return report(pre, policy, cfg, clock)
+    return report(pre, policy, size, cfg, clock)
 
 
 if __name__ == "__main__":

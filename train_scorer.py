@@ -34,9 +34,9 @@ from einops import rearrange, repeat
 from torch import Tensor
 from tqdm import tqdm
 
-from common import InputError, Log, cached, check_at_least, cli, digest, get_device, key_seed, keyed_generator
-from common import load_json, load_state, load_tensors, located, optimizer_step, provenance, save_json
-from common import save_state, save_tensors, settings, training_steps, use_bf16
+from common import STATE, InputError, Log, cached, check_at_least, cli, code, digest, get_device, key_seed
+from common import keyed_generator, load_json, load_state, load_tensors, located, optimizer_step, provenance
+from common import save_json, save_state, save_tensors, settings, training_steps, use_bf16
 from data import MIRRORED_ORDER, VIEWS, load_references, load_split, load_views, stretch
 from metrics import spoilt_views
 from model import load
@@ -130,7 +130,7 @@ def make_pairs(cfg: Config, device: torch.device) -> tuple[Tensor, Tensor, int]:
     train = load_references(cfg.data, cfg.num_references, cfg.image_size, cfg.seed)
     truth = torch.cat([train, load_split(cfg.data, "validation", cfg.num_val, cfg.image_size)])
     made_by = {"generator": digest(Path(cfg.negatives)), "references": digest(truth[:, 0])}
-    made_by |= {"num_steps": cfg.num_steps, "seed": cfg.seed}
+    made_by |= {"num_steps": cfg.num_steps, "seed": cfg.seed, "code": code("model", "sample")}
     made_by |= {"bf16": use_bf16(cfg.bf16, device), "on": device.type}
     folder = cached(Path(cfg.out).parent, "negatives", made_by, partial(generate, cfg, truth[:, 0], device))
     fake = torch.cat([load_tensors(path)["views"] for path in sorted(folder.glob("*.safetensors"))])
@@ -226,17 +226,23 @@ def run(truth: Tensor, fake: Tensor, n: int, cfg: Config, folder: Path) -> None:
     groups += [{"params": head, "lr": cfg.head_lr}]
     optimizer = torch.optim.AdamW(groups, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
 
-    state = load_state(folder / "state.pt")
+    state = load_state(folder / STATE)
     if state:
         scorer.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         print(f"{folder}: goes on at step {state['step']}")
-    log = Log(folder / "log.jsonl", state.get("step", 0), 10, cfg.steps, sums=state.get("log"))
+    log = Log(folder / "log.jsonl", 10, cfg.steps, state.get("log"))
     clock = time.time() - state.get("seconds", 0)
 
     def save(done: int) -> None:
-        parts = {"model": scorer.state_dict(), "optimizer": optimizer.state_dict(), "log": log.sums}
-        save_state(folder / "state.pt", parts, step=done, seconds=time.time() - clock)
+        parts = {"model": scorer.state_dict(), "optimizer": optimizer.state_dict(), "log": log.state()}
+        save_state(folder / STATE, parts, step=done, seconds=time.time() - clock)
+
+    def validate(step: int) -> None:
+        result, seconds = evaluate(scorer, truth[n:], fake[n:]), round(time.time() - clock)
+        log.line(step, **{f"val_{k}": round(v, 4) for k, v in result.items()}, seconds=seconds)
+        tqdm.write(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in result.items() if "auc" in k))
+        save_json(folder / "results.json", {**provenance(cfg), "metrics": result, "seconds": seconds})
 
     for step in training_steps(state.get("step", 0), cfg.steps, "train_scorer", save):
         # batch, forward, backward
@@ -249,15 +255,10 @@ def run(truth: Tensor, fake: Tensor, n: int, cfg: Config, folder: Path) -> None:
         norm = optimizer_step([optimizer], parameters, rate, step, clip=math.inf)
         log.add(step, loss_consistency=loss.item(), loss_mismatch=mismatch.item(), grad_norm=norm)
 
-        # evaluate
-        if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
-            result, seconds = evaluate(scorer, truth[n:], fake[n:]), round(time.time() - clock)
-            log.line(step + 1, **{f"val_{k}": round(v, 4) for k, v in result.items()}, seconds=seconds)
-            shown = ", ".join(f"{k} {v:.3f}" for k, v in result.items() if "auc" in k)
-            tqdm.write(f"step {step + 1}: {shown}")
-            save_json(folder / "results.json", {**provenance(cfg), "metrics": result, "seconds": seconds})
+        if (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.steps:
+            validate(step + 1)
+    validate(cfg.steps)
     scorer.save(folder)
-    (folder / "state.pt").unlink(missing_ok=True)
 
 
 def main(cfg: Config) -> dict[str, Any]:
@@ -273,6 +274,8 @@ def main(cfg: Config) -> dict[str, Any]:
         "truth": digest(truth),
         "generated": digest(fake),
         "backbone": digest(Path(cfg.backbone)) if local else cfg.backbone,
+        "bf16": use_bf16(cfg.bf16, device),
+        "code": code("data", "scorer", "train_scorer"),
         "on": device.type,
     }
     out = Path(cfg.out)

@@ -21,7 +21,7 @@ Run:
 import math
 import re
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import InputError, Log, cached, check_at_least, cli, digest, get_device, keyed_generator
-from common import load_json, load_state, optimizer_step, provenance, save_json, save_state, settings
-from common import training_steps, use_bf16
+from common import STATE, InputError, Log, cached, check_at_least, cli, code, digest, get_device
+from common import keyed_generator, load_json, load_state, optimizer_step, provenance, save_json, save_state
+from common import settings, training_steps, use_bf16
 from data import NUM_SIDES, Views, augment, fingerprint, lazy_split, load_split, relative_views
 from grid import grid
 from metrics import hull_iou, psnr
@@ -212,12 +212,14 @@ def new_optimizers(model: MultiViewUNet, parameters: list[Any], cfg: Config) -> 
     return [adamw, Muon(inner, lr=cfg.muon_lr)] if inner else [adamw]
 
 
-def prepare(model: MultiViewUNet, cfg: Config, device: torch.device) -> list[Any]:
+def trained_parameters(
+    model: MultiViewUNet, cfg: Any, device: torch.device, view_embedding: bool = False
+) -> list[Any]:
     """Say what is trained, and return it. Of SDXL what is frozen is stored in bfloat16."""
     if cfg.lora:
         model.add_lora(cfg.lora)
-    frozen_bf16 = model.cfg.is_sdxl and use_bf16(cfg.bf16, device) and (cfg.attention_only or cfg.lora > 0)
-    parameters = model.train().freeze(cfg.attention_only, frozen_bf16, view_embedding=not cfg.init)
+    frozen_bf16 = model.cfg.is_sdxl and use_bf16(cfg.bf16, device)
+    parameters = model.train().freeze(cfg.attention_only, frozen_bf16, view_embedding)
     model.to(device)  # after what is frozen has lost half its size
     if cfg.checkpointing:
         model.unet.enable_gradient_checkpointing()
@@ -235,25 +237,36 @@ def run(model: MultiViewUNet, sources: list[Any], val_views: Tensor, cfg: Config
     """The loop: train, evaluate, and leave averaged weights, log and results in `folder`."""
     device = get_device(cfg.device)
     bf16 = use_bf16(cfg.bf16, device)
-    parameters = prepare(model, cfg, device)
+    parameters = trained_parameters(model, cfg, device, view_embedding=not cfg.init)
     schedule = Schedule(model.cfg)
     optimizers = new_optimizers(model, parameters, cfg)
     ema = {k: v.clone() for k, v in model.trained_state().items()}
 
-    state = load_state(folder / "state.pt")
+    state = load_state(folder / STATE)
     if state:
         model.load_state_dict(state["model"], strict=False)
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         ema = {k: v.to(device) for k, v in state["ema"].items()}
         print(f"{folder}: goes on at step {state['step']}")
-    log = Log(folder / "log.jsonl", state.get("step", 0), 50, cfg.steps, sums=state.get("log"))
+    log = Log(folder / "log.jsonl", 50, cfg.steps, state.get("log"))
     clock = time.time() - state.get("seconds", 0)
 
     def save(done: int) -> None:
-        parts = {"model": model.trained_state(), "ema": ema, "log": log.sums}
+        parts = {"model": model.trained_state(), "ema": ema, "log": log.state()}
         parts["optimizers"] = [o.state_dict() for o in optimizers]
-        save_state(folder / "state.pt", parts, step=done, seconds=time.time() - clock)
+        save_state(folder / STATE, parts, step=done, seconds=time.time() - clock)
+
+    def validate(step: int) -> None:  # with the averaged weights, which are saved
+        weights = {k: v.clone() for k, v in model.trained_state().items()}
+        model.load_state_dict(ema, strict=False)
+        result = evaluate(model.eval(), val_views, cfg, device, folder / "grid.png")
+        model.save(folder)
+        model.train().load_state_dict(weights, strict=False)
+        seconds = round(time.time() - clock)
+        log.line(step, **{f"val_{k}": v for k, v in result.items()}, seconds=seconds)
+        tqdm.write(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in result.items()))
+        save_json(folder / "results.json", {**provenance(cfg), "metrics": result, "seconds": seconds})
 
     for step in training_steps(state.get("step", 0), cfg.steps, "train_sft", save):
         # batch, forward, backward
@@ -268,18 +281,9 @@ def run(model: MultiViewUNet, sources: list[Any], val_views: Tensor, cfg: Config
         average(ema, model.trained_state(), cfg.ema, step)
         log.add(step, loss_simple=loss.item(), grad_norm=norm)
 
-        # evaluate with the averaged weights
-        if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
-            weights = {k: v.clone() for k, v in model.trained_state().items()}
-            model.load_state_dict(ema, strict=False)
-            result = evaluate(model.eval(), val_views, cfg, device, folder / "grid.png")
-            model.save(folder)
-            model.train().load_state_dict(weights, strict=False)
-            seconds = round(time.time() - clock)
-            log.line(step + 1, **{f"val_{k}": v for k, v in result.items()}, seconds=seconds)
-            tqdm.write(f"step {step + 1}: " + ", ".join(f"{k} {v:.4g}" for k, v in result.items()))
-            save_json(folder / "results.json", {**provenance(cfg), "metrics": result, "seconds": seconds})
-    (folder / "state.pt").unlink(missing_ok=True)
+        if (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.steps:
+            validate(step + 1)
+    validate(cfg.steps)
 
 
 def main(cfg: Config) -> dict:
@@ -295,8 +299,10 @@ def main(cfg: Config) -> dict:
     by_name = {source: lazy_split(source, "train", cfg.num_objects, size) for source in cfg.data}
     sources = [by_name[source] for source in cfg.data]  # one may take several turns
     val_views = load_split(cfg.data[0], "validation", cfg.eval_objects, size)
+    weights = model.state_dict() | (model.vae.state_dict() if model.cfg.is_sdxl else {})
     made_by = settings(cfg, "eval_every", "bf16", "init", "base") | {
-        "start": digest(Path(cfg.init)) if cfg.init else model.cfg.base,
+        "start": [digest({k: digest(v) for k, v in weights.items()}), asdict(model.cfg)],
+        "code": code("data", "model", "muon", "sample", "train_sft"),
         "objects": [fingerprint(source) for source in sources],
         "validation": digest(val_views),
         "bf16": use_bf16(cfg.bf16, device),

@@ -1,5 +1,6 @@
 """Plumbing: keyed noise, whole files, the content rule, states, logs, the step of an optimizer, errors in one line."""
 
+import functools
 import json
 import os
 import re
@@ -120,6 +121,15 @@ def test_weights_that_do_not_fit_or_are_not_finite_are_refused(tmp_path):
 # --- results by content ---
 
 
+def test_what_was_found_at_the_start_is_meant_at_the_end(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "one")
+    (tmp_path / "one").mkdir()
+    found = C.located(tmp_path / "link")
+    (tmp_path / "link").unlink()
+    (tmp_path / "link").symlink_to(tmp_path / "two")
+    assert found == tmp_path / "one" and C.located("checkpoints/toy") == C.ROOT / "checkpoints" / "toy"
+
+
 def test_digest_tells_contents_apart(tmp_path):
     (tmp_path / "f").write_bytes(b"abc")
     assert C.digest(tmp_path / "f") == "ba7816bf8f01cfea"  # SHA-256 of "abc"
@@ -134,7 +144,15 @@ def test_digest_tells_contents_apart(tmp_path):
     def two(x):
         return x + 2
 
-    assert C.digest(one) != C.digest(two)
+    def closing(n, start=0):
+        return lambda x, y=start: x + y + n
+
+    table = {"a lambda of a dict": lambda x: x}  # has no source of its own
+    functions = [one, two, closing(1), closing(2), closing(1, 1), *table.values()]
+    functions += [functools.partial(one, 1), functools.partial(one, 2)]
+    assert len({C.digest(f) for f in functions}) == len(functions) and C.digest(closing(1)) == C.digest(
+        closing(1)
+    )
     (tmp_path / "config.json").write_text("{}")
     C.save_tensors(tmp_path / "model.safetensors", {"w": a})
     before = C.digest(tmp_path)
@@ -174,24 +192,50 @@ def test_a_link_in_place_of_the_lock_empties_nothing(tmp_path):
     folder = C.cached(tmp_path, "x", {}, count)
     (folder / ".lock").unlink()
     (folder / ".lock").symlink_to(tmp_path / "precious")
-    C.cached(tmp_path, "x", {}, count)
+    with pytest.raises(InputError, match="cannot be written"):
+        C.cached(tmp_path, "x", {}, count)
     assert (tmp_path / "precious").read_text() == "mine"
 
 
-@pytest.mark.parametrize("damage", ["delete", "truncate", "flip", "note", "claim"])
+def test_a_link_of_the_users_is_not_moved(tmp_path):
+    for name, target in (("x", "precious"), ("y", "nowhere"), ("z", "z")):
+        (tmp_path / name).symlink_to(target)
+        with pytest.raises(InputError, match="no link to a result"):
+            C.cached(tmp_path, name, {}, count)
+        assert os.readlink(tmp_path / name) == target
+
+
+@pytest.mark.parametrize("damage", ["delete", "truncate", "flip", "note", "claim", "folder", "link"])
 def test_a_damaged_result_is_made_again(tmp_path, damage, capsys):
     folder = C.cached(tmp_path, "x", {}, count)
     file = folder / ("made_by.json" if damage in ("note", "claim") else "result.json")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.unlink()
-    if damage != "delete":
+    if damage == "folder":
+        file.mkdir()
+    elif damage == "link":  # to a folder, which must stay
+        (tmp_path / "mine").mkdir()
+        file.symlink_to(tmp_path / "mine")
+    elif damage != "delete":
         claim = json.dumps({"torch": "1.0", "files": {}}).encode()
         damaged = {"truncate": content[:3], "flip": content, "note": content[:9], "claim": claim}
         file.write_bytes(damaged[damage])
     assert C.cached(tmp_path, "x", {}, count) == folder
     assert (tmp_path / "runs").read_text() == "2" and C.load_json(folder / "result.json") == {"run": 2}
-    assert "made again" in capsys.readouterr().out
+    assert "made again" in capsys.readouterr().out and (damage != "link" or (tmp_path / "mine").is_dir())
+
+
+def test_a_kill_while_a_damaged_result_is_cleared_leaves_nothing_of_it(tmp_path, monkeypatch):
+    folder = C.cached(tmp_path, "x", {}, count)
+    (folder / "result.json").write_text("damaged")
+    unlink = Path.unlink
+    monkeypatch.setattr(
+        Path, "unlink", lambda p, **how: unlink(p, **how) if p.name != "made_by.json" else 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        C.cached(tmp_path, "x", {}, count)
+    assert not (folder / "result.json").exists()  # the note goes last: what is left does not count as begun
 
 
 def test_an_unfinished_result_goes_on(tmp_path):
@@ -210,7 +254,7 @@ def test_two_runs_in_one_folder_at_a_time_are_refused(tmp_path):
     def inner(folder: Path) -> None:
         C.cached(tmp_path, "x", {}, count)
 
-    with pytest.raises(InputError, match="another run is making it"):
+    with pytest.raises(InputError, match="another run writes there"):
         C.cached(tmp_path, "x", {}, inner)
     C.cached(tmp_path, "x", {}, count)  # the lock went with the run
 
@@ -230,20 +274,29 @@ def test_states_come_back_and_damaged_ones_are_noticed(tmp_path, capsys):
 
 
 def test_the_log_writes_means_and_forgets_what_is_done_again(tmp_path):
-    log = C.Log(tmp_path / "log.jsonl", 0, every=2, last=5)
+    log = C.Log(tmp_path / "log.jsonl", every=2, last=5)
     for step, loss in enumerate([1.0, 3.0, 5.0, 9.0, 7.0]):
         log.add(step, loss=loss)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert lines == [{"step": 2, "loss": 2.0}, {"step": 4, "loss": 7.0}, {"step": 5, "loss": 7.0}]
-    again = C.Log(tmp_path / "log.jsonl", 3, every=2, last=9, sums={"loss": [5.0]})
+    log = C.Log(tmp_path / "log.jsonl", every=2, last=9)
+    for step in range(3):
+        log.add(step, loss=5.0)
+    state = json.loads(json.dumps(log.state()))
+    (tmp_path / "log.jsonl").write_bytes(b"{\n\xff")  # whatever happened to it: the state knows
+    again = C.Log(tmp_path / "log.jsonl", 2, 9, state)
     again.add(3, loss=1.0)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert lines == [{"step": 2, "loss": 2.0}, {"step": 4, "loss": 3.0}]
-    C.Log(tmp_path / "log.jsonl", 2, every=2, last=9)  # saved right after that line
-    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
-    (tmp_path / "log.jsonl").write_text("{\n")
-    with pytest.raises(InputError, match="log.jsonl: damaged, expected lines of JSON"):
-        C.Log(tmp_path / "log.jsonl", 3, every=2, last=9)
+    assert lines == [{"step": 2, "loss": 5.0}, {"step": 4, "loss": 3.0}]
+
+
+def test_code_counts_without_its_comments_and_as_the_program_started(monkeypatch):
+    before = C.code("sample", "model")
+    assert before != C.code("model", "sample") and before != C.code("sample")
+    monkeypatch.setitem(C.SOURCES, "model", C.SOURCES["model"] + "\n\n# a comment\n")
+    assert C.code("sample", "model") == before
+    monkeypatch.setitem(C.SOURCES, "model", C.SOURCES["model"] + "x = 1\n")
+    assert C.code("sample", "model") != before
 
 
 def test_a_models_digest_is_of_its_config_and_its_weights(tmp_path):
@@ -321,16 +374,19 @@ def test_numbers_out_of_range_are_refused(value):
         (["--n"], "error: --n: is empty, expected one or more"),
         (["--seed", str(2**63)], "error: --seed 9223372036854775808: expected a number below"),
         (["--read", "there", "--out", "./there"], "error: --out ./there: is --read, too. Expected"),
+        (["--read", "there", "--out", "there/x"], "error: --out there/x: lies in --read. Expected"),
     ],
 )
-def test_every_wrong_option_is_one_line(monkeypatch, capsys, args, line):
+def test_every_wrong_option_is_one_line(monkeypatch, capsys, tmp_path, args, line):
+    monkeypatch.chdir(tmp_path)
+    Path("there").mkdir()
     monkeypatch.setattr(sys, "argv", ["x.py", *args])
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as stop:
         C.cli(lambda cfg: None, Config, "doc")
     errors = capsys.readouterr().err
     assert stop.value.code and re.match(line, errors) and errors.count("\n") == 1
-    monkeypatch.setattr(sys, "argv", ["x.py", "--seed", str(2**63 - 1), "--read", "."])
+    monkeypatch.setattr(sys, "argv", ["x.py", "--seed", str(2**63 - 1), "--read", "there"])
     assert C.cli(lambda cfg: cfg.seed, Config, "doc") == 2**63 - 1
 
 

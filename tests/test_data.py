@@ -18,7 +18,7 @@ from trimesh.visual.material import PBRMaterial
 import data
 import meshes
 import pictures
-from common import ROOT, InputError, key_seed, keyed_generator
+from common import ROOT, InputError, code, key_seed, keyed_generator, load_json
 from metrics import hull_iou
 from render import LIGHT, project, render_primitives
 from runs import diagram
@@ -111,21 +111,18 @@ def test_a_cache_is_used_only_for_what_made_it(tmp_path, monkeypatch):
     for file in tmp_path.glob("*/toys.safetensors"):
         file.write_bytes(file.read_bytes()[:-8] + bytes(8))  # damaged
     assert torch.equal(load(3), truth[:3]) and len(made) == 4
-    monkeypatch.setattr(data, "renderer", lambda: "other code")
+    monkeypatch.setattr(data, "code", lambda *names: names)
     assert torch.equal(load(3), truth[:3]) and len(made) == 5
     assert not torch.equal(data.load_split("toys", "train", 3, 16, cache=tmp_path), truth[:3])
     many = data.load_split("toys", "validation", 66, 8, cache=tmp_path)  # more than one batch, other pixels
     assert torch.equal(many, make(66, 8, data.SPLITS["validation"]))
 
 
-def test_the_renderer_is_known_by_its_code(monkeypatch, tmp_path):
-    before = [data.renderer()]
-    monkeypatch.setattr(data, "ROOT", tmp_path)
-    for change in ("", "#"):
-        for name in ("toys.py", "render.py"):
-            (tmp_path / name).write_text((ROOT / name).read_text() + change)
-            before += [data.renderer()] if change or name == "render.py" else []
-    assert before[0] == before[1] and len(set(before)) == 3
+def test_pictures_are_known_by_the_code_that_drew_them(tmp_path):
+    data.main(data.Config(toys=1, size=8, out=str(tmp_path)))
+    (note,) = tmp_path.glob("*/made_by.json")
+    assert load_json(note)["renderer"] == code("render", "toys")
+    assert meshes.mesh_made_by(note, [], 8, "y")["renderer"] == code("render", "meshes")
 
 
 @pytest.mark.parametrize("source", ["toys", "furniture", "folder"])
@@ -390,11 +387,13 @@ def test_alpha_is_tested_before_depth(tmp_path):
     assert torch.allclose(front[1, 1], torch.tensor(BLUE) * SHADE[0], atol=2)
 
 
-def test_a_broken_texture_inside_a_glb_is_noticed(tmp_path):
-    textured_box().export(tmp_path / "box.glb")
+@pytest.mark.parametrize("old, new", [(b"\x89PNG", b"\x89XXX"), (b'Factor":[1.0', b'Factor":[NaN')])
+def test_a_broken_texture_or_colour_inside_a_glb_is_noticed(old, new, tmp_path):
+    textured_box(baseColorFactor=[1.0, 0.0, 0.0, 1.0]).export(tmp_path / "box.glb")
     content = (tmp_path / "box.glb").read_bytes()
-    (tmp_path / "box.glb").write_bytes(content.replace(b"\x89PNG", b"\x89XXX"))
-    with pytest.raises(InputError, match="box.glb: cannot be drawn.*a texture"):
+    assert content.count(old) == 1
+    (tmp_path / "box.glb").write_bytes(content.replace(old, new))
+    with pytest.raises(InputError, match="box.glb: cannot be drawn.*a texture or colour"):
         render_mesh(tmp_path / "box.glb")
 
 
@@ -503,9 +502,19 @@ def test_folder_resumes_and_lists_bad_files(tmp_path, capsys):
     assert (out / "good" / "top.png").stat().st_mtime_ns == before
     assert len(data.load_views(out, 16)[0]) == 2
 
+    (out / "good" / "top.png").unlink()
+    (out / "good" / "top.png").mkdir()
+    with pytest.raises(InputError, match="good: cannot be written, expected"):  # the mesh is not to blame
+        data.main(cfg)
+    (out / "good" / "top.png").rmdir()
     (found / "good.obj").write_text("now bad")  # what it showed before does not pass for it
     data.main(cfg)
     assert data.load_views(out, 16)[0] == ["deep__other"]
+    (out / "deep__other" / "notes.txt").write_text("a user's")  # is not ours to delete
+    (found / "deep" / "other.obj").write_text("now bad")
+    with pytest.raises(InputError, match="none of 4 files could be rendered"):
+        data.main(cfg)
+    assert [p.name for p in (out / "deep__other").iterdir()] == ["notes.txt"]
     (found / "good.obj").unlink()
     (found / "deep" / "other.obj").unlink()
     with pytest.raises(InputError, match="1 folders in it are not this command's .first: deep__other"):
@@ -513,7 +522,7 @@ def test_folder_resumes_and_lists_bad_files(tmp_path, capsys):
     shutil.rmtree(out)
     with pytest.raises(InputError, match="none of 2 files could be rendered"):
         data.main(cfg)
-    assert capsys.readouterr().out.count("bad.glb: ") == 3
+    assert capsys.readouterr().out.count("bad.glb: ") == 4
 
 
 def spoil(path: Path) -> None:  # its end stays whole
@@ -529,6 +538,7 @@ CHANGES = {
     "no material": lambda meshes, out: (meshes / "a.mtl").unlink(),
     "picture": lambda meshes, out: spoil(out / "a" / "front.png"),
     "note": lambda meshes, out: (out / "a" / "made_by.json").write_text("[1]"),
+    "in the note": lambda meshes, out: (out / "a" / "made_by.json").write_text('{"beside": [1]}'),
 }
 
 
@@ -545,7 +555,7 @@ def test_after_any_change_the_pictures_are_those_made_from_nothing(change, tmp_p
     data.main(changed)
     data.main(replace(changed, out=str(tmp_path / "new")))
     assert pictures_of(out) == pictures_of(tmp_path / "new")
-    assert (pictures_of(out) == before) == (change in ("picture", "note"))
+    assert (pictures_of(out) == before) == (change in ("picture", "note", "in the note"))
     write_obj(tmp_path / "meshes" / "a.obj")  # and back, also of a material that comes later
     data.main(cfg)
     assert pictures_of(out) == before
@@ -610,6 +620,9 @@ FAULTS = {
     "texture is a pipe": lambda p: pipe(p.with_suffix(".jpg")),
     "texture outside": lambda p: p.with_suffix(".mtl").write_text("newmtl m\nmap_Kd ../x\\0.jpg\n"),
     "NaN in a texture coordinate": lambda p: write_obj(p, shape=TRIANGLE + UV.replace("1 0", "nan 0")),
+    "NaN in a colour": lambda p: p.with_suffix(".mtl").write_text("newmtl m\nKd nan 1 1\n"),
+    "NaN in a vertex colour": lambda p: p.write_text(TRIANGLE.replace("\n", " nan 1 1\n") + "f 1 2 3\n"),
+    "no number in a colour": lambda p: p.with_suffix(".mtl").write_text("newmtl m\nKd 1 x 1\n"),
     "NaN in a vertex": lambda p: write_obj(p, shape=TRIANGLE.replace("0.5", "nan") + UV),
     "infinite vertex": lambda p: write_obj(p, shape=TRIANGLE.replace("1 0 0.5", "inf 0 0") + UV),
     "all in one point": lambda p: write_obj(p, shape="v 1 1 1\n" * 3 + UV),
@@ -629,7 +642,7 @@ def test_a_mesh_that_cannot_be_drawn_is_skipped_and_listed(fault, tmp_path, caps
     assert [p.name for p in (tmp_path / "out").glob("*/")] == ["good"]
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped ")]
     assert "bad.obj: " in line and "expected" in line
-    assert ("a texture: bad.jpg is missing" in line) == (fault in ("texture missing", "texture is a pipe"))
+    assert (": bad.jpg is missing" in line) == (fault in ("texture missing", "texture is a pipe"))
 
 
 def test_killed_write_leaves_no_half_object_and_nothing_to_trip_over(tmp_path, monkeypatch):
@@ -658,7 +671,9 @@ def test_killed_write_leaves_no_half_object_and_nothing_to_trip_over(tmp_path, m
 def test_two_runs_in_one_folder_are_one_too_many(tmp_path):
     with data.locked(tmp_path), pytest.raises(InputError, match="another run writes there"):
         data.main(data.Config(toys=1, size=8, out=str(tmp_path)))
+    (tmp_path / ".a.partial").mkdir()  # what SIGKILL leaves
     data.main(data.Config(toys=1, size=8, out=str(tmp_path)))
+    assert not list(tmp_path.glob("*.partial"))
 
 
 # --- furniture ---
@@ -708,6 +723,21 @@ def test_a_strip_keeps_every_pixel_and_leaves_thin_objects_out(tmp_path, toys):
     shutil.copytree(tmp_path / "out" / "toy", tmp_path / "out" / "y__kept")  # the last part no longer tells
     data.main(cfg)
     assert (tmp_path / "strip.txt").read_text().split() == ["toy", "x__a__kept", "y__kept"]
+    before = pictures_of(tmp_path)
+    with data.locked(tmp_path / "out"), pytest.raises(InputError, match="another run writes there"):
+        data.main(cfg)
+    (tmp_path / "other.txt").write_text("a user's")
+    with pytest.raises(InputError, match="other.txt: is there without other.png"):
+        data.main(replace(cfg, strip=str(tmp_path / "other.png")))
+    for name in (b"two\nlines", b"no\xfftext"):
+        shutil.copytree(tmp_path / "out" / "toy", wrong := tmp_path / "out" / os.fsdecode(name))
+        with pytest.raises(InputError, match="expected a name of printable text"):
+            data.main(cfg)
+        shutil.rmtree(wrong)
+    assert pictures_of(tmp_path) == before and (tmp_path / "other.txt").read_text() == "a user's"
+    with pytest.raises(InputError, match="no such folder, expected one of renders"):
+        data.main(replace(cfg, out=str(tmp_path / "none")))
+    assert not (tmp_path / "none").exists()
 
 
 def test_furniture_of_other_cameras_or_names_is_refused(tmp_path, monkeypatch):
@@ -716,8 +746,8 @@ def test_furniture_of_other_cameras_or_names_is_refused(tmp_path, monkeypatch):
     names = tmp_path / "furniture" / "scopia.txt"
     names.write_text(names.read_text() + "one too many\n")
     for message, gone in (
-        ("scopia.png: 320 x 22592 pixels, expected 320 x 22656: 5 views", names),
-        ("expected scopia.txt", names.with_suffix(".png")),
+        ("scopia.png: 320 x 22592 pixels, expected 5 views of 64 of each name in scopia.txt", names),
+        ("each name in scopia.txt. .FileNotFound", names.with_suffix(".png")),
         ("scopia.png: no such file", tmp_path / "furniture" / "README.md"),
     ):
         with pytest.raises(InputError, match=message):
@@ -746,8 +776,10 @@ def test_folder_round_trip_is_exact_and_resizes(folder, toys):
 
 OBLONG = torch.ones(3, 8, 9)
 DAMAGES = {  # message: what is done to the folder of toy1
-    "toy1: found front, right, back; expected left, top": lambda f: [p.unlink() for p in f.glob("[lt]*")],
-    "toy1: found front, right, left, top; expected back too": lambda f: pipe(f / "back.png"),
+    "toy1: no left, top; expected front, right, back, left, top": lambda f: [
+        p.unlink() for p in f.glob("[lt]*")
+    ],
+    "toy1: no back; expected front, right, back, left, top": lambda f: pipe(f / "back.png"),
     "back.png: 9 x 8 pixels, expected a square": lambda f: data.write_png(f / "back.png", OBLONG),
     "back.png: truncated or not a PNG": lambda f: cut(f / "back.png"),
     "found no object, expected <object>": lambda f: [shutil.rmtree(toy) for toy in f.parent.iterdir()],
@@ -777,8 +809,13 @@ def test_fingerprint_follows_the_pictures(folder, toys):
     assert first == of(folder) != of(folder, 16)
     moved = folder.rename(folder.with_name("elsewhere"))
     assert first == of(moved)
-    data.write_png(moved / "toy1" / "top.png", toys[5, 4])
-    os.utime(moved / "toy1" / "top.png", ns=(1, 1))
+    path = moved / "toy1" / "top.png"
+    path.write_bytes(path.read_bytes())  # at another time
+    assert first == of(moved)
+    time, image = path.stat().st_mtime_ns, data.open_image(path).clone()
+    image[0, 3, 3] ^= 1
+    data.write_png(path, image)
+    os.utime(path, ns=(time, time))  # as if nothing was written
     assert first != of(moved)
     assert data.fingerprint(toys[:2]) == data.fingerprint(toys[:2].clone()) != data.fingerprint(toys[1:3])
 
@@ -797,13 +834,19 @@ def test_any_picture_becomes_a_square_on_white(tmp_path, mode):
         assert (image[:, 12:20].float() - 128).abs().max() <= 1
 
 
-def test_a_photo_is_turned_a_deep_picture_clipped_and_a_fine_one_averaged(tmp_path):
+def test_a_photo_is_turned_a_picture_of_unknown_white_refused_and_a_fine_one_averaged(tmp_path):
     photo, exif = Image.new("RGB", (20, 10), RED), Image.Exif()
     exif[0x0112] = 6  # "turn me a quarter": phones do so
     photo.save(tmp_path / "x.jpg", exif=exif)
     assert pictures.open_image(tmp_path / "x.jpg").shape == (3, 20, 10)
-    Image.fromarray(np.array([[2**20, -(2**20)]], np.int32)).save(tmp_path / "x.tif")
-    assert pictures.open_image(tmp_path / "x.tif")[0].tolist() == [[255, 0]]
+    for white, kind in ((2**16, np.int32), (255, np.int32), (1, np.float32)):
+        Image.fromarray(np.array([[0, white]], kind)).save(tmp_path / "x.tif")
+        with pytest.raises(InputError, match="x.tif: not readable as a picture.*expected 8 or 16 bits"):
+            pictures.open_image(tmp_path / "x.tif")
+    Image.fromarray(np.array([[256, 65535]], np.int32)).save(tmp_path / "x.tif")
+    assert pictures.open_image(tmp_path / "x.tif")[0].tolist() == [[1, 255]]
+    Image.new("L", (30000, 1)).save(tmp_path / "x.png")  # a square of it would be 2.7 GB
+    assert (data.read_image(tmp_path / "x.png", 9)[0] == 0).any(1).nonzero().tolist() == [[4]]
     data.write_png(tmp_path / "x.png", torch.full((3, 20, 10), 0.999))  # rounded, not cut
     tall = data.read_image(tmp_path / "x.png", 20)
     Image.new("RGB", (10, 20), RED).save(tmp_path / "x.png")
@@ -811,7 +854,7 @@ def test_a_photo_is_turned_a_deep_picture_clipped_and_a_fine_one_averaged(tmp_pa
     assert (tall == 255).all() and (wide[1, 0] == 0).nonzero()[[0, -1]].tolist() == [[5], [14]]
     lines = torch.zeros(3, 64, 64, dtype=torch.uint8)
     lines[:, ::4] = 200  # one row of four
-    assert (pictures.resize(lines, 16).float() - 50).abs().max() <= 20
+    assert (pictures.resize(lines, 16, 16).float() - 50).abs().max() <= 20
 
 
 def test_transparent_pixels_become_white(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
+from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Dinov2Config, Dinov2Model
 
@@ -110,6 +112,24 @@ def test_save_and_load_change_nothing(tiny, tmp_path):
 def test_a_missing_base_is_one_clear_line(tmp_path):
     with pytest.raises(InputError, match="--base .*cannot load its unet.*expected a hub id"):
         from_base(replace(PRESETS["sdxl"], base=str(tmp_path)))
+
+
+@pytest.mark.parametrize("change", ["missing", "nan"])
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_a_base_without_all_its_weights_is_refused(base, tmp_path, part, change):
+    """diffusers would go on with random ones."""
+    shutil.copytree(base, tmp_path / "base")
+    (file,) = (tmp_path / "base" / part).glob("*.safetensors")
+    weights = load_file(file)
+    name = min(weights)
+    weights |= {name: weights[name] * torch.nan}
+    save_file({k: v for k, v in weights.items() if k != name or change == "nan"}, file, {"format": "pt"})
+    with pytest.raises(
+        InputError, match=f"--base .*cannot load its {part}, expected a hub id.*{name} is missing or"
+    ):
+        from_base(replace(PRESETS["sdxl"], base=str(tmp_path / "base"))).with_vae(
+            None, torch.zeros(1, 3, 8, 8)
+        )
 
 
 @torch.no_grad()

@@ -279,7 +279,15 @@ def test_rollouts_are_in_the_order_of_the_references(tmp_path):
     torch.testing.assert_close(rollouts.y, clean)  # although the files are sorted by call
     images = random_model().decode(rollouts.x0.flatten(0, 1))
     torch.testing.assert_close((images * 255).round().to(torch.uint8), images_of(folder).flatten(0, 1))
-    assert len({p.name for p in folder.glob("*.safetensors")}) > 1
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 1
+    files[0].with_name("000000 (1).safetensors").write_bytes(files[0].read_bytes())  # a copy beside it
+    assert torch.equal(D.read_rollouts(folder).y, rollouts.y)
+    files[-1].write_bytes(files[0].read_bytes())
+    with pytest.raises(InputError, match="not one part for each reference"):
+        D.read_rollouts(folder)
+    with pytest.raises(InputError, match="rewards are not finite"):
+        D.prefer(folder, references, cfg)
 
 
 def test_noised_candidates_differ_by_their_reference_alone(tmp_path):
@@ -509,7 +517,13 @@ def test_another_rate_stands_beside_and_reuses_the_candidates(tmp_path, capsys):
     assert len(list((tmp_path / "out").glob("candidates-*"))) == 1
 
 
-@pytest.mark.parametrize("what", ["weights", "config", "seed", "references", "feedback's code", "scorer"])
+FILES = [f"{name}.py" for name in ("candidates", "feedback", "model", "sample", "train_d3po", "train_sft")]
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["weights", "config", "seed", "references", "feedback's code", "scorer", "own feedback's scorer", *FILES],
+)
 def test_whatever_is_upstream_is_noticed(tmp_path, monkeypatch, what):
     """The same command after a change gives what it gives in an empty folder."""
 
@@ -519,9 +533,9 @@ def test_whatever_is_upstream_is_noticed(tmp_path, monkeypatch, what):
         scorer.save(tmp_path / "scorer")
 
     new_scorer()
-    cfg = config(
-        tmp_path, feedback="contrastive" if what == "scorer" else "oracle", scorer=str(tmp_path / "scorer")
-    )
+    feedback = {"scorer": "contrastive", "own feedback's scorer": "mine"}.get(what, "oracle")
+    monkeypatch.setitem(D.FEEDBACKS, "mine", lambda *args: D.FEEDBACKS["contrastive"](*args))
+    cfg = config(tmp_path, feedback=feedback, scorer=str(tmp_path / "scorer"))
     first = D.main(cfg)
     if what == "weights":
         other_model().save(tmp_path / "pre")
@@ -533,6 +547,8 @@ def test_whatever_is_upstream_is_noticed(tmp_path, monkeypatch, what):
         monkeypatch.setattr(D, "load_references", lambda data, n, size, seed: make_toys(n, size, 5))
     elif what == "feedback's code":
         monkeypatch.setitem(D.FEEDBACKS, "oracle", lambda ref, images, truth, cfg: -images.mean((1, 2, 3, 4)))
+    elif what in FILES:
+        monkeypatch.setitem(common.SOURCES, what[:-3], common.SOURCES[what[:-3]] + "\nx = 1\n")
     else:
         new_scorer()
     second, fresh = D.main(cfg), D.main(replace(cfg, out=str(tmp_path / "new")))
@@ -545,7 +561,7 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch):
     whole = D.main(config(tmp_path, out=str(tmp_path / "whole"), steps=3))["folder"]
     parts = config(tmp_path, out=str(tmp_path / "parts"), steps=3)
     monkeypatch.setattr(common, "SAVE_SECONDS", 0)
-    calls, original = [], D.simple_loss
+    calls, original = [], D.optimizer_step
 
     def dies(*args):
         calls.append(0)
@@ -553,7 +569,7 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(D, "simple_loss", dies)
+    monkeypatch.setattr(D, "optimizer_step", dies)
     with pytest.raises(KeyboardInterrupt):
         D.main(parts)
     pieces = D.main(parts)["folder"]
@@ -627,6 +643,9 @@ def test_both_losses_in_turn(tmp_path):
         assert both[loss]["config"]["loss"] == loss
         assert both[loss]["folder"] == D.main(replace(cfg, loss=loss))["folder"]
     assert both["d3po"]["folder"] != both["diffusion_dpo"]["folder"]
+    with pytest.raises(InputError, match="--feedback least_noise: expected --candidates noised"):  # at once
+        D.main(config(tmp_path, loss="both", feedback="least_noise", out="new"))
+    assert not Path("new").exists()
 
 
 def test_diffusion_dpo_runs_and_the_frozen_copy_stays(tmp_path):

@@ -190,6 +190,24 @@ def test_two_steps_write_everything_and_are_reused(tmp_path, capsys):
     assert T.main(config(tmp_path))["folder"] != str(folder)  # the start counts by its content
 
 
+def test_stopped_in_the_last_evaluation_it_does_not_train_again(tmp_path, monkeypatch):
+    want, losses = load(T.main(config(tmp_path, out="whole"))["folder"]).state_dict(), []
+    with monkeypatch.context() as stopped, pytest.raises(ZeroDivisionError):
+        stopped.setattr(T, "evaluate", lambda *args: 1 / 0)
+        T.main(config(tmp_path, eval_every=9))
+    monkeypatch.setattr(T, "simple_loss", lambda *args: losses.append(args))
+    got = load(T.main(config(tmp_path, eval_every=9))["folder"]).state_dict()
+    assert not losses and all(torch.equal(got[k], want[k]) for k in want)
+
+
+def test_a_network_of_another_kind_is_another_run(tmp_path, monkeypatch):
+    folders = set()
+    for changes in ({}, {"prediction": "v"}, {"channels": 64}):
+        monkeypatch.setitem(T.PRESETS, "toy", random_model(**changes).cfg)
+        folders.add(T.main(config(tmp_path, init="", steps=1))["folder"])
+    assert len(folders) == 3
+
+
 def test_the_evaluation_by_hand(tmp_path, monkeypatch):
     views = make_toys(2, 16, 2)
     monkeypatch.setattr(T, "sample_images", lambda model, ref, *args: (views.float() / 255 + 0.1).clamp(0, 1))
