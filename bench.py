@@ -1,7 +1,7 @@
 """How fast is it, how exact, does it fit? Against the published structure, and at the paper's scale.
 
-Measured: two forms of one computation, on one network, with equal weights and one batch. First both run once
-in float32: losses and gradients must be equal to 1e-4. Then they take turns, in bfloat16 where it is fast.
+Measured: two forms of one computation, with equal weights and one batch. First both run once in float32:
+losses and gradients must be equal to 1e-4. Then they take turns, in bfloat16 where it is fast.
 
     pair step     published order of calls: policy on the winner, frozen policy on the winner, the same two
                   on the loser. Ours: one forward (train_d3po.step_log_ratio); the frozen means are stored
@@ -29,7 +29,6 @@ Run:
 Letters: B objects, P pairs, G candidates, R states, V views. One object is V + 1 = 6 rows of the UNet.
 """
 
-import copy
 import time
 import weakref
 from collections.abc import Callable, Iterable
@@ -46,6 +45,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from einops import rearrange
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -54,8 +54,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_d3po as D
 from candidates import Batch, make_batch, read_rollouts
-from common import InputError, check_at_least, check_output, cli, get_device, keyed_generator, provenance
-from common import save_json, use_bf16, write_atomic
+from common import InputError, check_at_least, check_output, cli, get_device, keyed_generator, located
+from common import provenance, save_json, use_bf16, write_atomic
 from model import NUM_VIEWS, PRESETS, ModelConfig, MultiViewAttention, MultiViewUNet, from_pipeline, load
 from sample import Schedule, log_ratio, policy_mean, sample
 from train_sft import simple_loss
@@ -112,8 +112,8 @@ class TwoPass:
             keys, values = (torch.cat(z, 1) for z in zip((placed, own), self.stored.pop(layer)))
         else:
             self.stored[layer] = placed, own
-        projected = (layer.to_q(placed), layer.to_k(keys), layer.to_v(values))
-        q, k, v = (rearrange(z, "B N (H d) -> B H N d", H=layer.heads) for z in projected)
+        qkv = (layer.to_q(placed), layer.to_k(keys), layer.to_v(values))
+        q, k, v = (rearrange(z, "B N (H d) -> B H N d", H=layer.heads) for z in qkv)
         out = rearrange(F.scaled_dot_product_attention(q, k, v), "B H N d -> B N (H d)")
         return layer.to_out[0](out).reshape(x.shape)
 
@@ -132,7 +132,7 @@ class TwoPass:
 def published_loop(policy: MultiViewUNet, pre: MultiViewUNet, batch: Batch, limit: int, bf16: bool) -> Tensor:
     """Eq. (2) of all pairs, or of the first `limit`, in D3PO's order: four calls of a network for each."""
     pairs, R = list(combinations(range(batch.action.shape[1]), 2)), batch.x_t.shape[1]
-    schedule, total = Schedule(policy.cfg), torch.zeros((), device=batch.t.device)
+    schedule, losses = Schedule(policy.cfg), []
     for pair in pairs[:limit]:
         ratios = []
         for g in pair:
@@ -141,10 +141,9 @@ def published_loop(policy: MultiViewUNet, pre: MultiViewUNet, batch: Batch, limi
             with torch.no_grad():
                 mean_pre, _ = policy_mean(pre, schedule, *given)
             ratios.append(log_ratio(batch.action[:, g], mean, mean_pre, var))
-        loss = D.d3po_loss(ratios[0], ratios[1], BETA)[0] / len(pairs)
-        loss.backward()
-        total = total + loss.detach()
-    return total
+        losses.append(D.d3po_loss(*ratios, BETA)[0] / len(pairs))
+        losses[-1].backward()
+    return torch.stack(losses).sum().detach()
 
 
 def our_step(policy: MultiViewUNet, batch: Batch, mean_pre: Tensor, bf16: bool) -> Tensor:
@@ -163,8 +162,8 @@ def eq2(model: MultiViewUNet, batch: Batch, bf16: bool) -> None:
 
 def pairs_of(ratio: Tensor) -> tuple[Tensor, Tensor]:  # (..., G) -> (..., P), (..., P)
     """The log-ratios of the first and the second of every two candidates."""
-    w, l = torch.tensor([*combinations(range(ratio.shape[-1]), 2)]).T  # noqa: E741
-    return ratio[..., w], ratio[..., l]
+    first, second = torch.combinations(torch.arange(ratio.shape[-1])).T
+    return ratio[..., first], ratio[..., second]
 
 
 def random_batch(
@@ -233,21 +232,23 @@ def peak_flops(device: torch.device, bf16: bool, size: int = 2048) -> float:
 Form = Callable[[bool], Tensor]  # bf16 -> loss or picture; its gradients are in p.grad
 
 
-def compare(label: str, *forms: Form, networks: Any, cfg: Config, quick: Any = None, scale: float = 1):
+def compare(
+    cfg: Config, networks: Any, label: str, *forms: Form, quick: Any = None, scale: float = 1
+) -> dict[str, Any]:
     """Assert that the published form and ours are equal, count calls and operations, and time them in turn.
 
     quick is timed in place of the published form, which takes `scale` times as long."""
     device, policy, found, seconds, shares = get_device(cfg.device), networks[0], [], [], []
-    bf16 = use_bf16(cfg.bf16, device)
+    bf16, calls = use_bf16(cfg.bf16, device), []
+    hooks = [network.unet.register_forward_hook(lambda *_: calls.append(1)) for network in networks]
     for form in forms:
-        calls, value = [], []
-        hooks = [n.unet.register_forward_hook(lambda *_, calls=calls: calls.append(1)) for n in networks]
+        value, before = [], len(calls)
         flop = flops_of(lambda form=form, value=value: value.append(form(False)))
-        for hook in hooks:
-            hook.remove()
         gradient = [p.grad.flatten() for p in policy.parameters() if p.grad is not None]
         policy.zero_grad()
-        found.append((value[0], torch.cat(gradient or value), len(calls), flop / 1e9))
+        found.append((value[0], torch.cat(gradient or value), len(calls) - before, flop / 1e9))
+    for hook in hooks:
+        hook.remove()
     for name, a, b in zip(("loss", "gradient"), *found):
         if (a - b).norm() > 1e-4 * a.norm():
             raise InputError(f"{label}: the {name} of the two forms differs by more than 1e-4.")
@@ -259,37 +260,34 @@ def compare(label: str, *forms: Form, networks: Any, cfg: Config, quick: Any = N
         if turn:  # the first warms up
             seconds.append((scale * took[0], took[1]))
             shares.append(1e9 * found[1][3] / took[1] / peak)
-    ratios = sorted(a / b for a, b in seconds)
-    times = {"times faster": median(ratios), "min": ratios[0], "max": ratios[-1]}
-    times["seconds"] = tuple(median(z) for z in zip(*seconds))
-    counts = {"network calls": tuple(f[2] for f in found), "GFLOP": tuple(f[3] for f in found)}
-    return {"published / ours": label, **times, **counts, "share of peak": median(shares)}
+    ratios = [a / b for a, b in seconds]
+    row = {"published / ours": label, "times faster": median(ratios), "min": min(ratios), "max": max(ratios)}
+    row |= {"seconds": tuple(map(median, zip(*seconds)))}
+    row |= {"network calls": tuple(f[2] for f in found), "GFLOP": tuple(f[3] for f in found)}
+    print(f"{label}: {row['times faster']:.2f}", flush=True)
+    return row | {"share of peak": median(shares)}
 
 
 def measure(cfg: Config, device: torch.device) -> list[dict[str, Any]]:
     """All comparisons."""
-    pre = load(cfg.model, device).requires_grad_(False)
-    policy = copy.deepcopy(pre).requires_grad_(True)
+    pre, policy = load(cfg.model, device).requires_grad_(False), load(cfg.model, device)
     g, rows = torch.Generator().manual_seed(0), []
     with torch.no_grad():  # a policy that has moved a little, or the loss would be log 2 whatever is computed
         for p in policy.parameters():
             p.add_(1e-3 * torch.randn(p.shape, generator=g).to(device) * p.std(unbiased=False))
 
-    def add(*forms: Any, **quick: Any) -> None:
-        rows.append(compare(*forms, networks=(policy, pre), cfg=cfg, **quick))
-        print(f"{rows[-1]['published / ours']}: {rows[-1]['times faster']:.2f}", flush=True)
-
+    to_row = partial(compare, cfg, (policy, pre))
     for G in cfg.groups:
         pairs = G * (G - 1) // 2
         for R, kind in ((G, "states of their own"), (1, "one state")):
             batch = random_batch(pre.cfg, device, R=R, G=G)
             with torch.no_grad():
                 mean_pre = D.batch_means(pre, Schedule(pre.cfg), batch, False)[0][None]
+            label = f"{'pair step' if G == 2 else f'{pairs} pairs of {G}'}, {kind}"
             loop = partial(published_loop, policy, pre, batch)
-            ours = partial(our_step, policy, batch, mean_pre)
-            label = "pair step" if G == 2 else f"{pairs} pairs of {G}"
-            quick = {"quick": partial(loop, TIMED_PAIRS), "scale": max(1, pairs / TIMED_PAIRS)}
-            add(f"{label}, {kind}", partial(loop, pairs), ours, **quick)
+            forms = (partial(loop, pairs), partial(our_step, policy, batch, mean_pre))
+            scale = max(1, pairs / TIMED_PAIRS)
+            rows.append(to_row(label, *forms, quick=partial(loop, TIMED_PAIRS), scale=scale))
 
     def step(network: Any, bf16: bool) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -303,7 +301,7 @@ def measure(cfg: Config, device: torch.device) -> list[dict[str, Any]]:
     two = random_batch(pre.cfg, device, B=2)
     ref = torch.rand(1, 3, pre.cfg.image_size, pre.cfg.image_size, generator=g).to(device)
     for label, run in (("reference attention, step of 2 objects", step), ("sampling, 10 calls", draw)):
-        add(label, partial(run, TwoPass(policy)), partial(run, policy))
+        rows.append(to_row(label, partial(run, TwoPass(policy)), partial(run, policy)))
     return rows
 
 
@@ -320,12 +318,9 @@ def precision(cfg: Config, device: torch.device) -> list[dict[str, Any]]:
         batch = make_batch(rollouts, chosen, 0 * chosen, schedule, job.num_steps, device)
         for bf16 in (False, True):
             with torch.no_grad():
-                mean_pre = D.batch_means(pre, schedule, batch, bf16)[0].unflatten(0, (len(chosen), -1))
-                moved, equal = (
-                    D.step_log_ratio(p, schedule, batch, mean_pre, bf16)[0] for p in (policy, pre)
-                )
-            w, l = pairs_of(moved)  # noqa: E741
-            nats.append(w - l)
+                old = D.batch_means(pre, schedule, batch, bf16)[0].unflatten(0, (len(chosen), -1))
+                moved, equal = (D.step_log_ratio(p, schedule, batch, old, bf16)[0] for p in (policy, pre))
+            nats.append(torch.sub(*pairs_of(moved)))
         row = {"call": call, "pairs": nats[0].numel(), "deviation, nats": nats[0].std().item()}
         error = (nats[1] - nats[0]).abs().mean().item()
         rows.append(row | {"error of bfloat16": error, "equal weights": equal.abs().max().item()})
@@ -358,12 +353,8 @@ def scaling(cfg: Config, device: torch.device) -> list[dict[str, Any]]:
 
 def plot(path: Path, rows: list[dict[str, Any]]) -> None:
     """Above: seconds, and counted operations at the mean speed. Below: memory."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, len(rows), figsize=(16, 6), sharey="row", layout="constrained")
+    figure = Figure(figsize=(16, 6), layout="constrained")
+    axes = figure.subplots(2, len(rows), sharey="row", squeeze=False)
     axes[0, 0].set_ylabel("seconds")
     axes[1, 0].set_ylabel("peak MB")
     for column, r in zip(axes.T, rows):
@@ -376,7 +367,6 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
             column[at].minorticks_off()
             column[at].legend(title="exponent")
     write_atomic(path, lambda p: figure.savefig(p, dpi=80, format="png"))
-    plt.close(figure)
 
 
 # --- counting ---
@@ -385,11 +375,10 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
 def float32_norms(model: nn.Module) -> None:
     """Normalise in float32 and hand that on, as autocast does on CUDA and does not on a CPU."""
 
-    def norm(m: Any, input: Tensor) -> Tensor:
-        x, weight, bias = input.float(), m.weight.float(), m.bias.float()
-        if isinstance(m, nn.GroupNorm):
-            return F.group_norm(x, m.num_groups, weight, bias, m.eps)
-        return F.layer_norm(x, m.normalized_shape, weight, bias, m.eps)
+    def norm(m: Any, x: Tensor) -> Tensor:
+        group = isinstance(m, nn.GroupNorm)
+        function, shape = (F.group_norm, m.num_groups) if group else (F.layer_norm, m.normalized_shape)
+        return function(x.float(), shape, m.weight.float(), m.bias.float(), m.eps)
 
     for module in model.modules():
         if isinstance(module, nn.GroupNorm | nn.LayerNorm):
@@ -421,11 +410,12 @@ def count(cfg: Config, size: int, kind: str = "") -> list[dict[str, Any]]:
         "D3PO step: 1 pair and 1 object": partial(d3po, R=2, G=2),
         "D3PO step: 8 candidates of one state and 1 object": partial(d3po, G=8),
     }
-    stock: Any = from_pipeline(UNet2DConditionModel.load_config, cfg.base, subfolder="unet")
+    base = str(located(cfg.base)) if located(cfg.base).is_dir() else cfg.base
+    stock: Any = from_pipeline(UNet2DConditionModel.load_config, base, subfolder="unet")
     rows = []
     with FakeTensorMode():
         unet: Any = UNet2DConditionModel.from_config(stock)
-        model = MultiViewUNet(replace(PRESETS["sdxl"], base=cfg.base, image_size=size), unet).train()
+        model = MultiViewUNet(replace(PRESETS["sdxl"], base=base, image_size=size), unet).train()
         if cfg.lora:
             model.add_lora(cfg.lora)
         parameters, schedule = model.freeze(attention_only=True, frozen_bf16=True), Schedule(model.cfg)
@@ -441,7 +431,7 @@ def count(cfg: Config, size: int, kind: str = "") -> list[dict[str, Any]]:
             flop = flops_of(step)  # by itself: the counter keeps tensors alive
             model.zero_grad()
             owners = {"weights": weights, "Adam": 0 if "collect" in name else adam, "rest": memory.peak}
-            row: dict[str, Any] = {"px": size, "step": name, **{k: v / 1e9 for k, v in owners.items()}}
+            row = {"px": size, "step": name, **{k: v / 1e9 for k, v in owners.items()}}
             row |= {"total GB": sum(owners.values()) / 1e9, "TFLOP": flop / 1e12}
             rows.append(row | {"seconds": flop / (0.4 * 312e12)})
     return rows
@@ -468,23 +458,26 @@ def main(cfg: Config) -> dict:
     check_at_least(cfg, 0, "lora")
     if cfg.out:
         check_output("out", cfg.out)
-    device, tables = get_device(cfg.device), {}
+    device = get_device(cfg.device)
     if cfg.count:
         name = f"lora{cfg.lora}" if cfg.lora else "attention"
-        tables[name] = [row for size in cfg.sizes for row in count(cfg, size)]
-    elif cfg.scaling:
-        tables["scaling"] = scaling(cfg, device)
+        tables = {name: [row for size in cfg.sizes for row in count(cfg, size)]}
     else:
-        tables = {"table": measure(cfg, device), "bf16": precision(cfg, device)}
+        model = load(cfg.model).cfg
+        if not (model.position and model.cross_view):  # SDXL has no position tables
+            raise InputError(f"--model {cfg.model}: expected a small one whose views see each other.")
+        if cfg.scaling:
+            tables = {"scaling": scaling(cfg, device)}
+        else:
+            tables = {"table": measure(cfg, device), "bf16": precision(cfg, device)}
     for name, rows in tables.items():
         print(f"\n{table(rows)}")
         if cfg.out:
-            save_json(
-                Path(cfg.out) / f"{name}.json", {**provenance(cfg), "computed": cfg.count, "rows": rows}
-            )
+            result = {**provenance(cfg), "computed": cfg.count, "rows": rows}
+            save_json(Path(cfg.out) / f"{name}.json", result)
             write_atomic(Path(cfg.out) / f"{name}.md", lambda p, rows=rows: p.write_text(table(rows)))
-    if cfg.scaling and cfg.out:
-        plot(Path(cfg.out) / "scaling.png", tables["scaling"])
+            if name == "scaling":
+                plot(Path(cfg.out) / "scaling.png", rows)
     return tables
 
 

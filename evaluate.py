@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import metrics
 from common import InputError, check_at_least, check_output, cli, digest, explained, get_device, load_json
-from common import provenance, save_json, use_bf16
+from common import located, provenance, save_json, use_bf16
 from data import VIEWS, load_split, load_views, object_names, open_image
 from grid import grid
 from metrics import Lpips, bootstrap_interval, psnr, spoilt_views
@@ -177,7 +177,8 @@ def read_truth(cfg: Config, size: int) -> tuple[list[str], Tensor]:  # names, (N
 
 def check_outputs(cfg: Config) -> None:
     """Nothing of the user's is overwritten, and what cannot be written is said before an hour of sampling."""
-    inputs = [p for p in (cfg.model, cfg.images, cfg.data, cfg.lpips, *cfg.scorer) if Path(p).is_dir()]
+    named = (cfg.model, cfg.images, cfg.data, cfg.lpips, *cfg.scorer)
+    inputs = [str(located(p)) for p in named if p and located(p).is_dir()]
     outputs = {"out": (cfg.out, ".json")} | ({"grid": (cfg.grid, ".png")} if cfg.grid else {})
     for option, (path, suffix) in outputs.items():
         name = f"--{option} {path}"
@@ -186,15 +187,14 @@ def check_outputs(cfg: Config) -> None:
         place = check_output(option, path, suffix, inputs)
         if option == "out" and place.exists():
             with explained(f"{name}: exists, and is no evaluation. Choose another name."):
-                load_json(place)["rows"]
+                if not {"objects", "ids"} <= {*load_json(place)}:
+                    raise ValueError("it lacks objects or ids")
 
 
-def paired_difference(
-    measured: Mapping[str, Tensor], judged: Mapping[str, Any], path: str
-) -> dict[str, dict[str, float]]:
-    """Ours (R, N) minus the other run's, by metric. Objects, pictures, scorers and sampler must be equal."""
+def read_earlier(path: str, judged: Mapping[str, Any]) -> dict[str, Tensor]:  # metric -> (R, N)
+    """The numbers of another run, whose objects, pictures, scorers and sampler must be equal to ours."""
     with explained(f"--against {path}: not an evaluation, expected a file that this script wrote."):
-        other, N = load_json(path), len(judged["ids"])
+        other = load_json(path)
         remedies = {
             "ids": "it has other objects. Use equal --data, --split and --n",
             "size": f"made at {other['size']} pixels, not {judged['size']}. Compare equal sizes",
@@ -208,14 +208,20 @@ def paired_difference(
         for name in judged["judges"].keys() & other["judges"].keys():
             if judged["judges"][name] != other["judges"][name]:
                 raise InputError(f"--against {path}: column {name} is by other weights there.")
-        theirs = {k: torch.tensor(v, dtype=torch.float64).view(-1, N) for k, v in other["objects"].items()}
-    return {name: with_interval(measured[name] - theirs[name]) for name in measured if name in theirs}
+        shape = (len(other["sampler"]["seeds"]) if other["sampler"] else 1, len(judged["ids"]))
+        theirs = {k: torch.tensor(v, dtype=torch.float64) for k, v in other["objects"].items()}
+        if not all(v.shape == shape and v.isfinite().all() for v in [theirs["psnr"], *theirs.values()]):
+            raise ValueError(f"expected {shape[0]} x {shape[1]} finite numbers of each metric")
+    return theirs
 
 
 def main(cfg: Config) -> dict:
     """Read all that can be wrong, sample, measure, print the table, write the files."""
     if bool(cfg.model) == bool(cfg.images):
         raise InputError("got both or neither of --model and --images, expected one of them.")
+    label = cfg.model or cfg.images
+    if (name := Path(label).name) in ("truth", "all white", "reference copied") or name.startswith("truth, "):
+        raise InputError(f"{label}: a known row has this name, expected another. Rename the folder.")
     check_at_least(cfg, 1, "n", "seeds", "num_steps", "batch_size")
     check_at_least(cfg, 0, "seed")
     device = get_device(cfg.device)
@@ -226,10 +232,10 @@ def main(cfg: Config) -> dict:
     else:  # as the first picture of --images has them
         size = open_image(load_views(cfg.images, 0)[1].folders[0] / f"{VIEWS[0]}.png").shape[-1]
     if size < 32:
-        raise InputError(f"{cfg.model or cfg.images}: views of {size} pixels, expected 32 or more.")
+        raise InputError(f"{label}: views of {size} pixels, expected 32 or more.")
     columns = [f"contrastive_{Path(f).name}" if i else "contrastive" for i, f in enumerate(cfg.scorer)]
-    if len(set(columns)) < len(columns):
-        raise InputError(f"--scorer {' '.join(cfg.scorer)}: two have one name, expected different ones.")
+    if min(len(set(columns)), len(set(map(located, cfg.scorer)))) < len(columns):
+        raise InputError(f"--scorer {' '.join(cfg.scorer)}: two are one or have one name, expected neither.")
     scorers = {name: Scorer.load(folder, device) for name, folder in zip(columns, cfg.scorer)}
     lpips = Lpips.load(cfg.lpips, device) if cfg.lpips else None
     ids, truth = read_truth(cfg, size)
@@ -241,8 +247,7 @@ def main(cfg: Config) -> dict:
         judges["lpips"] = digest([digest(v) for v in lpips.state_dict().values()])
     sampler = {"seeds": seeds, "num_steps": cfg.num_steps} if model else None
     judged = {"ids": ids, "size": size, "truth": digest(truth), "judges": judges, "sampler": sampler}
-    if cfg.against:
-        paired_difference({}, judged, cfg.against)  # is it there, and comparable?
+    earlier = read_earlier(cfg.against, judged) if cfg.against else {}
     check_outputs(cfg)
 
     if model:
@@ -250,7 +255,6 @@ def main(cfg: Config) -> dict:
         views = [sample_images(model, ref, seed, label=f"sample, seed {seed}", **how) for seed in seeds]
     by_seed = [measure(images, truth, ref, scorers, lpips) for images in views]
     measured = {name: torch.stack([one[name] for one in by_seed]) for name in by_seed[0]}  # (R, N) each
-    label = cfg.model or cfg.images
     rows = {label: summary(measured)}
     if cfg.known_rows:
         copied = ref[:, None].expand_as(truth)
@@ -262,7 +266,8 @@ def main(cfg: Config) -> dict:
     objects = {name: values.tolist() for name, values in measured.items()}
     result = {**provenance(cfg), **judged, "rows": rows, "objects": objects}
     if cfg.against:
-        result["difference"] = paired_difference(measured, judged, cfg.against)
+        both = [name for name in measured if name in earlier]
+        result["difference"] = {name: with_interval(measured[name] - earlier[name]) for name in both}
         print(f"\nminus {cfg.against}, mean and 95 % interval over objects and seeds:")
         for name, d in result["difference"].items():
             print(f"    {name:16s} {d['difference']:+.4f}   [{d['low']:+.4f}, {d['high']:+.4f}]")

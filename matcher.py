@@ -9,22 +9,15 @@ so it is the default. It never stands in silently: without LoFTR's file, `loftr`
 What the number cannot see: matches are points that look alike, wherever they lie. A mirrored back view lines
 up with the front's outline and gets as many matches as the true one; a copy of the front gets most of all.
 
+Twelve toys at 64 px, SIFT, mean reward: truth 243, noise of sd .03 181, 3 x 3 blur 71, another object 42, all
+white 0; right, back, left and top mirrored 245. About 45 ms for an image with SIFT, 1.3 s for a pair with
+LoFTR, on one core.
+
 Letters: B objects, V views, n keypoints of one image.
-
-Run:
-    python matcher.py --ref r.png --views DIR                   # DIR holds {front,right,back,left,top}.png
-    python matcher.py --ref r.png --views DIR --method loftr    # 46 MB of weights at the first call
-
-Expect:
-    One line for each view and their sum. Twelve toys at 64 px, SIFT, mean sum: truth 243, noise of sd .03
-    181, 3 x 3 blur 71, another object 42, all white 0; right, back, left and top mirrored 245.
-    About 45 ms for an image with SIFT, 1.3 s for a pair with LoFTR, on one core. Writes nothing.
 """
 
-from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import kornia.feature as KF
 import torch
@@ -32,23 +25,10 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor
 
-from common import InputError, check_at_least, cli, explained, get_device, regular
-from data import VIEWS, read_image
+from common import InputError, explained, regular
 
 MIN_SIZE = 256  # both methods find next to nothing on a 64-pixel image: smaller ones are enlarged to this
 LOFTR_URL = "https://huggingface.co/kornia/loftr/resolve/main/loftr_outdoor.ckpt"
-
-
-@dataclass(frozen=True)
-class Config:
-    """Count the matches of one set of views."""
-
-    ref: str = "r.png"  # reference image
-    views: str = "views"  # folder with front.png, right.png, back.png, left.png, top.png
-    method: Literal["sift", "loftr"] = "sift"  # loftr: the paper's, needs weights
-    weights: str = ""  # LoFTR weights (empty: from torch's hub cache, downloaded if absent)
-    size: int = 256  # pixels to which the images are brought first
-    device: str = "auto"  # auto | cpu | cuda
 
 
 def to_grey(images: Tensor) -> Tensor:  # (N, 3, H, W) in [0, 1] -> (N, 1, S, S), S at least MIN_SIZE
@@ -95,7 +75,7 @@ def sift_counts(own: Any, views: Tensor) -> Tensor:  # (n, 128), (V, 1, S, S) ->
 def loftr_model(weights: str, device: torch.device) -> KF.LoFTR:
     """The outdoor model from a local file, or from torch's hub cache ($TORCH_HOME), downloaded if absent."""
     model = KF.LoFTR(pretrained=None)
-    remedy = f"Put it into {torch.hub.get_dir()}/checkpoints, name the file (--weights), or choose sift."
+    remedy = f"Put it into {torch.hub.get_dir()}/checkpoints, name the file (--matcher), or choose sift."
     wrong = f"LoFTR weights {weights or LOFTR_URL}: expected loftr_outdoor.ckpt of {LOFTR_URL}. {remedy}"
     with explained(wrong):
         options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
@@ -153,34 +133,3 @@ def count_matches(ref: Tensor, views: Tensor, method: str = "sift", weights: str
 def matching_reward(ref: Tensor, views: Tensor, method: str = "sift", weights: str = "") -> Tensor:
     """MV-D3PO-M's feedback, (B,): the sum over all views but 0, the reference's own."""
     return count_matches(ref, views[:, 1:], method, weights).sum(dim=1).float()
-
-
-# --- command line ---
-
-
-def read_set(ref: str, folder: str, size: int) -> tuple[Tensor, Tensor]:  # (1, 3, S, S), (1, V, 3, S, S)
-    """A reference image and the views in a folder, in [0, 1]."""
-    paths = [Path(ref), *(Path(folder) / f"{view}.png" for view in VIEWS)]
-    images = torch.stack([read_image(path, size) for path in paths]).float() / 255
-    return images[None, 0], images[None, 1:]
-
-
-def print_views(values: Tensor) -> dict[str, float]:  # (V,)
-    """Print and return a number for each view and the reward, which is their sum without view 0."""
-    result = {**dict(zip(VIEWS, values.tolist())), "sum": values[1:].sum().item()}
-    for name, value in result.items():
-        number = f"{value:5d}" if isinstance(value, int) else f"{value:7.4f}"
-        print(f"{name:6s} {number}" + "   (the reference's own view: not in the sum)" * (name == VIEWS[0]))
-    return result
-
-
-def main(cfg: Config) -> dict[str, float]:
-    """Print the number of matches of each view, and the reward."""
-    check_at_least(cfg, 1, "size")
-    device = get_device(cfg.device)
-    ref, views = (images.to(device) for images in read_set(cfg.ref, cfg.views, cfg.size))
-    return print_views(count_matches(ref, views, cfg.method, cfg.weights)[0])
-
-
-if __name__ == "__main__":
-    cli(main, Config, __doc__)

@@ -22,69 +22,44 @@ FORK: another metric is a function here and a line in evaluate.py:measure. Camer
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import kornia.metrics as KM
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import explained
+from common import explained, regular
 from render import CAMERAS, VIEWS
 
 # --- images against the truth ---
 
 
-def psnr(
-    x: Tensor,  # (N, ...) in [0, 1]
-    y: Tensor,  # (N, ...) or broadcast to it
-) -> Tensor:  # (N,) dB
+def psnr(x: Tensor, y: Tensor) -> Tensor:  # (N, ...) in [0, 1], the same or broadcast to it -> (N,) dB
     """10 log10(1 / mse). Rounding to 8 bits has a mse of 1 / (12 255^2), 58.9 dB, and counts as none.
 
-    Without this limit one exact view, such as a copied reference, lifts the mean over views without bound.
-    """
+    Without this limit one exact view, such as a copied reference, lifts the mean over views without bound."""
     mse = (x.double() - y.double()).square().flatten(1).mean(1)
     return -10 * mse.clamp(min=1 / (12 * 255**2)).log10()
 
 
-def closeness(
-    images: Tensor,  # (G, V, 3, S, S) candidates of one object
-    truth: Tensor,  # (V, 3, S, S)
-) -> Tensor:  # (G,) dB
-    """PSNR of the unseen views, their errors pooled: what a feedback should rank by."""
+def closeness(images: Tensor, truth: Tensor) -> Tensor:  # (G, V, 3, S, S), (V, 3, S, S) -> (G,) dB
+    """PSNR of the candidates' unseen views, their errors pooled: what a feedback should rank by."""
     return psnr(images[:, 1:].flatten(1, 2), truth[None, 1:].flatten(1, 2))
 
 
-def ssim(
-    x: Tensor,  # (N, C, H, W) in [0, 1], H and W at least 11
-    y: Tensor,  # (N, C, H, W)
-) -> Tensor:  # (N,)
-    """(2 a b + c1) (2 cov + c2) / ((a^2 + b^2 + c1) (var_x + var_y + c2)), mean over windows and channels.
+def ssim(x: Tensor, y: Tensor) -> Tensor:  # (N, C, H, W) in [0, 1] each, at least 11 x 11 -> (N,)
+    """Mean over windows and channels. kornia's sigma is 1.5, its constants .01^2 and .03^2.
 
-    In float64: var = E[x^2] - E[x]^2 cancels on flat white, and float32 is then wrong in the fourth digit.
-    """
-    x, y = x.double(), y.double()
-    window = torch.exp(-((torch.arange(11, dtype=x.dtype, device=x.device) - 5) ** 2) / (2 * 1.5**2))
-    window = (window / window.sum()).expand(x.shape[1], 1, 1, 11)
-
-    def mean(image: Tensor) -> Tensor:  # Gaussian-weighted, separable: rows, then columns
-        rows = F.conv2d(image, window, groups=image.shape[1])
-        return F.conv2d(rows, window.mT, groups=image.shape[1])
-
-    a, b = mean(x), mean(y)
-    var_x, var_y, cov = mean(x * x) - a * a, mean(y * y) - b * b, mean(x * y) - a * b
-    c1, c2 = 0.01**2, 0.03**2
-    similarity = (2 * a * b + c1) * (2 * cov + c2) / ((a * a + b * b + c1) * (var_x + var_y + c2))
-    return similarity.mean((1, 2, 3))
+    In float64: var = E[x^2] - E[x]^2 cancels on flat white, and float32 is then wrong in the fourth digit."""
+    return KM.ssim(x.double(), y.double(), 11, eps=0.0, padding="valid").mean((1, 2, 3))
 
 
-def gmsd(
-    x: Tensor,  # (N, 3, H, W) in [0, 1]
-    y: Tensor,  # (N, 3, H, W)
-) -> Tensor:  # (N,)
+def gmsd(x: Tensor, y: Tensor) -> Tensor:  # (N, 3, H, W) in [0, 1] each -> (N,)
     """Standard deviation over pixels of (2 g_x g_y + c) / (g_x^2 + g_y^2 + c), g the grey gradient's length.
 
     On the luminance at half size, Prewitt's filters, c = 170 / 255^2. As published: zeros around the picture
-    (so its edge has a gradient, in both alike), and n - 1 in the deviation.
-    """
+    (so its edge has a gradient, in both alike), and n - 1 in the deviation."""
 
     def gradient(image: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, H/2, W/2)
         grey = (image * image.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
@@ -138,21 +113,20 @@ class Lpips(nn.Module):
         net, state = Lpips(), {}
         remedy = f"Get {' and '.join(Lpips.URLS.values())} and name their folder."
         with explained(f"--lpips {source}: cannot load it, expected the published files. {remedy}"):
+            options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
             for name, url in Lpips.URLS.items():
                 if source == "hub":
-                    tensors = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+                    tensors = torch.hub.load_state_dict_from_url(url, **options)
                 else:
-                    tensors = torch.load(Path(source) / name, map_location="cpu", weights_only=True)
+                    tensors = torch.load(regular(Path(source) / name), **options)
                 state |= {k: v for k, v in tensors.items() if not k.startswith("classifier.")}
+            if not all(v.is_floating_point() and v.isfinite().all() for v in state.values()):
+                raise ValueError("a weight is no finite number")
             net.load_state_dict(state)
         return net.to(device).eval()
 
     @torch.no_grad()
-    def forward(
-        self,
-        x: Tensor,  # (N, 3, H, W) in [0, 1], H and W at least 32
-        y: Tensor,  # (N, 3, H, W)
-    ) -> Tensor:  # (N,)
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # (N, 3, H, W) in [0, 1], at least 32 x 32 -> (N,)
         total = torch.zeros(len(x))
         both = (torch.cat([x, y]).to(self.shift) * 2 - 1 - self.shift) / self.scale
         for i, layer in enumerate(self.features):
@@ -167,31 +141,22 @@ class Lpips(nn.Module):
 # --- the views against each other ---
 
 
-def silhouettes(
-    views: Tensor,  # (..., 3, H, W) on white
-) -> Tensor:  # (..., H, W) bool
+def silhouettes(views: Tensor) -> Tensor:  # (..., 3, H, W) on white -> (..., H, W) bool
     """A pixel belongs to the object if any channel is below 0.9."""
     return views.amin(dim=-3) < 0.9
 
 
-def iou(
-    masks: Tensor,  # (M, B, ...) bool
-    dims: tuple[int, ...],
-) -> Tensor:  # (B,)
+def iou(masks: Tensor, dims: tuple[int, ...]) -> Tensor:  # (M, B, ...) bool -> (B,)
     """What all masks cover over what any of them covers; 0 if that is nothing."""
     return masks.all(0).sum(dims) / masks.any(0).sum(dims).clamp(min=1)
 
 
-def world_masks(
-    views: Tensor,  # (B, V, 3, S, S)
-) -> dict[
-    tuple[int, int], Tensor
-]:  # two world axes i < j -> (M, B, S, S), [along i, along j] in rising order
-    """The silhouettes by the plane that they lie in: opposite views share one.
+def world_masks(views: Tensor) -> dict[tuple[int, int], Tensor]:  # (B, V, 3, S, S) -> (M, B, S, S) each
+    """The silhouettes by the plane that they lie in: opposite views share one. Its two world axes are i < j,
+    and a mask is [along i, along j] in rising order.
 
     Image rows go down, so they are flipped. So is what runs along a falling axis: the columns of `back` run
-    along -X, those of `right` along -Z, and `top` has -Z upwards.
-    """
+    along -X, those of `right` along -Z, and `top` has -Z upwards."""
     planes: dict[tuple[int, int], list[Tensor]] = {}
     for camera, mask in zip(CAMERAS, silhouettes(views).unbind(1), strict=True):
         mask = mask.flip(-2).mT  # (B, image right, image up)
@@ -204,8 +169,7 @@ def world_masks(
 def profile_iou(views: Tensor, axis: int) -> Tensor:  # (B, V, 3, S, S), 0 X 1 Y 2 Z -> (B,)
     """Which places along one world axis are occupied: IoU of all views that see this axis.
 
-    A place counts with two pixels: a single one may be a speck of the sampler's.
-    """
+    A place counts with two pixels: a single one may be a speck of the sampler's."""
     masks = [(m, 3 - plane.index(axis)) for plane, m in world_masks(views).items() if axis in plane]
     return iou(torch.cat([m.sum(other) > 1 for m, other in masks]), (-1,))
 
@@ -232,8 +196,7 @@ def hull_iou(views: Tensor) -> Tensor:  # (B, V, 3, S, S) -> (B,)
 
         H(x, y, z) = A(x, y) B(y, z) C(x, z),     A = front and back,  B = right and left,  C = top
 
-    Seen from the front it is A(x, y) [exists z: B(y, z) C(x, z)], a product of matrices: no voxels needed.
-    """
+    Seen from the front it is A(x, y) [exists z: B(y, z) C(x, z)], a product of matrices: no voxels needed."""
     seen = world_masks(views)
     a, b, c = (seen[plane].all(0).float() for plane in ((0, 1), (1, 2), (0, 2)))
     hull = {(0, 1): a * (c @ b.mT > 0), (1, 2): b * (a.mT @ c > 0), (0, 2): c * (a @ b > 0)}
@@ -262,8 +225,7 @@ def no_object(views: Tensor) -> Tensor:  # (B, V, 3, S, S) -> (B,) bool
 
     Objects end at .9 of the frame: a true view leaves its edge white. Each of 713 true objects has a view
     that differs from the front by 21 grey levels or more, on average where either shows it. The limit is 8:
-    a copy with more noise of its own in every view is not found.
-    """
+    a copy with more noise of its own in every view is not found."""
     seen = silhouettes(views)
     edge = torch.cat([seen[..., 0, :], seen[..., -1, :], seen[..., :, 0], seen[..., :, -1]], -1)
     either = seen[:, 1:] | seen[:, :1]  # (B, V-1, S, S)
@@ -272,26 +234,19 @@ def no_object(views: Tensor) -> Tensor:  # (B, V, 3, S, S) -> (B,) bool
     return (edge.float().mean(-1) > 0.5).any(1) | (change < 8 / 255).all(1)
 
 
-def contradicts(
-    views: Tensor,  # (B, V, 3, S, S)
-    thresholds: Mapping[str, float] = THRESHOLDS,
-) -> Tensor:  # (B,) bool
+def contradicts(views: Tensor, thresholds: Mapping[str, float] = THRESHOLDS) -> Tensor:  # -> (B,) bool
     """These cannot be views of one object: below a threshold (as empty views are), or no object at all."""
     below = [check(views) < thresholds[name] for name, check in GEOMETRY.items()]
     return torch.stack(below).any(0) | no_object(views)
 
 
-def geometry(
-    views: Tensor,  # (B, V, 3, S, S)
-    ref: Tensor,  # (B, 3, S, S), or (3, S, S) for all
-) -> Tensor:  # (B,) in [0, 1]
-    """A feedback without weights: mean of the four, times the IoU of front and reference.
+def geometry(views: Tensor, ref: Tensor) -> Tensor:  # (B, V, 3, S, S), ([B,] 3, S, S) -> (B,)
+    """A feedback without weights, in [0, 1]: mean of the four, times the IoU of front and reference.
 
     The four alone have optima that nobody wants. All white has 0. A square, and noise that fills the frame,
     have 1: the last factor leaves them the share that the reference covers, and `no_object` makes a filled
     frame, and one picture in all views, 0. What stays: silhouettes see neither colour nor hollows, and the
-    reference's outline pushed straight through space is one object, too.
-    """
+    reference's outline pushed straight through space is one object, too."""
     four = torch.stack([check(views) for check in GEOMETRY.values()]).mean(0)
     front, seen = torch.broadcast_tensors(silhouettes(views[:, 0]), silhouettes(ref))
     return four * iou(torch.stack([front, seen]), (-2, -1)) * ~no_object(views)
@@ -317,8 +272,7 @@ def spoilt_views(truth: Tensor) -> dict[str, Tensor]:  # (N, V, 3, S, S), uint8 
     """Truth that contradicts its reference or itself. View 0, the reference's own, stays.
 
     A scorer that does not know which view it sees, as the paper's, is blind to `swapped` and nearly so to
-    `mirrored`. The two named `right_` spoil one view only.
-    """
+    `mirrored`. The two named `right_` spoil one view only."""
     right, back = VIEWS.index("right"), VIEWS.index("back")
     pixels = max(1, truth.shape[-1] * 3 // 64)
     spoilt = {}
@@ -339,18 +293,12 @@ def spoilt_views(truth: Tensor) -> dict[str, Tensor]:  # (N, V, 3, S, S), uint8 
     return spoilt
 
 
-def bootstrap_interval(
-    differences: Tensor,  # (N,) one an object, or (seeds, N)
-    seed: int = 0,
-    n: int = 10_000,
-) -> tuple[float, float]:
-    """95 % interval of the mean: objects, and seeds where there are several, are drawn again n times.
+def bootstrap_interval(differences: Tensor, seed: int = 0, n: int = 10_000) -> tuple[float, float]:
+    """95 % interval of the mean of (N,) or (seeds, N): objects, and seeds, are drawn again n times.
 
     Seeds and objects are drawn apart and crossed, for an object is as hard for every seed. A resample is how
-    often each was drawn: its mean is seed_counts . differences . object_counts / (seeds N).
-    """
-    d = differences.double().cpu()
-    d = d[None] if d.ndim == 1 else d
+    often each was drawn: its mean is seed_counts . differences . object_counts / (seeds N)."""
+    d = torch.atleast_2d(differences.double().cpu())
     generator = torch.Generator().manual_seed(seed)
 
     def counts(m: int) -> Tensor:  # (n, m)

@@ -146,7 +146,7 @@ def check_png(path: Path) -> None:
 def fingerprint(views: Tensor | Views) -> str:
     """Changes with the pictures. Of a folder names, sizes and ends count: to read all would take hours.
 
-    A PNG's pixels are a zlib stream, which ends with a checksum of all of them, 20 bytes before the file does."""
+    A PNG ends with a checksum of all its pixels, the last of their zlib stream, 20 bytes before the end."""
     if isinstance(views, Tensor):
         return digest(views)
     seen = []

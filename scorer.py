@@ -5,9 +5,6 @@
 
 Images in, one number for each view out: near 1 for a view that looks like the reference's own object, near
 0 for a generated one. View 0 shows the reference itself, so the reward leaves it out.
-
-Run, on a folder that train_scorer.py wrote:
-    python scorer.py --ref r.png --views DIR        # DIR holds {front,right,back,left,top}.png
 """
 
 from dataclasses import asdict, dataclass, field, fields
@@ -19,9 +16,9 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
+from transformers.utils import logging
 
-from common import InputError, cli, explained, get_device, load_json, load_weights, located, save_json
-from common import save_tensors, typed
+from common import InputError, explained, load_json, load_weights, located, save_json, save_tensors, typed
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, deviation that published weights expect
 Colour = tuple[float, float, float]
@@ -135,7 +132,10 @@ class Scorer(nn.Module):
     @torch.no_grad()
     def score(self, ref: Tensor, views: Tensor) -> Tensor:
         """`forward` without gradient, on the scorer's device. (There is no dropout to turn off.)"""
-        return self(ref.to(self.mean.device), views.to(self.mean.device))
+        scores = self(ref.to(self.mean.device), views.to(self.mean.device))
+        if not scores.isfinite().all():
+            raise InputError("the scorer's scores are not finite, expected numbers. Its weights are broken.")
+        return scores
 
     def save(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors."""
@@ -173,12 +173,15 @@ def small_scorer(
 def pretrained_scorer(backbone: str, head: Head, image_size: int = 224) -> Scorer:
     """A published DINOv2 (hub id or folder) and a new head; image_size is rounded down to whole patches."""
     expected = "expected a hub id such as facebook/dinov2-base, or a local folder with a whole DINOv2."
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     with explained(f"--backbone {backbone}: cannot load, {expected}"):
         loaded: Any = Dinov2Model.from_pretrained(backbone, output_loading_info=True)
-    stock, report = loaded
-    # transformers only warns where weights are missing, and goes on with random ones.
-    if missing := sorted(report["missing_keys"]):
-        raise InputError(f"--backbone {backbone}: {missing[0]} and others are missing, {expected}")
+        stock, report = loaded
+        # transformers only warns where weights are missing, and goes on with random ones
+        broken = [name for name, p in stock.named_parameters() if not p.isfinite().all()]
+        if wrong := [*report["missing_keys"], *broken]:
+            raise ValueError(f"{wrong[0]} is missing or not finite")
     values = {f.name: getattr(stock.config, f.name) for f in fields(EncoderConfig)}
     encoder = typed(EncoderConfig, values, f"--backbone {backbone}")
     size = max(image_size // encoder.patch_size, 1) * encoder.patch_size
@@ -190,25 +193,3 @@ def pretrained_scorer(backbone: str, head: Head, image_size: int = 224) -> Score
 def contrastive_reward(scorer: Scorer, ref: Tensor, views: Tensor) -> Tensor:  # (B,)
     """The paper's contrastive score: the sum over the other views; view 0 would reward a copy of ref."""
     return scorer.score(ref, views)[:, 1:].sum(dim=1)
-
-
-@dataclass(frozen=True)
-class Config:
-    """Score one set of views."""
-
-    scorer: str = "out/scorer"  # folder that train_scorer.py wrote
-    ref: str = "r.png"  # reference image
-    views: str = "views"  # folder with front.png, right.png, back.png, left.png, top.png
-    device: str = "auto"  # auto, cpu or cuda
-
-
-def main(cfg: Config) -> dict[str, float]:
-    """Print the score of each view and the reward."""
-    from matcher import print_views, read_set  # only the command line needs kornia
-
-    scorer = Scorer.load(cfg.scorer, get_device(cfg.device))
-    return print_views(scorer.score(*read_set(cfg.ref, cfg.views, scorer.cfg.image_size))[0])
-
-
-if __name__ == "__main__":
-    cli(main, Config, __doc__)

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common import cli, keyed_generator, write_atomic
+from common import check_output, cli, keyed_generator, write_atomic
 from data import load_furniture, stretch
 from metrics import hull_iou
 
@@ -85,6 +85,7 @@ def noised(views: Tensor, amount: float, key: int) -> Tensor:
 
 def main(cfg: Config) -> None:
     """Write the file."""
+    check_output("out", cfg.out, ".svg")
     names, every = load_furniture("validation", 64)
     views = every[next(i for i, name in enumerate(names) if "armchair" in name.lower())].float() / 255
     shown = [candidate(views, *changes) for changes in STRETCH]

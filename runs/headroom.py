@@ -1,6 +1,6 @@
 """Before any training: what is there to gain? The best of G candidates by each feedback, in every metric.
 
-No loss can teach what the candidates do not show. For each design of candidates (train_d3po.draw_candidates)
+No loss can teach what the candidates do not show. For each design of candidates (candidates.draw_candidates)
 and each feedback this prints, on validation objects, the mean over objects of [metric of the candidate that
 the feedback rates best] - [mean of the metric over the G candidates], and how far the reward spreads among
 the candidates, by design.
@@ -10,17 +10,17 @@ Run:
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 
 import train_d3po as D
-from common import check_at_least, check_output, cli, get_device, key_seed, located, provenance, save_json
-from common import use_bf16, write_atomic
+from candidates import NOISE_SCALES, draw_candidates
+from common import InputError, check_at_least, check_output, cli, explained, get_device, key_seed, load_json
+from common import provenance, save_json, use_bf16, write_atomic
 from data import load_split
-from evaluate import measure
-from metrics import bootstrap_interval
+from evaluate import measure, with_interval
 from model import load
 from scorer import Scorer
 
@@ -48,22 +48,24 @@ METRICS = ("psnr_unseen", "ssim_unseen", "hull", "geometry", "contradiction", "c
 
 def main(cfg: Config) -> dict:
     """Draw, rate, print and write the table."""
-    base = D.Config(
-        model=cfg.model,
-        scorer=cfg.scorer,
-        num_candidates=cfg.num_candidates,
-        num_steps=cfg.num_steps,
-        trained_calls=(min(cfg.branch_calls), max(cfg.branch_calls)),
-        seed=cfg.seed,
-    )
     check_at_least(cfg, 1, "n")
-    for name in cfg.feedbacks:
-        D.check(replace(base, feedback=name))
-    for suffix in (".md", ".json"):
-        check_output("out", cfg.out + suffix, suffix)
+    check_at_least(cfg, 2, "num_candidates")
+    known = [name for name in D.FEEDBACKS if name != "least_noise"]  # which means nothing but for "noised"
+    if strange := [name for name in cfg.feedbacks if name not in known]:
+        raise InputError(f"--feedbacks {strange[0]}: expected some of {', '.join(known)}.")
+    names = ("model", "scorer", "num_candidates", "num_steps", "seed", "out")
+    shared: dict[str, Any] = {name: getattr(cfg, name) for name in names}
+    base = D.Config(**shared, trained_calls=(min(cfg.branch_calls), max(cfg.branch_calls)))
+    D.check(base)
+    table, numbers = (check_output("out", cfg.out + suffix, suffix) for suffix in (".md", ".json"))
+    with explained(f"--out {cfg.out}: exists, and is none of ours. Choose another name."):
+        if table.exists() and "| best by |" not in table.read_text():
+            raise ValueError(f"{table} is no table of gains")
+        if numbers.exists():
+            load_json(numbers)["spread"]
     device = get_device(cfg.device)
     bf16 = use_bf16(cfg.bf16, device)
-    model = load(located(cfg.model), device)
+    model = load(cfg.model, device)
     truth = load_split(cfg.data, "validation", cfg.n, model.cfg.image_size).float() / 255
     scorers = {"contrastive": Scorer.load(cfg.scorer, device)}
     designs = {"noised references (App. B)": ("noised", 0), "independent samples": ("independent", 0)}
@@ -74,45 +76,37 @@ def main(cfg: Config) -> dict:
         options = replace(base, candidates=candidates, trained_calls=(call, call))
         images = []
         for part in tqdm(torch.arange(len(truth)).split(2), desc=label, disable=None):
-            seeds = [key_seed(cfg.seed, 8, int(i)) for i in part]
-            ref = truth[part, 0].to(device)
-            images.append(D.draw_candidates(model, ref, seeds, call, options, bf16)[1].cpu())
+            seeds, ref = [key_seed(cfg.seed, 8, int(i)) for i in part], truth[part, 0].to(device)
+            images.append(draw_candidates(model, ref, seeds, call, options, bf16)[1].cpu())
         images = torch.cat(images)  # (N, G, V, 3, S, S)
         N, G = images.shape[:2]
         flat = truth.repeat_interleave(G, 0)
         values = measure(images.flatten(0, 1), flat, flat[:, 0], scorers)
         values = {k: values[k].view(N, G) for k in METRICS}
-        spread = {}
+        spreads.append({"candidates": label})
         for name in cfg.feedbacks:
             rewards = [D.FEEDBACKS[name](y[0], x, y, options).cpu().double() for x, y in zip(images, truth)]
             rewards = torch.stack(rewards)  # (N, G)
-            spread[name] = rewards.std(1).mean().item()
+            spreads[-1][name] = rewards.std(1).mean().item()
             best = rewards.argmax(1, keepdim=True)
-            gains = {k: v.gather(1, best)[:, 0] - v.mean(1) for k, v in values.items()}
-            gains = {
-                k: {"mean": g.mean().item(), "interval": bootstrap_interval(g)} for k, g in gains.items()
-            }
+            gains = {k: with_interval(v.gather(1, best)[:, 0] - v.mean(1)) for k, v in values.items()}
             rows.append({"candidates": label, "feedback": name, **gains})
-        spreads.append({"candidates": label, **spread})
 
-    text = [f"Best of {cfg.num_candidates} by a feedback minus their mean; {len(truth)} validation objects."]
+    best_of = f"Best of {cfg.num_candidates} (of {len(NOISE_SCALES)} under noised references)"
+    text = [f"{best_of} by a feedback minus their mean; {len(truth)} validation objects."]
     text += ["", "| candidates | best by | " + " | ".join(METRICS) + " |", "|---" * (2 + len(METRICS)) + "|"]
     for row in rows:
-        cells = [(row[k]["mean"], *row[k]["interval"]) for k in METRICS]
-        cells = " | ".join(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in cells)
-        text.append(f"| {row['candidates']} | {row['feedback']} | {cells} |")
-    text += [
-        "",
-        "Standard deviation of the reward among the candidates of a reference, mean over references:",
-    ]
+        cells = ("{difference:+.3f} [{low:+.3f}, {high:+.3f}]".format(**row[k]) for k in METRICS)
+        text.append(f"| {row['candidates']} | {row['feedback']} | {' | '.join(cells)} |")
+    text += ["", "Standard deviation of the reward among a reference's candidates, mean over references:"]
     text += ["", "| candidates | " + " | ".join(cfg.feedbacks) + " |"]
     text += ["|---" * (1 + len(cfg.feedbacks)) + "|"]
     for row in spreads:
         text.append(f"| {row['candidates']} | " + " | ".join(f"{row[k]:.3f}" for k in cfg.feedbacks) + " |")
     print("\n".join(text))
-    write_atomic(f"{cfg.out}.md", lambda p: p.write_text("\n".join(text) + "\n"))
+    write_atomic(table, lambda p: p.write_text("\n".join(text) + "\n"))
     result = {**provenance(cfg), "rows": rows, "spread": spreads}
-    save_json(f"{cfg.out}.json", result)
+    save_json(numbers, result)
     return result
 
 

@@ -7,7 +7,8 @@ looked at here only.
 Run:
     python -m runs.table1                       # results/table1/{table.md, table.json, grid.png, curves.png}
     python -m runs.table1 --seeds 0             # one seed; two shells may share the work, then once with all
-    python -m runs.table1 --small True          # the same path in minutes, on tiny numbers
+
+The rate of SFT is chosen with the first of --seeds: shells that share the work leave the row sft to the last.
 
 Numbers are of the four unseen views where a metric has them. An interval is a 95 % bootstrap over seeds and
 objects."""
@@ -18,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 import train_d3po as D
 import train_scorer as S
-from common import InputError, cached, check_at_least, check_output, cli, digest, get_device, key_seed
+from common import InputError, cached, check_at_least, check_output, cli, code, digest, get_device, key_seed
 from common import load_tensors, located, provenance, save_json, save_tensors, use_bf16, write_atomic
 from data import load_split
 from evaluate import measure
@@ -85,53 +87,38 @@ class Config:
     rates: tuple[float, ...] = (2e-5, 5e-5, 1e-4)  # of SFT: the best on validation objects is in the table
     n: int = 96  # held-out objects
     lpips: str = ""  # "hub", or a folder with the two published files: adds that column
-    small: bool = False  # tiny numbers: does everything fit together?
     out: str = "out/table1"  # where the runs go
     results: str = "results/table1"  # where the table goes
     device: str = "auto"  # auto, cpu or cuda
 
 
 def base_config(cfg: Config) -> D.Config:
-    """The main job's, or a tiny one."""
-    tiny: dict[str, Any] = {
-        "num_references": 4,
-        "eval_objects": 2,
-        "steps": 2,
-        "num_candidates": 3,
-        "num_steps": 4,
-    }
-    tiny |= {"trained_calls": (0, 1)}
-    return D.Config(out=cfg.out, device=cfg.device, **(tiny if cfg.small else {}))
+    """The main job's."""
+    return D.Config(out=cfg.out, device=cfg.device)
 
 
 def make_scorers(cfg: Config) -> dict[str, str]:
     """C's, C (pre)'s, and a judge that no row is trained on: other seed, larger patches, no twins."""
     base = base_config(cfg)
-    shared: dict[str, Any] = {
-        "num_references": base.num_references,
-        "num_steps": base.num_steps,
-        "device": cfg.device,
+    kinds: dict[str, dict[str, Any]] = {
+        "contrastive": {"out": f"{cfg.out}/scorer"},
+        "contrastive_pre": {"out": f"{cfg.out}/scorer_pre", "negatives": base.model},
+        "judge": {"out": f"{cfg.out}/scorer_judge", "patch_size": 16, "twins": False, "seed": 1},
     }
-    shared |= {"num_val": 4, "steps": 4} if cfg.small else {}
-    kinds: dict[str, dict[str, Any]] = {"contrastive": {"out": f"{cfg.out}/scorer"}}
-    kinds["contrastive_pre"] = {"negatives": base.model, "out": f"{cfg.out}/scorer_pre"}
-    kinds["judge"] = {"patch_size": 16, "twins": False, "seed": 1, "out": f"{cfg.out}/scorer_judge"}
-    return {name: S.main(S.Config(**{**shared, **changes}))["folder"] for name, changes in kinds.items()}
+    shared = {"num_references": base.num_references, "num_steps": base.num_steps, "device": cfg.device}
+    return {name: S.main(S.Config(**(shared | changes)))["folder"] for name, changes in kinds.items()}
 
 
 def train_row(row: str, seed: int, scorers: dict[str, str], cfg: Config) -> Path:
     """The model of a row."""
-    changes = ROWS[row][1]
-    base = base_config(cfg)
+    base, changes = base_config(cfg), ROWS[row][1]
     if changes is None:
         return located(base.model)
     scorer = scorers["contrastive_pre" if row == "c_pre" else "contrastive"]
     options = replace(base, seed=seed, scorer=scorer, **changes)
     if row == "sft":  # its rate is chosen once, on validation objects
-        runs = {
-            r: D.main(replace(options, seed=cfg.seeds[0], lr=r))["table"]["psnr_unseen"] for r in cfg.rates
-        }
-        options = replace(options, lr=max(runs, key=lambda rate: runs[rate]["after"]))
+        tried = {rate: D.main(replace(options, seed=cfg.seeds[0], lr=rate))["table"] for rate in cfg.rates}
+        options = replace(options, lr=max(tried, key=lambda rate: tried[rate]["psnr_unseen"]["after"]))
     else:
         options = replace(options, eval_objects=2)  # validation objects are for choices, and there is none
     return Path(D.main(options)["folder"])
@@ -139,33 +126,26 @@ def train_row(row: str, seed: int, scorers: dict[str, str], cfg: Config) -> Path
 
 def draw(row: str, model: Path, seed: int, truth: Tensor, scorers: dict[str, str], cfg: Config) -> Tensor:
     """The row's images of the held-out objects (N, V, 3, S, S), from the front view."""
-    device, base = get_device(cfg.device), base_config(cfg)
+    device, steps, ref = get_device(cfg.device), base_config(cfg).num_steps, truth[:, 0]
     bf16 = use_bf16("auto", device)
-    ref = truth[:, 0]
 
     def make(folder: Path) -> None:
         policy = load(model, device, half=bf16)
         if row != "best":
-            images = sample_images(policy, ref, seed, base.num_steps, 8, row, bf16)
+            images = sample_images(policy, ref, seed, steps, 8, row, bf16)
         else:  # five samples with noises of their own; the scorer takes one
             scorer, chosen = Scorer.load(scorers["contrastive"], device), []
             for i, y in enumerate(ref.to(device)):
                 five = y.expand(5, -1, -1, -1)
-                seeds = [key_seed(seed, i)] * 5
-                drawn = sample(policy, five, seeds, base.num_steps, list(range(5)), bf16=bf16).images
+                drawn = sample(policy, five, [key_seed(seed, i)] * 5, steps, list(range(5)), bf16=bf16).images
                 chosen.append(drawn[contrastive_reward(scorer, five, drawn).argmax()].cpu())
             images = torch.stack(chosen)
         save_tensors(folder / "images.safetensors", {"images": (images * 255).round().to(torch.uint8)})
 
     if row == "truth":
         return truth
-    made_by = {
-        "model": digest(model),
-        "ref": digest(ref),
-        "seed": seed,
-        "num_steps": base.num_steps,
-        "bf16": bf16,
-    }
+    made_by = {"model": digest(model), "ref": digest(ref), "seed": seed, "num_steps": steps, "bf16": bf16}
+    made_by |= {"on": device.type, "code": code("model", "sample", "scorer")}
     made_by |= {"scorer": digest(Path(scorers["contrastive"]))} if row == "best" else {}
     folder = cached(cfg.out, f"heldout_{row}", made_by, make)
     return load_tensors(folder / "images.safetensors")["images"].float() / 255
@@ -193,23 +173,19 @@ def markdown(rows: dict, columns: list[str], sign: str = "") -> list[str]:
     return lines
 
 
-def curves(path: Path, points: dict[str, list[tuple[float, dict[str, float]]]], columns: list[str]) -> None:
+def curves(path: Path, kls: dict[str, list[float]], measured: dict[str, dict[str, Tensor]]) -> None:
     """Each run's change of every judge over sqrt(KL to pi_pre), the fair axis for rows that drift.
 
     The KL is the one in the row's loss: of one denoising step for Eq. (2), crosses, of a noised candidate's
-    prediction for Diffusion-DPO, dots. Compare within a loss.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, -(-len(columns) // 2), figsize=(14, 7), layout="constrained")
+    prediction for Diffusion-DPO, dots. Compare within a loss."""
+    columns = [c for c in METRICS if c in measured["pre"] and c not in ("grey_levels", "ssim_unseen")]
+    figure = Figure(figsize=(14, 7), layout="constrained")
+    axes = figure.subplots(2, -(-len(columns) // 2), squeeze=False)
     for axis, c in zip(axes.flat, columns):
-        for row, runs in points.items():
+        for row, runs in kls.items():
+            change = (measured[row][c] - measured["pre"][c]).mean(1) * METRICS[c][2]  # (seeds,)
             mark = "o" if row.startswith("forward") else "x"
-            x, y = [kl**0.5 for kl, _ in runs], [v[c] * METRICS[c][2] for _, v in runs]
-            axis.plot(x, y, mark, label=ROWS[row][0])
+            axis.plot([kl**0.5 for kl in runs], change.tolist(), mark, label=ROWS[row][0])
         axis.axhline(0, color="grey", lw=0.5)
         axis.set_xscale("log")
         axis.set_xticks((0.3, 1, 3, 6), ("0.3", "1", "3", "6"))
@@ -217,7 +193,6 @@ def curves(path: Path, points: dict[str, list[tuple[float, dict[str, float]]]], 
         axis.set(title=f"{METRICS[c][0]}, minus pre-trained", xlabel="sqrt(KL / nats)")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     write_atomic(path, lambda p: figure.savefig(p, dpi=80, format="png"))
-    plt.close(figure)
 
 
 def main(cfg: Config) -> dict:
@@ -226,16 +201,18 @@ def main(cfg: Config) -> dict:
     check_at_least(cfg, 0, "rates")
     if strange := [row for row in cfg.rows if row not in ROWS] or {"pre"} - {*cfg.rows}:
         raise InputError(f"--rows {' '.join(strange)}: expected pre and others of {', '.join(ROWS)}.")
+    seeds = ", ".join(map(str, cfg.seeds))
+    if len(set(cfg.seeds)) < len(cfg.seeds):
+        raise InputError(f"--seeds {seeds}: one is there twice, expected it once.")
     check_output("results", cfg.results)
-    n = 4 if cfg.small else cfg.n
+    lpips = Lpips.load(cfg.lpips) if cfg.lpips else None
     scorers = make_scorers(cfg)
     judges = {name: Scorer.load(folder, get_device(cfg.device)) for name, folder in scorers.items()}
-    lpips = Lpips.load(cfg.lpips) if cfg.lpips else None
-    truth = load_split("furniture", "heldout", n, judges["contrastive"].cfg.image_size).float() / 255
+    truth = load_split("furniture", "heldout", cfg.n, judges["contrastive"].cfg.image_size).float() / 255
 
     measured: dict[str, dict[str, Tensor]] = {}  # row -> metric -> (seeds, N)
     first: dict[str, Tensor] = {}  # row -> images of the first seed
-    points: dict[str, list] = {}
+    kls: dict[str, list[float]] = {}  # row -> of each seed
     for row in cfg.rows:
         by_seed = []
         for seed in cfg.seeds:
@@ -243,12 +220,11 @@ def main(cfg: Config) -> dict:
             images = draw(row, model, seed, truth, scorers, cfg)
             before = draw("pre", located(base_config(cfg).model), seed, truth, scorers, cfg)
             values = measure(images, truth, truth[:, 0], judges, lpips)
-            values["grey_levels"] = grey_levels_changed(images, before).double()
-            by_seed.append(values)
+            by_seed.append(values | {"grey_levels": grey_levels_changed(images, before).double()})
             first.setdefault(row, images)
             if ROWS[row][1] and row != "sft":
-                kl = json.loads((model / "log.jsonl").read_text().splitlines()[-1])["kl"]
-                points.setdefault(row, []).append((kl, {k: v.mean().item() for k, v in values.items()}))
+                last = (model / "log.jsonl").read_text().splitlines()[-1]
+                kls.setdefault(row, []).append(json.loads(last)["kl"])
         measured[row] = {k: torch.stack([v[k] for v in by_seed]) for k in by_seed[0]}
 
     columns = [c for c in METRICS if c in measured["pre"]]
@@ -258,30 +234,20 @@ def main(cfg: Config) -> dict:
         for name, base in (("pre", "pre"), ("sft", "sft"), ("random", CONTROL.get(row))):
             if row not in (base, "pre", "truth") and base in measured:
                 minus[name][row] = {c: statistics(values[c] - measured[base][c]) for c in columns}
-    for row, runs in points.items():
-        points[row] = [
-            (kl, {c: v[c] - measured["pre"][c][s].mean().item() for c in columns})
-            for s, (kl, v) in enumerate(runs)
-        ]
-    text = [f"{n} held-out objects, seeds {', '.join(map(str, cfg.seeds))}; [95 % interval over both]."]
+    text = [f"{len(truth)} held-out objects, seeds {seeds}; [95 % interval over both]."]
     text += ["\\* the row's own reward. `python -m runs.table1`.", "", *markdown(rows, columns)]
     for base, differences in minus.items():
         title = f"**Minus {BASES[base]}** (bold: the interval leaves out 0)"
         text += ["", title, "", *markdown(differences, columns, "+")]
     results = Path(cfg.results)
-    kls = {row: [kl for kl, _ in runs] for row, runs in points.items()}
     result = {**provenance(cfg), "rows": rows, "minus": minus, "kl": kls}  # before the tree holds new results
     save_json(results / "table.json", result)
     write_atomic(results / "table.md", lambda p: p.write_text("\n".join(text) + "\n"))
-    shown = {
-        ROWS[row][0]: first[row][:10]
-        for row in ("truth", "pre", "forward_c", "forward_geometry")
-        if row in first
-    }
-    grid(results / "grid.png", shown, truth[:10, 0], side=64)  # the first ten held-out objects, as they come
-    if points:
-        shown_columns = [c for c in columns if c not in ("grey_levels", "ssim_unseen")]
-        curves(results / "curves.png", points, shown_columns)
+    shown = [row for row in ("truth", "pre", "forward_c", "forward_geometry") if row in first]
+    pictures = {ROWS[row][0]: first[row][:10] for row in shown}  # the first ten objects, as they come
+    grid(results / "grid.png", pictures, truth[:10, 0], side=64)
+    if kls:
+        curves(results / "curves.png", kls, measured)
     print("\n".join(text))
     return result
 

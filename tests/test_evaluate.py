@@ -257,7 +257,7 @@ def test_wrong_input_is_one_line_before_any_work(folder) -> None:
         ({"model": "m"}, "--model and --images"),
         ({"images": "", "model": none}, "none"),
         ({"images": none}, "no such folder"),
-        ({"images": str(folder / "data2")}, "expected top too"),
+        ({"images": str(folder / "data2")}, "no top; expected front"),
         ({"images": str(folder / "data3")}, r"lacks 3 objects of --data \(first: object0\)"),
         ({"data": none}, "no such folder"),
         ({"data": "toys"}, "toys: no such folder"),
@@ -266,7 +266,7 @@ def test_wrong_input_is_one_line_before_any_work(folder) -> None:
         ({"seed": -1}, "--seed -1"),
         ({"images": str(folder / "small")}, "16 pixels, expected 32 or more"),
         ({"scorer": (none,)}, "none"),
-        ({"scorer": twins}, "two have one name"),
+        ({"scorer": twins}, "two are one or have one name"),
         ({"lpips": none}, "--lpips"),
         ({"against": str(folder / "none.json")}, "not readable"),
     ]:

@@ -108,7 +108,7 @@ def test_missing_weights_and_wrong_names_are_one_line(tmp_path) -> None:
     next(iter(state.values())).fill_(float("nan"))
     torch.save({"state_dict": state}, tmp_path / "nan.ckpt")
     for name in ("absent.ckpt", "broken.ckpt", "empty.ckpt", "nan.ckpt"):
-        with pytest.raises(InputError, match="loftr_outdoor.ckpt.*--weights.*sift"):
+        with pytest.raises(InputError, match="loftr_outdoor.ckpt.*--matcher.*sift"):
             matcher.count_matches(views[:, 0], views, "loftr", str(tmp_path / name))
     with pytest.raises(InputError, match="expected sift or loftr"):
         matcher.count_matches(views[:, 0], views, "surf")
@@ -123,16 +123,3 @@ def test_loftr_offline_says_where_the_weights_go(tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("http_proxy", raising=False)
     with pytest.raises(InputError, match=f"Put it into {os.path.join(str(tmp_path), 'hub')}/checkpoints"):
         matcher.count_matches(toys(1)[:, 0], toys(1), "loftr")
-
-
-def test_command_line(tmp_path, capsys) -> None:
-    data.write_views(tmp_path / "toy", toys(1)[0])
-    folder = tmp_path / "toy"
-    result = matcher.main(matcher.Config(str(folder / "front.png"), str(folder), device="cpu"))
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(data.VIEWS) + 1 and "not in the sum" in lines[0]
-    assert lines[1].split() == ["right", str(result["right"])]
-    assert result["front"] == max(result[v] for v in data.VIEWS)
-    assert result["sum"] == sum(result[v] for v in data.VIEWS[1:]) > 0
-    with pytest.raises(InputError, match="nowhere"):
-        matcher.main(matcher.Config(str(tmp_path / "nowhere.png"), str(tmp_path / "toy")))

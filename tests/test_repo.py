@@ -80,7 +80,6 @@ LEAST = {  # script -> least value -> options
     "bench": {1: "repeats sizes", 2: "groups", 0: "lora"},
     "data": {8: "size", 0: "toys seed"},
     "evaluate": {1: "n seeds num_steps batch_size", 0: "seed"},
-    "matcher": {1: "size"},
     "train_d3po": {
         1: "steps batch_objects batch_size num_references eval_objects rounds",
         2: "num_candidates",
@@ -95,7 +94,7 @@ LEAST = {  # script -> least value -> options
         1: "steps batch_size warmup eval_every num_objects eval_objects",
         0: "lr muon_lr ema lora image_size",
     },
-    "runs.headroom": {1: "n"},
+    "runs.headroom": {1: "n", 2: "num_candidates"},
     "runs.table1": {1: "n", 0: "rates"},
 }
 

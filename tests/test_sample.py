@@ -1,5 +1,6 @@
 """The step against diffusers and torch.distributions; the log-ratio's accuracy; what samples depend on."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -232,7 +233,13 @@ def test_main_takes_any_picture(tiny_folder, tmp_path):
     assert drawn["off"] != drawn["on"]
     with pytest.raises(InputError):
         S.main(S.Config(image=str(tmp_path / "missing.png"), model=tiny_folder, out=out))
-    for image in ("views.png", "views/top.png"):  # its own output
+    os.link(tmp_path / "views.png", tmp_path / "same.png")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "top.png").write_bytes(b"")
+    for taken in ("mine.png", "tiny.png", "tiny/x.png"):  # a user's views, the model's folder
+        with pytest.raises(InputError, match="mine/top.png is there|lies in .*tiny, which is read"):
+            S.main(S.Config(str(tmp_path / "photo.png"), tiny_folder, str(tmp_path / taken)))
+    for image in ("views.png", "views/top.png", "same.png"):  # its own output
         with pytest.raises(InputError, match="would overwrite --image"):
             S.main(S.Config(image=str(tmp_path / image), model=tiny_folder, out=out))
 

@@ -517,7 +517,13 @@ def test_another_rate_stands_beside_and_reuses_the_candidates(tmp_path, capsys):
     assert len(list((tmp_path / "out").glob("candidates-*"))) == 1
 
 
-FILES = [f"{name}.py" for name in ("candidates", "feedback", "model", "sample", "train_d3po", "train_sft")]
+FILES = {
+    "candidates": "candidates",
+    "feedback": "rewards_oracle",
+    "model": "validation",
+    "sample": "candidates",
+}
+FILES |= {"train_d3po": "d3po_oracle", "train_sft": "d3po_oracle"}  # whose code counts for what
 
 
 @pytest.mark.parametrize(
@@ -532,8 +538,14 @@ def test_whatever_is_upstream_is_noticed(tmp_path, monkeypatch, what):
         torch.nn.init.normal_(scorer.linear.weight)
         scorer.save(tmp_path / "scorer")
 
+    def darker(sign: int) -> None:
+        monkeypatch.setitem(D.FEEDBACKS, "darker", lambda ref, images, *_: sign * images.mean((1, 2, 3, 4)))
+
     new_scorer()
-    feedback = {"scorer": "contrastive", "own feedback's scorer": "mine"}.get(what, "oracle")
+    darker(-1)
+    feedback = {"feedback's code": "darker", "scorer": "contrastive", "own feedback's scorer": "mine"}.get(
+        what, "oracle"
+    )
     monkeypatch.setitem(D.FEEDBACKS, "mine", lambda *args: D.FEEDBACKS["contrastive"](*args))
     cfg = config(tmp_path, feedback=feedback, scorer=str(tmp_path / "scorer"))
     first = D.main(cfg)
@@ -546,13 +558,15 @@ def test_whatever_is_upstream_is_noticed(tmp_path, monkeypatch, what):
     elif what == "references":
         monkeypatch.setattr(D, "load_references", lambda data, n, size, seed: make_toys(n, size, 5))
     elif what == "feedback's code":
-        monkeypatch.setitem(D.FEEDBACKS, "oracle", lambda ref, images, truth, cfg: -images.mean((1, 2, 3, 4)))
+        darker(1)
     elif what in FILES:
-        monkeypatch.setitem(common.SOURCES, what[:-3], common.SOURCES[what[:-3]] + "\nx = 1\n")
+        monkeypatch.setitem(common.SOURCES, what, common.SOURCES[what] + "\nx = 1\n")
     else:
         new_scorer()
+    before = len(list((tmp_path / "out").glob(f"{FILES.get(what)}-*")))
     second, fresh = D.main(cfg), D.main(replace(cfg, out=str(tmp_path / "new")))
     assert second["folder"] != first["folder"]
+    assert len(list((tmp_path / "out").glob(f"{FILES.get(what)}-*"))) == 2 * before
     got, want = (load(r["folder"]).state_dict() for r in (second, fresh))
     assert all(torch.equal(got[k], want[k]) for k in want)
 
