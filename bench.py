@@ -141,7 +141,7 @@ def published_loop(policy: MultiViewUNet, pre: MultiViewUNet, batch: Batch, limi
             with torch.no_grad():
                 mean_pre, _ = policy_mean(pre, schedule, *given)
             ratios.append(log_ratio(batch.action[:, g], mean, mean_pre, var))
-        losses.append(D.d3po_loss(*ratios, BETA)[0] / len(pairs))
+        losses.append(D.d3po_loss(ratios[0], ratios[1], BETA)[0] / len(pairs))
         losses[-1].backward()
     return torch.stack(losses).sum().detach()
 
@@ -377,12 +377,13 @@ def float32_norms(model: nn.Module) -> None:
 
     def norm(m: Any, x: Tensor) -> Tensor:
         group = isinstance(m, nn.GroupNorm)
-        function, shape = (F.group_norm, m.num_groups) if group else (F.layer_norm, m.normalized_shape)
+        function: Any = F.group_norm if group else F.layer_norm
+        shape = m.num_groups if group else m.normalized_shape
         return function(x.float(), shape, m.weight.float(), m.bias.float(), m.eps)
 
     for module in model.modules():
         if isinstance(module, nn.GroupNorm | nn.LayerNorm):
-            module.forward = partial(norm, module)
+            setattr(module, "forward", partial(norm, module))  # noqa: B010  (a method, to a type checker)
 
 
 def count(cfg: Config, size: int, kind: str = "") -> list[dict[str, Any]]:

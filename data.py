@@ -109,7 +109,8 @@ def write_strip(path: Path, folder: str | Path) -> list[str]:
         raise InputError(f"{folder}: object {wrong[0]!r}, expected a name of printable text. Rename it.")
     last = [name.split("__")[-1] for name in every]
     rows, dropped = {}, []
-    for name, row in zip(last if len(set(last)) == len(last) else every, views, strict=True):
+    for i, name in enumerate(last if len(set(last)) == len(last) else every):
+        row = views[i]
         covered = (row.amin(1) < 0.9 * 255).flatten(1).sum(1).tolist()
         if min(covered) >= LEAST_PIXELS:
             rows[name] = row

@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -86,9 +86,10 @@ def read_surfaces(path: Path) -> tuple[list[tuple], list[str]]:
     """Of each part, corners (N, 3, 3) and what `read_surface` returns; the names of the files asked for."""
     import trimesh  # here, because only meshes need it
     from trimesh.resolvers import FilePathResolver
+    from trimesh.visual import color
 
     asked, lost, surfaces, gltf = [], [], [], path.suffix.lower() in (".glb", ".gltf")
-    resolver, log, colors = FilePathResolver(str(path)), trimesh.util.log, trimesh.visual.color
+    resolver, log, colors = FilePathResolver(str(path)), trimesh.util.log, cast(Any, color)
     to_rgba = colors.to_rgba
 
     def get(name: str) -> bytes:

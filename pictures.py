@@ -26,7 +26,7 @@ def open_image(path: str | Path) -> Tensor:  # (3, H, W) uint8
     with explained(f"{path}: not readable as a picture. Replace or re-render it."), Image.open(path) as file:
         image = ImageOps.exif_transpose(file)  # phones store a photo lying and a note to turn it
         if image.mode in ("I", "F"):  # 32 bits: only the numbers tell what white is
-            low, high = image.getextrema()
+            low, high = np.asarray(image).min(), np.asarray(image).max()
             if image.mode == "F" or low < 0 or not 255 < high < 2**16:
                 raise ValueError(f"grey from {low} to {high}, expected 8 or 16 bits")
         if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip instead of scaling

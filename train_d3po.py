@@ -317,8 +317,8 @@ def train(
     options += "loss beta_dpo kl min_gap num_steps".split() if candidates else []
     made_by = {name: getattr(cfg, name) for name in options} | {"start": digest(start)}
     made_by |= {"objects": digest(objects), "bf16": use_bf16(cfg.bf16, device), "on": device.type}
-    made_by |= {"code": [digest(f) for f in (run, d3po_loss, step_log_ratio, forward_log_ratio, simple_loss)]}
-    made_by["code"] += [code("candidates", "feedback", "model", "sample", "train_d3po", "train_sft")]
+    yours = [digest(f) for f in (run, d3po_loss, step_log_ratio, forward_log_ratio, simple_loss)]
+    made_by["code"] = [*yours, code("candidates", "feedback", "model", "sample", "train_d3po", "train_sft")]
     if candidates:
         made_by |= {"pre": digest(pre), "rewards": digest(rewards), "feedback": cfg.feedback}
         made_by |= {"candidates": digest(load_json(candidates / "made_by.json"))}

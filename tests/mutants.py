@@ -135,7 +135,7 @@ FAULTS: list[tuple[str, str, str, str]] = [
     ),
     (D3PO, '"code": [digest(feedback), ', '"code": [', D3PO),
     (D3PO, '{"code": code("candidates", "model", "sample")}', "{}", D3PO),
-    (D3PO, 'made_by["code"] += [', 'made_by["other"] = [', D3PO),
+    (D3PO, "[*yours, code(", "yours or [code(", D3PO),
     (D3PO, 'if feedback.__module__ != "feedback"', "if False", D3PO),
     (D3PO, "torch.full((len(references), G), torch.nan)", "torch.zeros((len(references), G))", D3PO),
     ("candidates", 'folder.glob("?" * 6 + ".safetensors")', 'folder.glob("*.safetensors")', D3PO),
