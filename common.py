@@ -3,16 +3,13 @@
 Nothing in here knows of diffusion, views or preferences: an equation that needs it is in the wrong file.
 """
 
-import ast
 import ctypes
-import fcntl
 import functools
 import hashlib
 import io
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -334,7 +331,7 @@ def provenance(cfg: Any) -> dict[str, Any]:
     }
 
 
-# --- one rule for all that is kept: a result is found by the content of what made it ---
+# --- what something is, in 16 digits ---
 
 
 def digest(what: Any) -> str:
@@ -371,89 +368,7 @@ def parts(what: Any) -> Any:
     return digest(what) if isinstance(what, Tensor) else str(what)
 
 
-SOURCES = {p.stem: p.read_text() for p in ROOT.glob("*.py")}  # as this program started: files may change
-
-
-def code(*modules: str) -> str:
-    """The digest of files of ours, without comments: a result depends on the code that made it."""
-    return digest([ast.dump(ast.parse(SOURCES[name])) for name in modules])
-
-
-@contextmanager
-def locked(folder: Path, finished: Path | None = None) -> Iterator[None]:
-    """One run at a time in a folder. If the file `finished` is there, others only read, and we wait."""
-    with explained(f"--out {folder}: cannot be written. Expected another place."):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / ".lock", os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o666)
-    try:
-        try:
-            wait = 0 if finished and finished.is_file() else fcntl.LOCK_NB
-            fcntl.flock(lock, fcntl.LOCK_EX | wait)  # the system lets go of it when a run is killed
-        except BlockingIOError:
-            message = f"{folder}: another run writes there. Wait for it, or take another --out."
-            raise InputError(message) from None
-        yield
-    finally:
-        os.close(lock)
-
-
-def cached(root: str | Path, name: str, made_by: dict[str, Any], make: Callable[[Path], object]) -> Path:
-    """root/name-<8 digits of made_by>/, filled by make(folder) unless it is complete. Returns the folder.
-
-    `made_by` is all that the result depends on, inputs by their content (`digest`), never by their path.
-    Other inputs are another folder: nothing is refused, mixed or stale. made_by.json is written last, with
-    the digest of every file: without it the folder is unfinished and `make` goes on with it; if a file
-    differs from it, the folder is made again. The link root/name points to the folder that was asked for
-    last."""
-    made_by = json.loads(json.dumps({**made_by, "torch": torch.__version__}, default=str))  # as in the file
-    folder = Path(root) / f"{name}-{digest(made_by)[:8]}"
-    note, link = folder / "made_by.json", Path(root) / name
-    with explained(f"--out {link}: cannot be made. Expected a place to write."):
-        ours = link.is_symlink() and re.fullmatch(f"{re.escape(name)}-[0-9a-f]{{8}}", os.readlink(link))
-        if name in ("", "..") or (os.path.lexists(link) and not ours):
-            raise InputError(f"--out {link}: is there, and no link to a result. Expected a new name.")
-    with locked(folder, note):
-        if note.exists():
-            if not (damaged := damage(folder, made_by)):
-                print(f"{folder}: made before, reused")
-            else:
-                print(f"{folder}: {damaged} is missing or damaged, made again")
-                for path in sorted(folder.iterdir(), key=lambda p: p == note):  # the note last
-                    if path.is_dir() and not path.is_symlink():
-                        shutil.rmtree(path)
-                    elif path.name != ".lock":
-                        path.unlink()
-        if not note.exists():
-            for path in folder.rglob(".[0-9]*.*"):  # what a killed run was writing
-                path.unlink()
-            make(folder)
-            made = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-            files = {str(p.relative_to(folder)): digest(p) for p in sorted(made) if p.name != STATE}
-            save_json(note, {**made_by, "files": files})
-        (folder / STATE).unlink(missing_ok=True)
-    new = link.with_name(f".{os.getpid()}.{name}")  # moved in one step: another run may do the same
-    new.symlink_to(folder.name)
-    new.replace(link)
-    return folder
-
-
-def damage(folder: Path, made_by: dict[str, Any]) -> str:
-    """The first file of a finished folder that is not as its note says; empty if there is none."""
-    try:
-        noted = load_json(folder / "made_by.json")
-        wrong = [f for f, d in noted.pop("files").items() if digest(folder / f) != d]
-        return (wrong + ["made_by.json"] * (noted != made_by) + [""])[0]
-    except (InputError, KeyError, TypeError, AttributeError):
-        return "made_by.json"
-
-
-def settings(cfg: Any, *without: str) -> dict[str, Any]:
-    """The options of a config that a result depends on: all but those named, and where it goes."""
-    return {k: v for k, v in asdict(cfg).items() if k not in (*without, "out", "device")}
-
-
 # --- what the three training loops share. The loop itself stays in its script ---
-
 
 STATE = "state.pt"  # in a run's folder until it is finished
 

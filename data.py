@@ -21,8 +21,9 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from common import ROOT, InputError, cached, check_at_least, check_output, cli, code, explained
-from common import key_seed, keyed_generator, load_tensors, locked, save_tensors, write_atomic
+from cache import cached, code, locked
+from common import ROOT, InputError, check_at_least, check_output, cli, explained, key_seed, keyed_generator
+from common import load_tensors, save_tensors, write_atomic
 from meshes import find_meshes, update_mesh
 from pictures import Views, fingerprint, kept, load_views, open_image, read_image  # noqa: F401
 from pictures import resize, write_png, write_views

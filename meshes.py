@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from common import InputError, code, digest, explained, load_json, regular
+from cache import code
+from common import InputError, digest, explained, load_json, regular
 from pictures import kept, write_views
 from render import ANTIALIAS, CAMERAS, VIEWS, fragments, nearest, project, shaded, to_uint8
 

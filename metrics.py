@@ -3,8 +3,6 @@
     PSNR     10 log10(1 / mean squared error), dB; at most 58.9, the error of rounding to 8 bits
     SSIM     Wang et al. 2004: Gaussian window 11 x 11, sigma 1.5, no padding, in float64
     LPIPS    Zhang et al. 2018, AlexNet, v0.1; smaller is better; needs the published weights
-    GMSD     Xue et al. 2014, gradient magnitude similarity deviation; smaller is better; perceptual like
-             LPIPS, for where those weights cannot be had. Equal to the authors' MATLAB code
 
 Geometry needs neither weights nor truth. It is exact, for the cameras are orthographic and look along axes:
 
@@ -26,7 +24,6 @@ from typing import Any
 
 import kornia.metrics as KM
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import explained, regular
@@ -53,23 +50,6 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:  # (N, C, H, W) in [0, 1] each, at lea
 
     In float64: var = E[x^2] - E[x]^2 cancels on flat white, and float32 is then wrong in the fourth digit."""
     return KM.ssim(x.double(), y.double(), 11, eps=0.0, padding="valid").mean((1, 2, 3))
-
-
-def gmsd(x: Tensor, y: Tensor) -> Tensor:  # (N, 3, H, W) in [0, 1] each -> (N,)
-    """Standard deviation over pixels of (2 g_x g_y + c) / (g_x^2 + g_y^2 + c), g the grey gradient's length.
-
-    On the luminance at half size, Prewitt's filters, c = 170 / 255^2. As published: zeros around the picture
-    (so its edge has a gradient, in both alike), and n - 1 in the deviation."""
-
-    def gradient(image: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, H/2, W/2)
-        grey = (image * image.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
-        half = F.avg_pool2d(F.pad(grey, (0, grey.shape[-1] % 2, 0, grey.shape[-2] % 2)), 2)
-        rise = torch.tensor([1.0, 1.0, 1.0]).outer(torch.tensor([1.0, 0.0, -1.0])).to(image) / 3
-        return F.conv2d(half, torch.stack([rise, rise.T])[:, None], padding=1).norm(dim=1)
-
-    g_x, g_y, c = gradient(x), gradient(y), 170 / 255**2
-    similarity = (2 * g_x * g_y + c) / (g_x**2 + g_y**2 + c)
-    return similarity.flatten(1).std(1)
 
 
 class Lpips(nn.Module):

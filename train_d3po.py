@@ -21,7 +21,7 @@ Run:
     python train_d3po.py --feedback geometry            # or matching, hull, redder: they need no scorer
     python train_d3po.py --feedback none                # L_simple-MV alone: the SFT baseline
 
-    Writes out/d3po_<feedback>-<content>/{config.json, model.safetensors, log.jsonl, results.json, grid.png}
+    Writes out/d3po_<feedback>-<content>/: the model, log.jsonl, report/results.json, report/grid.png
 
 Letters: N references, B of them in a batch, G candidates of each, J trained calls, R states of a reference
 (1 if its candidates share it, otherwise G), V views, c h w latent sizes."""
@@ -40,9 +40,10 @@ from tqdm import tqdm
 
 import train_scorer
 from candidates import Batch, Rollouts, candidate_files, draw_candidates, make_batch, read_rollouts
-from common import STATE, InputError, Log, cached, check_at_least, cli, code, digest, get_device, key_seed
-from common import keyed_generator, load_json, load_state, load_tensors, located, optimizer_step, provenance
-from common import same_place, save_json, save_state, save_tensors, settings, training_steps, use_bf16
+from cache import cached, check_link, code, machine, settings
+from common import STATE, InputError, Log, check_at_least, cli, digest, get_device, key_seed, keyed_generator
+from common import load_json, load_state, load_tensors, located, optimizer_step, provenance, same_place
+from common import save_json, save_state, save_tensors, training_steps, use_bf16
 from data import load_references, load_split
 from evaluate import before_after, print_table
 from feedback import FEEDBACKS, preference_pairs
@@ -119,8 +120,7 @@ def collect(policy: Path, references: Tensor, cfg: Config, round: int) -> Path:
     bf16 = use_bf16(cfg.bf16, device)
     options = ("candidates", "num_candidates", "num_steps", "trained_calls", "seed", "batch_size")
     made_by = {name: getattr(cfg, name) for name in options} | {"policy": digest(policy), "round": round}
-    made_by |= {"references": digest(references[:, 0]), "bf16": bf16, "on": device.type}
-    made_by |= {"code": code("candidates", "model", "sample")}
+    made_by |= {"references": digest(references[:, 0]), "code": code("candidates", "model", "sample")}
     # Each reference branches at one call, drawn once; those with equal calls go through the network together.
     first, last = cfg.trained_calls
     calls = torch.randint(first, last + 1, (len(references),), generator=keyed_generator(cfg.seed, 10, round))
@@ -140,7 +140,7 @@ def collect(policy: Path, references: Tensor, cfg: Config, round: int) -> Path:
             images = (images * 255).round().to(torch.uint8)
             save_tensors(path, {**rollouts._asdict(), "images": images, "reference": group})
 
-    return cached(cfg.out, "candidates", made_by, make)
+    return cached(cfg.out, "candidates", made_by | machine(cfg), make)
 
 
 # --- 2. prefer: a reward for every candidate ---
@@ -194,8 +194,7 @@ def d3po_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """Eq. 2, mean over pairs, each at one denoising step. No clip: the equation has none (D3PO's code has).
 
-    FORK: another loss on pairs of log-ratios (IPO, hinge...) is another function of these two.
-    """
+    FORK: another loss on pairs of log-ratios (IPO, hinge...) is another function of these two."""
     # L = -log sigmoid( beta log_ratio_w - beta log_ratio_l )
     margin = beta * (log_ratio_w - log_ratio_l)
     loss = -F.logsigmoid(margin).mean()
@@ -215,8 +214,7 @@ def batch_means(
 
     The loss always shows it the CLEAN reference. With the noised one that a candidate was drawn with, the
     noise scale alone may decide who wins, and then the expected gradient vanishes at theta = pre:
-    E_pi[grad log pi] = 0, for winner and loser each.
-    """
+    E_pi[grad log pi] = 0, for winner and loser each."""
     R = batch.x_t.shape[1]
     y, noise, t, s = (z.repeat_interleave(R, 0) for z in (batch.y, batch.ref_noise, batch.t, batch.s))
     return policy_mean(policy, schedule, batch.x_t.flatten(0, 1), y, noise, t, s, bf16)
@@ -233,8 +231,7 @@ def step_log_ratio(
 
     With one state for all candidates (R = 1) the difference of two of them is linear in theta's mean,
     < mean_theta - mean_pre, a_w - a_l > / var: the quadratic parts cancel. So nothing in Eq. (2) itself keeps
-    the policy near pi_pre; the KL term does.
-    """
+    the policy near pi_pre; the KL term does."""
     B, R, G = *batch.x_t.shape[:2], batch.action.shape[1]
     mean, var = batch_means(policy, schedule, batch, bf16)
     mean, pre, var = (z.repeat_interleave(G // R, 0) for z in (mean, mean_pre.flatten(0, 1), var))  # B G rows
@@ -256,8 +253,7 @@ def forward_log_ratio(
         w_t [ |x0 - x0_pre(x_t)|^2 - |x0 - x0_theta(x_t)|^2 ],     w_t = 1 / (2 (1 - ab_t)) as in L_simple-MV
 
     at one draw of t and noise, the same for all candidates of a reference. Eq. (2) then asks: whose picture
-    does the policy now denoise better than pi_pre did? It needs no action and no state, but pi_pre's network.
-    """
+    does the policy now denoise better than pi_pre did? It needs no action, but pi_pre's network."""
     (B, G), g = batch.x0.shape[:2], keyed_generator(seed, 11, step)
     t = torch.randint(100, 951, (B,), generator=g).to(batch.t)
     noise, ref_noise = (torch.randn(z.shape, generator=g).to(t.device) for z in (batch.x0[:, 0], batch.y))
@@ -283,8 +279,7 @@ def frozen_means(model: MultiViewUNet, rollouts: Rollouts, cfg: Config, bf16: bo
     """pi_pre's mean at every trained state (N, J, R, V, c, h, w): once, so that no second network is held.
 
     In batches of the training shape and with gradients switched on, because kernels, and so their rounding,
-    depend on both: then equal weights give exactly equal means.
-    """
+    depend on both: then equal weights give exactly equal means."""
     schedule, means = Schedule(model.cfg), torch.empty_like(rollouts.x_t)
     N, J = rollouts.call.shape
     index = torch.cartesian_prod(torch.arange(N), torch.arange(J))  # (N J, 2)
@@ -312,11 +307,10 @@ def train(
     start: Path, pre: Path, candidates: Path | None, rewards: Tensor | None, objects: Tensor, cfg: Config
 ) -> Path:
     """Fine-tune the policy in `start`; returns the folder of the run. No candidates: the SFT baseline."""
-    device = get_device(cfg.device)
     options = "lambda_simple steps batch_objects lr attention_only lora seed checkpointing".split()
     options += "loss beta_dpo kl min_gap num_steps".split() if candidates else []
     made_by = {name: getattr(cfg, name) for name in options} | {"start": digest(start)}
-    made_by |= {"objects": digest(objects), "bf16": use_bf16(cfg.bf16, device), "on": device.type}
+    made_by |= {"objects": digest(objects)} | machine(cfg)
     yours = [digest(f) for f in (run, d3po_loss, step_log_ratio, forward_log_ratio, simple_loss)]
     made_by["code"] = [*yours, code("candidates", "feedback", "model", "sample", "train_d3po", "train_sft")]
     if candidates:
@@ -342,9 +336,8 @@ def run(
             mean_pre = frozen_means(frozen, rollouts, cfg, bf16, device)
         else:
             frozen = copy.deepcopy(frozen).requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        parameters, cfg.lr, (0.9, 0.99), weight_decay=0.0, fused=device.type == "cuda"
-    )
+    fused = device.type == "cuda"
+    optimizer = torch.optim.AdamW(parameters, cfg.lr, (0.9, 0.99), weight_decay=0.0, fused=fused)
 
     state = load_state(folder / STATE)
     if state:
@@ -371,10 +364,9 @@ def run(
                 ratio, kl = step_log_ratio(policy, schedule, batch, mean_pre[chosen, js].to(device), bf16)
             else:
                 ratio, kl = forward_log_ratio(policy, frozen, schedule, batch, cfg.seed, step, bf16)
-            if step == 0 and digest(start) == digest(pre) and ratio.abs().max() * cfg.beta_dpo > 1e-3:
-                raise InputError(
-                    f"before the first update the log-ratio is {ratio.abs().max():.2g}, expected 0."
-                )
+            largest = ratio.abs().max()
+            if step == 0 and digest(start) == digest(pre) and largest * cfg.beta_dpo > 1e-3:
+                raise InputError(f"before the first update the log-ratio is {largest:.2g}, expected 0.")
             b, w, l = wins[chosen].nonzero(as_tuple=True)  # noqa: E741
             loss_d3po, metrics = d3po_loss(ratio[b, w], ratio[b, l], cfg.beta_dpo)
 
@@ -409,26 +401,33 @@ def draw_validation(model: Path, views: Tensor, cfg: Config) -> Tensor:
         images = sample_images(policy, ref.float() / 255, cfg.seed, cfg.num_steps, *how)
         save_tensors(folder / "images.safetensors", {"images": (images * 255).round().to(torch.uint8)})
 
-    folder = cached(cfg.out, "validation", made_by | {"bf16": bf16, "on": device.type}, make)
+    folder = cached(cfg.out, "validation", made_by | machine(cfg), make)
     return load_tensors(folder / "images.safetensors")["images"].float() / 255
 
 
 def report(pre: Path, policy: Path, size: int, cfg: Config, clock: float) -> dict:
-    """Before against after on validation objects: a table, and results.json and grid.png in the run's
-    folder."""
+    """Before against after on validation objects: results.json and grid.png in the run's folder `report`."""
     views = load_split(cfg.data, "validation", cfg.eval_objects, size)
     truth, (before, after) = views.float() / 255, (draw_validation(m, views, cfg) for m in (pre, policy))
-    table = before_after(before, after, truth, {"contrastive": Scorer.load(cfg.scorer)} if cfg.scorer else {})
+    made_by = {"views": [digest(z) for z in (before, after, truth)]}
+    made_by |= {"code": code("evaluate", "grid", "metrics", "scorer")}
+    made_by["scorer"] = digest(Path(cfg.scorer)) if cfg.scorer else ""
+
+    def make(folder: Path) -> None:
+        scorers = {"contrastive": Scorer.load(cfg.scorer)} if cfg.scorer else {}
+        table = before_after(before, after, truth, scorers)
+        most = (after - before).abs().flatten(1).mean(1).argsort(descending=True)[:8]
+        columns = {"ground truth": truth, "before": before, "after": after}
+        grid(folder / "grid.png", {k: v[most] for k, v in columns.items()}, truth[most, 0])
+        took = round(time.time() - clock)
+        save_json(folder / "results.json", {**provenance(cfg), "table": table, "seconds": took})
+
+    folder = cached(policy, "report", made_by, make)
+    result = load_json(folder / "results.json")
     print(f"--feedback {cfg.feedback} --loss {cfg.loss}")
-    print_table(table, cfg.feedback)
-    # the objects that changed most: what did training change?
-    most = (after - before).abs().flatten(1).mean(1).argsort(descending=True)[:8]
-    columns = {"ground truth": truth, "before": before, "after": after}
-    grid(policy / "grid.png", {k: v[most] for k, v in columns.items()}, truth[most, 0])
-    result = {**provenance(cfg), "table": table, "folder": str(policy), "seconds": round(time.time() - clock)}
-    save_json(policy / "results.json", result)
-    print(f"total {result['seconds']} s; {policy}/grid.png shows the eight objects that changed most")
-    return result
+    print_table(result["table"], cfg.feedback)
+    print(f"total {time.time() - clock:.0f} s; {folder}/grid.png shows the eight objects that changed most")
+    return result | {"folder": str(policy)}
 
 
 # --- the script ---
@@ -459,6 +458,7 @@ def check(cfg: Config) -> ModelConfig:
     link = Path(cfg.out) / run_name(cfg)
     if same_place(cfg.model, link):
         raise InputError(f"--model {link}: this run moves that link. Expected its folder, {link.resolve()}.")
+    check_link(link)
     check_at_least(cfg, 1, "steps", "batch_objects", "batch_size", "num_references", "eval_objects", "rounds")
     check_at_least(cfg, 2, "num_candidates")
     check_at_least(cfg, 0, "beta_dpo", "kl", "lambda_simple", "min_gap", "lr", "lora")

@@ -34,9 +34,10 @@ from einops import rearrange, repeat
 from torch import Tensor
 from tqdm import tqdm
 
-from common import STATE, InputError, Log, cached, check_at_least, cli, code, digest, get_device, key_seed
-from common import keyed_generator, load_json, load_state, load_tensors, located, optimizer_step, provenance
-from common import save_json, save_state, save_tensors, settings, training_steps, use_bf16
+from cache import cached, check_link, code, machine, settings
+from common import STATE, InputError, Log, check_at_least, cli, digest, get_device, key_seed, keyed_generator
+from common import load_json, load_state, load_tensors, located, optimizer_step, provenance, save_json
+from common import save_state, save_tensors, training_steps, use_bf16
 from data import MIRRORED_ORDER, VIEWS, load_references, load_split, load_views, stretch
 from metrics import spoilt_views
 from model import load
@@ -131,8 +132,8 @@ def make_pairs(cfg: Config, device: torch.device) -> tuple[Tensor, Tensor, int]:
     truth = torch.cat([train, load_split(cfg.data, "validation", cfg.num_val, cfg.image_size)])
     made_by = {"generator": digest(Path(cfg.negatives)), "references": digest(truth[:, 0])}
     made_by |= {"num_steps": cfg.num_steps, "seed": cfg.seed, "code": code("model", "sample")}
-    made_by |= {"bf16": use_bf16(cfg.bf16, device), "on": device.type}
-    folder = cached(Path(cfg.out).parent, "negatives", made_by, partial(generate, cfg, truth[:, 0], device))
+    make = partial(generate, cfg, truth[:, 0], device)
+    folder = cached(Path(cfg.out).parent, "negatives", made_by | machine(cfg), make)
     fake = torch.cat([load_tensors(path)["views"] for path in sorted(folder.glob("*.safetensors"))])
     return truth, fake, len(train)
 
@@ -267,19 +268,16 @@ def main(cfg: Config) -> dict[str, Any]:
     check_at_least(cfg, 1, "patch_size", "hidden_size", "num_layers", "num_heads")
     check_at_least(cfg, 2, "num_references", "num_val", "batch_size", "num_steps")  # another object is needed
     check_at_least(cfg, 0, "lr", "head_lr", "weight_decay", "mismatch")
-    device = get_device(cfg.device)
+    out, device = check_link(Path(cfg.out)), get_device(cfg.device)
     truth, fake, n = make_pairs(cfg, device)
     local = cfg.backbone and Path(cfg.backbone).is_dir()
     made_by = settings(cfg, "eval_every", "bf16", "data", "negatives", "backbone") | {
         "truth": digest(truth),
         "generated": digest(fake),
         "backbone": digest(Path(cfg.backbone)) if local else cfg.backbone,
-        "bf16": use_bf16(cfg.bf16, device),
         "code": code("data", "scorer", "train_scorer"),
-        "on": device.type,
     }
-    out = Path(cfg.out)
-    folder = cached(out.parent, out.name, made_by, partial(run, truth, fake, n, cfg))
+    folder = cached(out.parent, out.name, made_by | machine(cfg), partial(run, truth, fake, n, cfg))
     return {**load_json(folder / "results.json"), "folder": str(folder)}
 
 

@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import STATE, InputError, Log, cached, check_at_least, cli, code, digest, get_device
-from common import keyed_generator, load_json, load_state, optimizer_step, provenance, save_json, save_state
-from common import settings, training_steps, use_bf16
+from cache import cached, check_link, code, machine, settings
+from common import STATE, InputError, Log, check_at_least, cli, digest, get_device, keyed_generator, load_json
+from common import load_state, optimizer_step, provenance, save_json, save_state, training_steps, use_bf16
 from data import NUM_SIDES, Views, augment, fingerprint, lazy_split, load_split, relative_views
 from grid import grid
 from metrics import hull_iou, psnr
@@ -292,9 +292,10 @@ def main(cfg: Config) -> dict:
     check_at_least(cfg, 0, "lr", "muon_lr", "ema", "lora", "image_size")
     if not cfg.ema <= 1:
         raise InputError(f"--ema {cfg.ema}: expected at most 1.")
-    device = get_device(cfg.device)
+    out = check_link(Path(cfg.out))  # what is wrong shows now, not after training
+    made_on = machine(cfg)
     model = new_model(cfg)
-    Schedule(model.cfg).timesteps(cfg.num_steps)  # a wrong number of them shows now, not after training
+    Schedule(model.cfg).timesteps(cfg.num_steps)
     size = model.cfg.image_size
     by_name = {source: lazy_split(source, "train", cfg.num_objects, size) for source in cfg.data}
     sources = [by_name[source] for source in cfg.data]  # one may take several turns
@@ -305,11 +306,9 @@ def main(cfg: Config) -> dict:
         "code": code("data", "model", "muon", "sample", "train_sft"),
         "objects": [fingerprint(source) for source in sources],
         "validation": digest(val_views),
-        "bf16": use_bf16(cfg.bf16, device),
-        "on": device.type,
     }
-    out = Path(cfg.out)
-    folder = cached(out.parent, out.name, made_by, partial(run, model, sources, val_views, cfg))
+    make = partial(run, model, sources, val_views, cfg)
+    folder = cached(out.parent, out.name, made_by | made_on, make)
     return {**load_json(folder / "results.json"), "folder": str(folder)}
 
 

@@ -29,4 +29,4 @@ python sample.py --image "$(ls -d $out/example/*/ | head -n 1)front.png" --model
     --num_steps 3 --out $out/views.png
 python theory.py > $out/theory.txt
 tail -n 2 $out/theory.txt
-test -s $out/d3po_contrastive/results.json
+test -s $out/d3po_contrastive/report/results.json

@@ -24,8 +24,9 @@ from torch import Tensor
 
 import train_d3po as D
 import train_scorer as S
-from common import InputError, cached, check_at_least, check_output, cli, code, digest, get_device, key_seed
-from common import load_tensors, located, provenance, save_json, save_tensors, use_bf16, write_atomic
+from cache import cached, code
+from common import InputError, check_at_least, check_output, cli, digest, get_device, key_seed, load_tensors
+from common import located, provenance, save_json, save_tensors, use_bf16, write_atomic
 from data import load_split
 from evaluate import measure
 from grid import grid

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import cache as K
 import common as C
 from common import InputError
 
@@ -170,12 +171,12 @@ def count(folder: Path) -> None:
 
 
 def test_a_result_is_made_once_for_each_content(tmp_path):
-    one = C.cached(tmp_path, "x", {"lr": 1}, count)
-    assert C.cached(tmp_path, "x", {"lr": 1}, count) == one and (tmp_path / "runs").read_text() == "1"
-    other = C.cached(tmp_path, "x", {"lr": 2}, count)
+    one = K.cached(tmp_path, "x", {"lr": 1}, count)
+    assert K.cached(tmp_path, "x", {"lr": 1}, count) == one and (tmp_path / "runs").read_text() == "1"
+    other = K.cached(tmp_path, "x", {"lr": 2}, count)
     assert other != one and one.is_dir() and (tmp_path / "runs").read_text() == "2"
     assert (tmp_path / "x").resolve() == other.resolve()  # the link: what was asked for last
-    C.cached(tmp_path, "x", {"lr": 1}, count)
+    K.cached(tmp_path, "x", {"lr": 1}, count)
     assert (tmp_path / "x").resolve() == one.resolve() and (tmp_path / "runs").read_text() == "2"
 
 
@@ -184,16 +185,16 @@ def test_a_result_takes_nobodys_place(tmp_path, name):
     (tmp_path / "mine").mkdir()
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="--out .*xpected"):
-        C.cached(tmp_path, name, {}, count)
+        K.cached(tmp_path, name, {}, count)
 
 
 def test_a_link_in_place_of_the_lock_empties_nothing(tmp_path):
     (tmp_path / "precious").write_text("mine")
-    folder = C.cached(tmp_path, "x", {}, count)
+    folder = K.cached(tmp_path, "x", {}, count)
     (folder / ".lock").unlink()
     (folder / ".lock").symlink_to(tmp_path / "precious")
     with pytest.raises(InputError, match="cannot be written"):
-        C.cached(tmp_path, "x", {}, count)
+        K.cached(tmp_path, "x", {}, count)
     assert (tmp_path / "precious").read_text() == "mine"
 
 
@@ -201,13 +202,13 @@ def test_a_link_of_the_users_is_not_moved(tmp_path):
     for name, target in (("x", "precious"), ("y", "nowhere"), ("z", "z")):
         (tmp_path / name).symlink_to(target)
         with pytest.raises(InputError, match="no link to a result"):
-            C.cached(tmp_path, name, {}, count)
+            K.cached(tmp_path, name, {}, count)
         assert os.readlink(tmp_path / name) == target
 
 
 @pytest.mark.parametrize("damage", ["delete", "truncate", "flip", "note", "claim", "folder", "link"])
 def test_a_damaged_result_is_made_again(tmp_path, damage, capsys):
-    folder = C.cached(tmp_path, "x", {}, count)
+    folder = K.cached(tmp_path, "x", {}, count)
     file = folder / ("made_by.json" if damage in ("note", "claim") else "result.json")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -221,20 +222,20 @@ def test_a_damaged_result_is_made_again(tmp_path, damage, capsys):
         claim = json.dumps({"torch": "1.0", "files": {}}).encode()
         damaged = {"truncate": content[:3], "flip": content, "note": content[:9], "claim": claim}
         file.write_bytes(damaged[damage])
-    assert C.cached(tmp_path, "x", {}, count) == folder
+    assert K.cached(tmp_path, "x", {}, count) == folder
     assert (tmp_path / "runs").read_text() == "2" and C.load_json(folder / "result.json") == {"run": 2}
     assert "made again" in capsys.readouterr().out and (damage != "link" or (tmp_path / "mine").is_dir())
 
 
 def test_a_kill_while_a_damaged_result_is_cleared_leaves_nothing_of_it(tmp_path, monkeypatch):
-    folder = C.cached(tmp_path, "x", {}, count)
+    folder = K.cached(tmp_path, "x", {}, count)
     (folder / "result.json").write_text("damaged")
     unlink = Path.unlink
     monkeypatch.setattr(
         Path, "unlink", lambda p, **how: unlink(p, **how) if p.name != "made_by.json" else 1 / 0
     )
     with pytest.raises(ZeroDivisionError):
-        C.cached(tmp_path, "x", {}, count)
+        K.cached(tmp_path, "x", {}, count)
     assert not (folder / "result.json").exists()  # the note goes last: what is left does not count as begun
 
 
@@ -244,19 +245,19 @@ def test_an_unfinished_result_goes_on(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        C.cached(tmp_path, "x", {}, dies)
+        K.cached(tmp_path, "x", {}, dies)
     seen = []
-    folder = C.cached(tmp_path, "x", {}, lambda folder: seen.append((folder / "part").read_text()))
+    folder = K.cached(tmp_path, "x", {}, lambda folder: seen.append((folder / "part").read_text()))
     assert seen == ["half the work"] and (folder / "made_by.json").is_file()
 
 
 def test_two_runs_in_one_folder_at_a_time_are_refused(tmp_path):
     def inner(folder: Path) -> None:
-        C.cached(tmp_path, "x", {}, count)
+        K.cached(tmp_path, "x", {}, count)
 
     with pytest.raises(InputError, match="another run writes there"):
-        C.cached(tmp_path, "x", {}, inner)
-    C.cached(tmp_path, "x", {}, count)  # the lock went with the run
+        K.cached(tmp_path, "x", {}, inner)
+    K.cached(tmp_path, "x", {}, count)  # the lock went with the run
 
 
 # --- loops ---
@@ -291,12 +292,12 @@ def test_the_log_writes_means_and_forgets_what_is_done_again(tmp_path):
 
 
 def test_code_counts_without_its_comments_and_as_the_program_started(monkeypatch):
-    before = C.code("sample", "model")
-    assert before != C.code("model", "sample") and before != C.code("sample")
-    monkeypatch.setitem(C.SOURCES, "model", C.SOURCES["model"] + "\n\n# a comment\n")
-    assert C.code("sample", "model") == before
-    monkeypatch.setitem(C.SOURCES, "model", C.SOURCES["model"] + "x = 1\n")
-    assert C.code("sample", "model") != before
+    before = K.code("sample", "model")
+    assert before != K.code("model", "sample") and before != K.code("sample")
+    monkeypatch.setitem(K.SOURCES, "model", K.SOURCES["model"] + "\n\n# a comment\n")
+    assert K.code("sample", "model") == before
+    monkeypatch.setitem(K.SOURCES, "model", K.SOURCES["model"] + "x = 1\n")
+    assert K.code("sample", "model") != before
 
 
 def test_a_models_digest_is_of_its_config_and_its_weights(tmp_path):

@@ -18,7 +18,8 @@ from trimesh.visual.material import PBRMaterial
 import data
 import meshes
 import pictures
-from common import ROOT, InputError, code, key_seed, keyed_generator, load_json
+from cache import code
+from common import ROOT, InputError, key_seed, keyed_generator, load_json
 from metrics import hull_iou
 from render import LIGHT, project, render_primitives
 from runs import diagram
@@ -319,7 +320,7 @@ assert torch.equal(data.load_views("out", 16)[1][0], views)
 
 
 def test_a_sixth_view_is_a_name_and_a_camera(tmp_path):
-    for name in ("common", "toys", "render", "pictures", "meshes", "data"):
+    for name in ("common", "cache", "toys", "render", "pictures", "meshes", "data"):
         shutil.copy(ROOT / f"{name}.py", tmp_path)
     code = (tmp_path / "render.py").read_text()
     six = code.replace('"left", "top")', '"left", "top", "bottom")')

@@ -5,7 +5,6 @@ import os
 import numpy as np
 import pytest
 import torch
-from scipy.signal import convolve2d
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import metrics
@@ -57,25 +56,6 @@ def test_closeness_pools_the_unseen_views() -> None:
     images[:, 0] += 0.4  # not looked at
     images[1, 2] += 0.2  # a mean squared error of .04 in one view of four
     assert metrics.closeness(images, truth).tolist() == pytest.approx([58.92, 20.0], abs=0.01)
-
-
-@pytest.mark.parametrize("size", [64, 63])
-def test_gmsd_equals_the_published_code(size: int) -> None:
-    """The authors' MATLAB, line by line: conv2(..., 'same'), every second pixel, std2."""
-    x, y = (z[..., :size, :size] for z in pairs())
-    dx, T = np.array([[1.0, 0, -1]] * 3) / 3, 170
-
-    def length(image: torch.Tensor) -> np.ndarray:
-        grey = np.tensordot([0.299, 0.587, 0.114], image.double().numpy() * 255, 1)
-        mean = convolve2d(grey, np.full((2, 2), 0.25))
-        half = mean[1::2, 1::2]  # 'same' for an even kernel starts at the second
-        return np.hypot(convolve2d(half, dx, mode="same"), convolve2d(half, dx.T, mode="same"))
-
-    for a, b, got in zip(x, y, metrics.gmsd(x, y)):
-        g, h = length(a), length(b)
-        quality = (2 * g * h + T) / (g**2 + h**2 + T)
-        assert got.item() == pytest.approx(np.std(quality, ddof=1), abs=1e-5)
-    assert metrics.gmsd(x, x).tolist() == [0, 0, 0]
 
 
 def write_lpips(folder) -> None:

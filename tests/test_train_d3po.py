@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import random_model
 
+import cache
 import common
 import feedback
 import train_d3po as D
@@ -303,6 +304,15 @@ def test_noised_candidates_differ_by_their_reference_alone(tmp_path):
 # --- preferences ---
 
 
+@pytest.mark.parametrize(
+    ("name", "given"), [("sift", ("sift", "")), ("loftr", ("loftr", "")), ("w.ckpt", ("loftr", "w.ckpt"))]
+)
+def test_the_matching_feedback_hands_on_its_matcher(tmp_path, monkeypatch, name, given):
+    monkeypatch.setattr("feedback.matching_reward", lambda ref, images, *how: how)
+    x = torch.zeros(1, 5, 3, 8, 8)
+    assert D.FEEDBACKS["matching"](x[0, 0], x, x[0], config(tmp_path, matcher=name)) == given
+
+
 @pytest.mark.parametrize("feedback", ["contrastive", "matching", "hull", "geometry", "oracle"])
 def test_feedbacks_prefer_the_truth(tmp_path, feedback):
     """Truth against truth with another object's right view; all but the untrained scorer must prefer the truth."""
@@ -488,10 +498,11 @@ def test_main_writes_everything_and_reuses_it(tmp_path, capsys):
     cfg = config(tmp_path, lr=1e-3)
     result = D.main(cfg)
     folder = Path(result["folder"])
-    for name in ("config.json", "model.safetensors", "log.jsonl", "results.json", "grid.png", "made_by.json"):
+    names = ("config.json", "model.safetensors", "log.jsonl", "made_by.json")
+    for name in (*names, "report/results.json", "report/grid.png"):
         assert (folder / name).stat().st_size > 0
     assert {"psnr", "psnr_unseen", "ssim", "hull", "contradiction", "change"} <= load_json(
-        folder / "results.json"
+        folder / "report/results.json"
     )["table"].keys()
     # saved weights change the picture
     views = make_toys(1, 16, 2).float() / 255
@@ -502,8 +513,8 @@ def test_main_writes_everything_and_reuses_it(tmp_path, capsys):
     assert again["table"] == result["table"] and again["folder"] == result["folder"]
     out = capsys.readouterr().out
     assert (
-        len([line for line in out.splitlines() if line.endswith("reused") and "toys_" not in line]) == 5
-    )  # candidates, rewards, run, two sets of validation images
+        len([line for line in out.splitlines() if line.endswith("reused") and "toys_" not in line]) == 6
+    )  # candidates, rewards, run, two sets of validation images, report
 
 
 def test_another_rate_stands_beside_and_reuses_the_candidates(tmp_path, capsys):
@@ -560,7 +571,7 @@ def test_whatever_is_upstream_is_noticed(tmp_path, monkeypatch, what):
     elif what == "feedback's code":
         darker(1)
     elif what in FILES:
-        monkeypatch.setitem(common.SOURCES, what, common.SOURCES[what] + "\nx = 1\n")
+        monkeypatch.setitem(cache.SOURCES, what, cache.SOURCES[what] + "\nx = 1\n")
     else:
         new_scorer()
     before = len(list((tmp_path / "out").glob(f"{FILES.get(what)}-*")))
