@@ -2,9 +2,8 @@
 # The paper's experiment (Sec. 6) on one CUDA GPU: SDXL, DINOv2, LoFTR, LPIPS, renders of Objaverse.
 # Each line can be run by itself, and the same command goes on where it stopped.
 #   DATA=renders bash runs/paper.sh
-#   DATA=renders SIZE=512 MEMORY="--lora 16" bash runs/paper.sh    larger, on a small GPU (README: memory)
-# Weights are downloaded once, or named by folder: BASE, DINO, LPIPS, and LOFTR by file (README, "The paper's
-# scale").
+#   DATA=renders SIZE=512 MEMORY="--lora 16" bash runs/paper.sh    larger, on a small GPU (runs/paper.md)
+# Weights are downloaded once, or named by folder: BASE, DINO, LPIPS, and LOFTR by file (runs/paper.md).
 # --small makes all counts tiny, in out/paper_small: does everything load and fit together?
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,7 +16,7 @@ lpips=${LPIPS:-hub} out=${OUT:-out/paper} size=${SIZE:-256} memory=${MEMORY:-}
 sft="--steps 20000 --batch_size 4 --num_objects 100000 --eval_every 1000 --num_steps 50"
 scorer="--num_references 240 --num_steps 50"
 # The paper's setting (App. B): references noised by five scales, one object a step, the last 40 of 50 calls.
-# The last call has no density: 39 are left. (README says how little that teaches. Our design instead:
+# The last call has no density: 39 are left. (results/README.md, 3: how little that teaches. Ours:
 # D3PO="--loss diffusion_dpo --batch_objects 8")
 # States, actions and frozen means of 240 references take 12 GB of main memory at 256 px, 46 GB at 512.
 setting="--trained_calls 10 48 --candidates noised --beta_dpo 0.1 --kl 0 --lambda_simple 1 --batch_objects 1"
