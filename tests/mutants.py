@@ -139,7 +139,7 @@ FAULTS: list[tuple[str, str, str, str]] = [
     (D3PO, 'if feedback.__module__ != "feedback"', "if False", D3PO),
     (D3PO, "torch.full((len(references), G), torch.nan)", "torch.zeros((len(references), G))", D3PO),
     ("candidates", 'folder.glob("?" * 6 + ".safetensors")', 'folder.glob("*.safetensors")', D3PO),
-    (D3PO, 'made_by["scorer"] = digest(Path(cfg.scorer))', 'made_by["scorer"] = cfg.scorer', D3PO),
+    (D3PO, 'made_by["scorer"] = digest(Path(cfg.scorer))\n', 'made_by["scorer"] = cfg.scorer\n', D3PO),
     (D3PO, "torch.isfinite(rewards).all()", "rewards.numel()", D3PO),
     # log-ratios
     (
@@ -193,7 +193,7 @@ FAULTS: list[tuple[str, str, str, str]] = [
         D3PO,
     ),
     (D3PO, "frozen = copy.deepcopy(frozen)", "frozen = (frozen)", D3PO),
-    (D3PO, "ratio.abs().max() * cfg.beta_dpo > 1e-3", "ratio.abs().max() * cfg.beta_dpo > 1e9", D3PO),
+    (D3PO, "largest * cfg.beta_dpo > 1e-3", "largest * cfg.beta_dpo > 1e9", D3PO),
     (D3PO, 'pre if cfg.anchor == "pre" else policy', "pre", D3PO),
     (
         D3PO,
@@ -481,6 +481,13 @@ FAULTS: list[tuple[str, str, str, str]] = [
     (COMMON, "[what.func, what.args, what.keywords]", "[what.func]", COMMON),
     ("cache", "key=lambda p: p == note", "key=str", COMMON),
     (COMMON, "asked or step + 1 == total or", "asked or", SFT),
+    (D3PO, '"candidates", made_by | machine(cfg)', '"candidates", made_by', "damage"),
+    ("cache", ', "bf16": use_bf16(cfg.bf16, device)}', "}", "damage"),
+    (D3PO, '"views": [digest(z) for z in (before, after, truth)]', '"views": [digest(truth)]', D3PO),
+    (D3PO, "    check_link(link)\n", "", D3PO),
+    ("meshes", "corner - (low + high) / 2", "corner - low / 2", "data"),
+    ("meshes", "trimesh.Trimesh) and len(", "trimesh.Trimesh) or len(", "data"),
+    (SCORER, "check_link(Path(cfg.out)), get", "Path(cfg.out), get", SCORER),
     ("cache", "p.name != STATE", "True", SFT),
     (COMMON, "ROOT / path).resolve()", "ROOT / path)", COMMON),
     (COMMON, "sum(v) / len(v) for k, v", "sum(v) for k, v", COMMON),

@@ -255,7 +255,10 @@ CHANGES = {  # stage, a change, options, what is made again
     "sft's validation picture": ("sft", lambda: other_picture("validation"), {}, {"sft"}),
     "negatives": ("scorer", other_model, {}, {"scorer", "negatives"}),
     "scorer's rate": ("scorer", None, {"lr": 1e-4}, {"scorer"}),
+    "precision": ("d3po", None, {"bf16": "on"}, ALL),
     # slow
+    "sft's precision": ("sft", None, {"bf16": "on"}, {"sft"}),
+    "scorer's precision": ("scorer", None, {"bf16": "on"}, {"scorer", "negatives"}),
     "model's config": ("d3po", lambda: random_model(ref_scale=3.0).save("init"), {}, ALL),
     "scorer's config": ("d3po", lambda: other_scorer(-1, std=(0.5, 0.5, 0.5)), {}, ALL - {"candidates"}),
     "preference picture": ("d3po", lambda: other_picture("preference"), {}, ALL),
@@ -269,7 +272,7 @@ CHANGES = {  # stage, a change, options, what is made again
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", [pytest.param(w, marks=pytest.mark.slow if i > 7 else ()) for i, w in enumerate(CHANGES)])  # fmt: skip
+@pytest.mark.parametrize("what", [pytest.param(w, marks=pytest.mark.slow if i > 8 else ()) for i, w in enumerate(CHANGES)])  # fmt: skip
 def test_what_depends_on_a_change_is_made_again(copy, what):
     stage, change, options, expected = CHANGES[what]
     before = set(Path("out").glob("*-*"))

@@ -381,6 +381,15 @@ def test_textured_box_has_the_right_colours_at_the_right_places(kind, tmp_path):
     assert (extent == 30).all()  # 0.9 * 32 = 28.8, centred: 28 whole pixels and two partly covered
 
 
+def test_a_mesh_is_centred_and_what_is_no_surface_is_passed_over(tmp_path):
+    box = textured_box()
+    trimesh.Scene([box]).export(tmp_path / "box.glb")
+    moved = box.copy().apply_transform(trimesh.transformations.scale_and_translate(3, [5, -7, 2]))
+    points = trimesh.PointCloud([[9.0, 9, 9]])
+    trimesh.Scene([moved, points]).export(tmp_path / "moved.glb")
+    assert torch.equal(render_mesh(tmp_path / "box.glb"), render_mesh(tmp_path / "moved.glb"))
+
+
 def test_alpha_is_tested_before_depth(tmp_path):
     textured_box(alphaMode="MASK").export(tmp_path / "mask.glb")
     front = quarters(render_mesh(tmp_path / "mask.glb")[0])

@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from conftest import random_model
 
 import model
 import train_d3po as D
+import train_scorer
 import train_sft
 
 ROOT = Path(__file__).parent.parent
@@ -181,6 +183,15 @@ def test_the_quick_start_shows_what_the_runs_printed():
             shown = [float(x) for x in numbers[:5]]
             kept = [row[k] for k in ("before", "after", "difference", "low", "high")]
             assert shown == pytest.approx(kept, abs=5.1e-5), (heading, line)
+
+
+@pytest.mark.parametrize("file", [*RUNS.values(), "main/scorer.json"])
+def test_the_numbers_shown_are_those_of_the_defaults(file):
+    """A default that is changed needs new numbers."""
+    then = json.loads((ROOT / "results" / file).read_text())["config"]
+    how = {} if "scorer" in file else {"feedback": then["feedback"], "loss": then["loss"]}
+    now = json.loads(json.dumps(asdict((train_scorer if "scorer" in file else D).Config(**how))))
+    assert {k: v for k, v in now.items() if k not in ("out", "scorer")}.items() <= then.items()
 
 
 def test_nothing_is_left_to_fill_in():

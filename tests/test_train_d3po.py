@@ -761,6 +761,25 @@ def test_a_scorer_of_another_size_is_refused(tmp_path):
     assert not list((tmp_path / "out").glob("candidates*"))  # before any work
 
 
+def test_each_report_is_kept_beside_the_others(tmp_path):
+    """The SFT baseline does not depend on the number of calls, its report does."""
+    found = []
+    for changes in ({}, {"num_steps": 4}, {"eval_objects": 3}):
+        result = D.main(config(tmp_path, feedback="none", **changes))
+        kept = load_json(Path(result["folder"]) / "report" / "results.json")
+        assert kept["table"] == result["table"]
+        found.append((result["folder"], result["table"]["psnr_unseen"]["before"]))
+    assert len({folder for folder, _ in found}) == 1 and len({psnr for _, psnr in found}) == 3
+    assert len(list(Path(found[0][0]).glob("report-*/results.json"))) == 3
+
+
+def test_what_is_in_the_way_shows_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "out" / "d3po_oracle").mkdir(parents=True)
+    monkeypatch.setattr(D, "collect", lambda *_: pytest.fail("too late"))
+    with pytest.raises(InputError, match="d3po_oracle: is there, and no link to a result"):
+        D.main(config(tmp_path))
+
+
 def test_a_run_does_not_move_the_link_it_starts_from(tmp_path):
     random_model().save(tmp_path / "out" / "other")
     (tmp_path / "out" / "d3po_oracle").symlink_to("other")

@@ -266,3 +266,10 @@ def test_accuracy_counts_objects_whose_truth_has_the_higher_reward():
     for truth, fake, accuracy in ((dark, bright, 0.0), (bright, dark, 1.0), (dark, dark, 0.5)):
         found = T.evaluate(Brightness(), truth, fake)
         assert (found["accuracy_generated"], found["auc_generated"]) == (accuracy, accuracy)
+
+
+def test_what_is_in_the_way_shows_before_the_work(folders, tmp_path, monkeypatch):
+    (tmp_path / "scorer").mkdir()
+    monkeypatch.setattr(T, "make_pairs", lambda *_: pytest.fail("too late"))
+    with pytest.raises(InputError, match="scorer: is there, and no link to a result"):
+        T.main(config(folders, tmp_path / "scorer"))

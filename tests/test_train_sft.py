@@ -290,3 +290,10 @@ def test_wrong_input_is_one_line_before_any_work(tmp_path, changes, message):
     with pytest.raises(InputError, match=message):
         T.main(config(tmp_path, **changes))
     assert not list((tmp_path / "out").glob("sft*"))
+
+
+def test_what_is_in_the_way_shows_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "out" / "sft").mkdir(parents=True)
+    monkeypatch.setattr(T, "new_model", lambda *_: pytest.fail("too late"))
+    with pytest.raises(InputError, match="sft: is there, and no link to a result"):
+        T.main(config(tmp_path))
