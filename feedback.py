@@ -28,9 +28,7 @@ def contrastive(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
 
 def matching(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
     """MV-D3PO-M: the number of keypoints that the other views share with the reference (Sec. 6.1)."""
-    method = "sift" if cfg.matcher == "sift" else "loftr"
-    weights = "" if cfg.matcher in ("sift", "loftr") else cfg.matcher
-    return matching_reward(ref.expand(len(images), -1, -1, -1), images, method, weights)
+    return matching_reward(ref.expand(len(images), -1, -1, -1), images, cfg.matcher)
 
 
 def hull(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:

@@ -72,17 +72,16 @@ def sift_counts(own: Any, views: Tensor) -> Tensor:  # (n, 128), (V, 1, S, S) ->
 
 
 @cache
-def loftr_model(weights: str, device: torch.device) -> KF.LoFTR:
-    """The outdoor model from a local file, or from torch's hub cache ($TORCH_HOME), downloaded if absent."""
+def loftr_model(name: str, device: torch.device) -> KF.LoFTR:
+    """The outdoor model from a file; "loftr": from torch's hub cache ($TORCH_HOME), downloaded if absent."""
     model = KF.LoFTR(pretrained=None)
     remedy = f"Put it into {torch.hub.get_dir()}/checkpoints, name the file (--matcher), or choose sift."
-    wrong = f"LoFTR weights {weights or LOFTR_URL}: expected loftr_outdoor.ckpt of {LOFTR_URL}. {remedy}"
-    with explained(wrong):
+    with explained(f"matcher {name}: expected sift, loftr or loftr_outdoor.ckpt of {LOFTR_URL}. {remedy}"):
         options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
-        if weights:
-            state = torch.load(regular(weights), **options)["state_dict"]
-        else:
+        if name == "loftr":
             state = torch.hub.load_state_dict_from_url(LOFTR_URL, **options)["state_dict"]
+        else:
+            state = torch.load(regular(name), **options)["state_dict"]
         if not all(v.isfinite().all() for v in state.values()):
             raise ValueError("a weight is not finite")
         model.load_state_dict(state)
@@ -100,21 +99,19 @@ def loftr_counts(own: Any, views: Tensor, model: KF.LoFTR) -> Tensor:  # feature
 
 
 @torch.no_grad()
-def count_matches(ref: Tensor, views: Tensor, method: str = "sift", weights: str = "") -> Tensor:
+def count_matches(ref: Tensor, views: Tensor, method: str = "sift") -> Tensor:
     """(B, 3, H, W) and (B, V, 3, H, W) in [0, 1] -> (B, V): correspondences of a reference with its views.
 
-    FORK: another matcher is another branch here.
+    method: sift, loftr, or a file of LoFTR's weights. FORK: another matcher is another branch here.
     """
     if ref.ndim != 4 or views.ndim != 5 or len(ref) != len(views):
         got = f"{tuple(ref.shape)} and {tuple(views.shape)}"
         raise InputError(f"got {got}; expected (B,3,H,W) and (B,V,3,H,W).")
     if method == "sift":
         features, count = describe, sift_counts
-    elif method == "loftr":
-        model = loftr_model(weights, ref.device)
-        features, count = model.extract_features, partial(loftr_counts, model=model)
     else:
-        raise InputError(f"matcher {method!r} is unknown, expected sift or loftr.")
+        model = loftr_model(method, ref.device)
+        features, count = model.extract_features, partial(loftr_counts, model=model)
     grey_ref, grey = to_grey(ref), to_grey(views.flatten(0, 1)).unflatten(0, views.shape[:2])
     # SIFT is thousands of tiny operations: a second thread is no faster, and on busy cores ten times slower
     threads = torch.get_num_threads()
@@ -130,6 +127,6 @@ def count_matches(ref: Tensor, views: Tensor, method: str = "sift", weights: str
         torch.set_num_threads(threads)
 
 
-def matching_reward(ref: Tensor, views: Tensor, method: str = "sift", weights: str = "") -> Tensor:
+def matching_reward(ref: Tensor, views: Tensor, method: str = "sift") -> Tensor:
     """MV-D3PO-M's feedback, (B,): the sum over all views but 0, the reference's own."""
-    return count_matches(ref, views[:, 1:], method, weights).sum(dim=1).float()
+    return count_matches(ref, views[:, 1:], method).sum(dim=1).float()

@@ -451,7 +451,7 @@ def check(cfg: Config) -> ModelConfig:
     if cfg.feedback == "least_noise" and cfg.candidates != "noised":
         raise InputError("--feedback least_noise: expected --candidates noised.")
     if cfg.feedback == "matching" and cfg.matcher != "sift":  # are LoFTR's weights there?
-        loftr_model("" if cfg.matcher == "loftr" else cfg.matcher, torch.device("cpu"))
+        loftr_model(cfg.matcher, torch.device("cpu"))
     (first, last), limit = cfg.trained_calls, cfg.num_steps - 2  # the last call of a chain has no density
     if not 0 <= first <= last <= limit:
         raise InputError(f"--trained_calls {first} {last}: expected 0 <= first <= last <= {limit}.")

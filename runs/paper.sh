@@ -38,7 +38,7 @@ python -c "
 import torch, evaluate, matcher, scorer
 evaluate.Lpips.load('$lpips')
 scorer.pretrained_scorer('$dino', 'bilinear')
-if '$matching' != 'random': matcher.loftr_model('${LOFTR:-}', torch.device('cpu'))"
+if '$matching' != 'random': matcher.loftr_model('${LOFTR:-loftr}', torch.device('cpu'))"
 
 # Stage 1: the multi-view model, and the independent-view (Zero123-style) one that draws the negatives
 sft="--preset sdxl --base $base --image_size $size --data $data --lr 5e-5 $sft"

@@ -179,7 +179,7 @@ FAULTS: list[tuple[str, str, str, str]] = [
         "frozen = policy if digest(pre) != digest(start)",
         D3PO,
     ),
-    (D3PO, 'loftr_model("" if cfg.matcher', '(lambda *_: 0)("" if cfg.matcher', D3PO),
+    (D3PO, "loftr_model(cfg.matcher", "(lambda *_: 0)(cfg.matcher", D3PO),
     (SCORER, "right.double().sum(1) - bad", "right.double().sum(1) + bad", SCORER),
     (D3PO, "(NOISED if papers else {})", "({} if papers else NOISED)", D3PO),
     (D3PO, 'self.loss == "d3po" and self.feedback in', "self.feedback in", D3PO),
@@ -454,7 +454,7 @@ FAULTS: list[tuple[str, str, str, str]] = [
     ("evaluate", "digest(Path(folder)) for name, folder", "digest(folder) for name, folder", "evaluate"),
     ("matcher", "own = features(grey_ref[i : i + 1])", "own = features(grey_ref[:1])", "matcher"),
     ("matcher", "if i == 0 or not torch.equal(", "if True or not torch.equal(", "matcher"),
-    ("matcher", "count_matches(ref, views[:, 1:], method", "count_matches(ref, views, method", "matcher"),
+    ("matcher", "count_matches(ref, views[:, 1:]", "count_matches(ref, views", "matcher"),
     # what is kept
     (
         COMMON,

@@ -69,8 +69,8 @@ def test_loftr_from_a_file_counts_pairs_in_a_batch(tmp_path, monkeypatch) -> Non
     loaded = matcher.loftr_model(str(tmp_path / "loftr.ckpt"), torch.device("cpu"))
     loaded.coarse_matching.thr = 0.0
     weights = str(tmp_path / "loftr.ckpt")
-    same, other = matcher.count_matches(views[:, 0], views[:, :2], "loftr", weights)[0]
-    one = matcher.count_matches(views[:, 0], views[:, 1:2], "loftr", weights)
+    same, other = matcher.count_matches(views[:, 0], views[:, :2], weights)[0]
+    one = matcher.count_matches(views[:, 0], views[:, 1:2], weights)
     assert same > 0 and abs(int(one) - int(other)) <= 1
     matcher.loftr_model.cache_clear()
 
@@ -91,7 +91,7 @@ def test_loftr_computes_the_features_of_a_reference_once(monkeypatch) -> None:
             return {"batch_indexes": torch.arange(len(counts)).repeat_interleave(counts)}
 
     stand_in = StandIn()
-    monkeypatch.setattr(matcher, "loftr_model", lambda weights, device: stand_in)
+    monkeypatch.setattr(matcher, "loftr_model", lambda name, device: stand_in)
     grey = torch.arange(10).view(10, 1, 1, 1).expand(10, 3, 8, 8) / 10
     ref, views = grey[[3, 3, 5, 3]], grey[[1, 2, 4, 0, 6, 7, 8, 9]].unflatten(0, (4, 2))
     counts = matcher.count_matches(ref, views, "loftr")
@@ -109,8 +109,8 @@ def test_missing_weights_and_wrong_names_are_one_line(tmp_path) -> None:
     torch.save({"state_dict": state}, tmp_path / "nan.ckpt")
     for name in ("absent.ckpt", "broken.ckpt", "empty.ckpt", "nan.ckpt"):
         with pytest.raises(InputError, match="loftr_outdoor.ckpt.*--matcher.*sift"):
-            matcher.count_matches(views[:, 0], views, "loftr", str(tmp_path / name))
-    with pytest.raises(InputError, match="expected sift or loftr"):
+            matcher.count_matches(views[:, 0], views, str(tmp_path / name))
+    with pytest.raises(InputError, match="matcher surf: expected sift, loftr or"):
         matcher.count_matches(views[:, 0], views, "surf")
     with pytest.raises(InputError, match=r"expected \(B,3,H,W\)"):
         matcher.count_matches(views[0], views)
