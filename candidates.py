@@ -53,6 +53,7 @@ def draw_candidates(
         at = torch.full((len(ref), 1), call)
         rollouts = Rollouts(at, b.x_t[:, None, None], b.actions[:, None], b.y, b.ref_noise, b.x0)
         return Rollouts(*(z.cpu() for z in rollouts)), b.images
+    last = first if cfg.loss == "diffusion_dpo" else last  # it reads finished candidates, one state is enough
     G = len(NOISE_SCALES) if cfg.candidates == "noised" else cfg.num_candidates
     rows = torch.arange(len(ref)).repeat_interleave(G)
     scales = list(NOISE_SCALES) * len(ref) if cfg.candidates == "noised" else None
@@ -72,12 +73,14 @@ def candidate_files(folder: Path) -> list[Path]:
 
 def read_rollouts(folder: Path) -> Rollouts:
     """All rollouts of `collect`, in the order of the references. The images stay on disk."""
-    parts = [load_tensors(path) for path in candidate_files(folder)]
+    parts = []
+    for path in candidate_files(folder):
+        parts.append({name: z for name, z in load_tensors(path).items() if name != "images"})
     reference = torch.cat([p["reference"] for p in parts])
     if not torch.equal(reference.sort().values, torch.arange(len(reference))):
         raise InputError(f"{folder}: not one part for each reference, expected that. Delete it.")
     order = reference.argsort()
-    return Rollouts(*(torch.cat([p[name] for p in parts])[order] for name in Rollouts._fields))
+    return Rollouts(*(torch.cat([p.pop(name) for p in parts])[order] for name in Rollouts._fields))
 
 
 class Batch(NamedTuple):

@@ -320,6 +320,7 @@ def provenance(cfg: Any) -> dict[str, Any]:
     script = Path(sys.argv[0]).resolve()
     name = f"-m runs.{script.stem}" if script.parent.name == "runs" else script.name
     on_gpu = torch.cuda.is_available() and getattr(cfg, "device", "cpu") != "cpu"
+    bf16 = use_bf16(getattr(cfg, "bf16", "off"), torch.device("cuda" if on_gpu else "cpu"))
     return {
         "command": " ".join(["python", name, *sys.argv[1:]]),
         "config": asdict(cfg),
@@ -327,6 +328,7 @@ def provenance(cfg: Any) -> dict[str, Any]:
         "torch": torch.__version__,
         "hardware": torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores",
         "threads": torch.get_num_threads(),
+        "bf16": bf16,  # what "auto" came to
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -365,7 +367,9 @@ def parts(what: Any) -> Any:
         return [what.__code__, what.__defaults__, what.__kwdefaults__, held]
     if isinstance(what, CodeType):
         return [what.co_code.hex(), what.co_names, what.co_consts]
-    return digest(what) if isinstance(what, Tensor) else str(what)
+    if isinstance(what, set | frozenset):  # their order differs from process to process
+        return sorted(map(str, what))
+    return digest(what) if isinstance(what, Tensor) else str(what)  # an object by its address: never stale
 
 
 # --- what the three training loops share. The loop itself stays in its script ---

@@ -264,7 +264,8 @@ def main(cfg: Config) -> dict:
     print(f"\n{len(ids)} objects, {len(views)} seed(s), {size} px\n\n{markdown(rows)}")
 
     objects = {name: values.tolist() for name, values in measured.items()}
-    result = {**provenance(cfg), **judged, "rows": rows, "objects": objects}
+    weights = digest(Path(cfg.model)) if model else ""
+    result = {**provenance(cfg), **judged, "weights": weights, "rows": rows, "objects": objects}
     if cfg.against:
         both = [name for name in measured if name in earlier]
         result["difference"] = {name: with_interval(measured[name] - earlier[name]) for name in both}

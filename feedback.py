@@ -9,6 +9,8 @@ and its line in FEEDBACKS. Rewards are made anew whenever its code changes.
 """
 
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +22,18 @@ from metrics import closeness, geometry, hull_iou
 from scorer import Scorer, contrastive_reward
 
 
+@cache
+def scorer_at(folder: str, modified: int, device: torch.device) -> Scorer:
+    """Read once, not for every reference."""
+    return Scorer.load(folder, device)
+
+
 def contrastive(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
     """MV-D3PO-C: the contrastive scorer's sum over the other views (Sec. 5)."""
-    scorer = Scorer.load(cfg.scorer, ref.device)
-    return contrastive_reward(scorer, ref.expand(len(images), -1, -1, -1), images)
+    modified = (Path(cfg.scorer) / "model.safetensors").stat().st_mtime_ns
+    return contrastive_reward(
+        scorer_at(cfg.scorer, modified, ref.device), ref.expand(len(images), -1, -1, -1), images
+    )
 
 
 def matching(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:

@@ -6,25 +6,24 @@
     pi(a|s) = N(a; mean(x_t, Y, t), var)     one denoising step: the state s is x_t, the action a its x_s
 
 1. collect: for each reference the policy draws G candidates (candidates.py). For the paper's feedbacks they
-   differ by noise on their reference (App. B), for the others by ONE action.
+   differ by noise on their reference (App. B), for the others by ONE action. (Diffusion-DPO: independent.)
 2. prefer: a feedback rates the finished images (feedback.py). Of two the better is the winner.
 3. train: Eq. (2), at calls of the first half of the chain, which decides the shape, moves the policy towards
    winners' actions. If candidates share a state, one forward serves all their pairs.
 4. report: validation objects before and after, from equal noise.
 
 Differences from D3PO's code (yk7333/d3po, which the paper builds on): the action is joint over the views; its
-log-ratio is a sum, not a mean, and has no clip; all pairs of G candidates share one forward. Differences from
-the paper: early calls are trained, not late ones; pairs of nearly equal reward are left out; the KL term.
+log-ratio is a sum, not a mean, without clip; all pairs share one forward. Differences from the paper: early
+calls are trained, not late ones; the KL term; near ties are left out, but not of App. B's candidates.
 
 Run:
     python train_d3po.py --feedback contrastive --loss both     # the main job: Eq. (2), then Diffusion-DPO
     python train_d3po.py --feedback geometry            # or matching, hull, redder: they need no scorer
     python train_d3po.py --feedback none                # L_simple-MV alone: the SFT baseline
 
-    Writes out/d3po_<feedback>-<content>/: the model, log.jsonl, report/results.json, report/grid.png
+    Writes out/<loss>_<feedback>-<content>/: the model, log.jsonl, report/results.json, report/grid.png
 
-Letters: N references, B of them in a batch, G candidates of each, J trained calls, R states of a reference
-(1 if its candidates share it, otherwise G), V views, c h w latent sizes."""
+Letters: those of candidates.py."""
 
 import copy
 import time
@@ -39,7 +38,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import train_scorer
-from candidates import Batch, Rollouts, candidate_files, draw_candidates, make_batch, read_rollouts
+from candidates import NOISE_SCALES, Batch, Rollouts, candidate_files, draw_candidates, make_batch
+from candidates import read_rollouts
 from cache import cached, check_link, code, machine, settings
 from common import STATE, InputError, Log, check_at_least, cli, digest, get_device, key_seed, keyed_generator
 from common import load_json, load_state, load_tensors, located, optimizer_step, provenance, same_place
@@ -56,12 +56,14 @@ from sample import sample_images, split_prediction
 from scorer import Scorer
 from train_sft import simple_loss, trained_parameters, training_batch
 
-# loss -> the candidates and pairs that suit it, the beta for its scale
-RECIPES: dict[str, dict[str, Any]] = {
-    "d3po": {"candidates": "branch", "num_candidates": 8, "beta_dpo": 1.0, "min_gap": 1.0},
-    "diffusion_dpo": {"candidates": "independent", "num_candidates": 5, "beta_dpo": 0.02, "min_gap": 1.0},
+RECIPES: dict[str, dict[str, Any]] = {  # what an option at its default means, by candidates and by loss
+    "branch": {"num_candidates": 8, "min_gap": 1.0},
+    "noised": {"num_candidates": len(NOISE_SCALES), "min_gap": 0.0},
+    "independent": {"num_candidates": 5, "min_gap": 1.0},
+    "d3po": {"beta_dpo": 1.0},
+    "diffusion_dpo": {"beta_dpo": 0.02},
 }
-NOISED = {"candidates": "noised", "num_candidates": 5, "min_gap": 0.0}  # d3po with the paper's own feedbacks
+Preferences = tuple[Path, Tensor] | None  # what `collect` and `prefer` return; None: there are none, SFT
 
 
 @dataclass(frozen=True)
@@ -74,19 +76,16 @@ class Config:
     num_references: int = 240  # of preference objects (paper: 240)
     eval_objects: int = 64  # validation objects
     out: str = "out"  # where everything goes
-
     scorer: str = ""  # a trained scorer's folder; empty: --feedback contrastive trains one
     negatives: str = "checkpoints/objects_independent"  # that scorer's: train_scorer.py --negatives
     matcher: str = "sift"  # sift, loftr, or a file of LoFTR weights, for --feedback matching
-
     loss: Literal["d3po", "diffusion_dpo", "both"] = "d3po"  # which log-ratio Eq. (2) compares; both: in turn
-    candidates: Literal["auto", "branch", "noised", "independent"] = "auto"  # candidates.py; auto: RECIPES
+    candidates: Literal["auto", "branch", "noised", "independent"] = "auto"  # candidates.py; auto: by loss
     num_candidates: int = 0  # G (noised: one for each scale of App. B); 0: RECIPES
     beta_dpo: float = 0.0  # beta of Eq. 2 on the log-ratio SUMMED over V c h w; 0: RECIPES
     kl: float = 0.05  # weight of KL(pi_theta || pi_pre), in betas (paper: 0)
     num_steps: int = 10  # network calls K of the sampler (paper: 50)
     trained_calls: tuple[int, int] = (0, 4)  # first and last call that Eq. (2) trains (paper: last 40 of 50)
-
     lambda_simple: float = 1.0  # weight of L_simple-MV (paper: 1)
     min_gap: float = -1.0  # only pairs whose rewards differ by more standard deviations; -1: RECIPES
     rounds: int = 1  # collect, prefer, train again with the policy of the round before
@@ -105,8 +104,12 @@ class Config:
     device: str = "auto"  # auto, cpu or cuda
 
     def __post_init__(self) -> None:
-        papers = self.loss == "d3po" and self.feedback in ("contrastive", "matching", "least_noise")
-        for name, value in (RECIPES.get(self.loss, {}) | (NOISED if papers else {})).items():
+        if self.loss == "both":  # two configs, filled when they are made
+            return
+        papers = self.feedback in ("contrastive", "matching", "least_noise")
+        suits = {"d3po": "noised" if papers else "branch", "diffusion_dpo": "independent"}[self.loss]
+        chosen = suits if self.candidates == "auto" else self.candidates
+        for name, value in ({"candidates": chosen} | RECIPES[chosen] | RECIPES[self.loss]).items():
             if getattr(self, name) == type(self).__dataclass_fields__[name].default:
                 object.__setattr__(self, name, value)  # the dataclass is frozen
 
@@ -118,7 +121,7 @@ def collect(policy: Path, references: Tensor, cfg: Config, round: int) -> Path:
     """Candidates of all references (N, V, 3, S, S) uint8; returns a folder, a file for every few of them."""
     device = get_device(cfg.device)
     bf16 = use_bf16(cfg.bf16, device)
-    options = ("candidates", "num_candidates", "num_steps", "trained_calls", "seed", "batch_size")
+    options = ("candidates", "num_candidates", "loss", "num_steps", "trained_calls", "seed", "batch_size")
     made_by = {name: getattr(cfg, name) for name in options} | {"policy": digest(policy), "round": round}
     made_by |= {"references": digest(references[:, 0]), "code": code("candidates", "model", "sample")}
     # Each reference branches at one call, drawn once; those with equal calls go through the network together.
@@ -240,21 +243,15 @@ def step_log_ratio(
 
 
 def forward_log_ratio(
-    policy: MultiViewUNet,
-    pre: MultiViewUNet,
-    schedule: Schedule,
-    batch: Batch,
-    seed: int,
-    step: int,
-    bf16: bool,
+    policy: MultiViewUNet, pre: MultiViewUNet, batch: Batch, seed: int, step: int, bf16: bool
 ) -> tuple[Tensor, Tensor]:  # (B, G), (B,)
     """Diffusion-DPO's log-ratio (Wallace et al. 2023): of the finished candidate, noised again.
 
-        w_t [ |x0 - x0_pre(x_t)|^2 - |x0 - x0_theta(x_t)|^2 ],     w_t = 1 / (2 (1 - ab_t)) as in L_simple-MV
+        w_t [ |x0 - x0_pre(x_t)|^2 - |x0 - x0_theta(x_t)|^2 ],     w_t as in L_simple-MV, halved
 
     at one draw of t and noise, the same for all candidates of a reference. Eq. (2) then asks: whose picture
     does the policy now denoise better than pi_pre did? It needs no action, but pi_pre's network."""
-    (B, G), g = batch.x0.shape[:2], keyed_generator(seed, 11, step)
+    schedule, (B, G), g = Schedule(policy.cfg), batch.x0.shape[:2], keyed_generator(seed, 11, step)
     t = torch.randint(100, 951, (B,), generator=g).to(batch.t)
     noise, ref_noise = (torch.randn(z.shape, generator=g).to(t.device) for z in (batch.x0[:, 0], batch.y))
     t, y, noise, ref_noise = (z.repeat_interleave(G, 0) for z in (t, batch.y, noise, ref_noise))  # B G rows
@@ -270,7 +267,8 @@ def forward_log_ratio(
     theta = predict(policy)
     with torch.no_grad():
         old = predict(pre)
-    weight = 1 / (2 * (1 - schedule.ab(t)))
+    ab = schedule.ab(t)  # an error d in x0 is one of sqrt(ab / (1 - ab)) d in epsilon, d / sqrt(1 - ab) in v
+    weight = (ab if schedule.prediction == "epsilon" else 1) / (2 * (1 - ab))
     ratio = (weight * ((x0 - old) ** 2 - (x0 - theta) ** 2)).flatten(1).sum(1)
     return ratio.view(B, G), (weight * (theta - old) ** 2).flatten(1).sum(1).view(B, G).mean(1)
 
@@ -300,40 +298,40 @@ def prepare(folder: Path, cfg: Config, device: Any) -> tuple[MultiViewUNet, list
 
 def run_name(cfg: Config) -> str:
     """A run's folder, without its content, and the link to the last one."""
-    return "sft" if cfg.feedback == "none" else f"d3po_{cfg.feedback}"
+    return "sft_baseline" if cfg.feedback == "none" else f"{cfg.loss}_{cfg.feedback}"
 
 
-def train(
-    start: Path, pre: Path, candidates: Path | None, rewards: Tensor | None, objects: Tensor, cfg: Config
-) -> Path:
-    """Fine-tune the policy in `start`; returns the folder of the run. No candidates: the SFT baseline."""
+def train(start: Path, pre: Path, preferences: Preferences, objects: Tensor, cfg: Config, round: int) -> Path:
+    """Fine-tune the policy in `start`; returns the folder of the run. No preferences: the SFT baseline."""
     options = "lambda_simple steps batch_objects lr attention_only lora seed checkpointing".split()
-    options += "loss beta_dpo kl min_gap num_steps".split() if candidates else []
+    options += "loss beta_dpo kl min_gap num_steps".split() if preferences else []
     made_by = {name: getattr(cfg, name) for name in options} | {"start": digest(start)}
     made_by |= {"objects": digest(objects)} | machine(cfg)
-    yours = [digest(f) for f in (run, d3po_loss, step_log_ratio, forward_log_ratio, simple_loss)]
-    made_by["code"] = [*yours, code("candidates", "feedback", "model", "sample", "train_d3po", "train_sft")]
-    if candidates:
-        made_by |= {"pre": digest(pre), "rewards": digest(rewards), "feedback": cfg.feedback}
-        made_by |= {"candidates": digest(load_json(candidates / "made_by.json"))}
-    make = partial(run, start, pre, candidates, rewards, objects, cfg)
+    yours = (run, d3po_loss, step_log_ratio, forward_log_ratio, batch_means, preference_pairs, simple_loss)
+    ours = code("candidates", "data", "feedback", "model", "sample", "train_d3po", "train_sft")
+    made_by |= {"code": [ours, *map(digest, yours)], "round": round}
+    if preferences:
+        made_by |= {"pre": digest(pre), "rewards": digest(preferences[1]), "feedback": cfg.feedback}
+        made_by |= {"candidates": digest(load_json(preferences[0] / "made_by.json"))}
+    make = partial(run, start, pre, preferences, objects, cfg, round)
     return cached(cfg.out, run_name(cfg), made_by, make)
 
 
 def run(
-    start: Path, pre: Path, candidates: Path | None, rewards: Any, objects: Tensor, cfg: Config, folder: Path
+    start: Path, pre: Path, preferences: Preferences, objects: Tensor, cfg: Config, round: int, folder: Path
 ) -> None:
     """The loop: L = L_MV-D3PO + lambda L_simple-MV + kl beta KL."""
     device = get_device(cfg.device)
     bf16 = use_bf16(cfg.bf16, device)
     policy, parameters = prepare(start, cfg, device)
     schedule = Schedule(policy.cfg)
-    if candidates:
-        rollouts, wins = read_rollouts(candidates), preference_pairs(rewards, cfg.min_gap)
+    if preferences:
+        rollouts, wins = read_rollouts(preferences[0]), preference_pairs(preferences[1], cfg.min_gap)
         usable = wins.flatten(1).any(1).nonzero()[:, 0]  # references whose candidates do not all tie
         frozen = policy if digest(pre) == digest(start) else prepare(pre, cfg, device)[0]
         if cfg.loss == "d3po":
             mean_pre = frozen_means(frozen, rollouts, cfg, bf16, device)
+            del frozen  # no second network is held
         else:
             frozen = copy.deepcopy(frozen).requires_grad_(False)
     fused = device.type == "cuda"
@@ -351,10 +349,10 @@ def run(
         save_state(folder / STATE, parts, step=done)
 
     for step in training_steps(state.get("step", 0), cfg.steps, "train_d3po", save):
-        metrics = {}
-        if candidates:
-            # batch: references, each at one of its trained calls; a function of (seed, step) alone
-            g = keyed_generator(cfg.seed, 6, step)
+        metrics, n = {}, round * cfg.steps + step  # n counts on: another round has other batches and noise
+        if preferences:
+            # batch: references, each at one of its trained calls; a function of (seed, n) alone
+            g = keyed_generator(cfg.seed, 6, n)
             chosen = usable[torch.randint(len(usable), (cfg.batch_objects,), generator=g)]
             js = torch.randint(rollouts.call.shape[1], (cfg.batch_objects,), generator=g)
             batch = make_batch(rollouts, chosen, js, schedule, cfg.num_steps, device)
@@ -363,10 +361,13 @@ def run(
             if cfg.loss == "d3po":
                 ratio, kl = step_log_ratio(policy, schedule, batch, mean_pre[chosen, js].to(device), bf16)
             else:
-                ratio, kl = forward_log_ratio(policy, frozen, schedule, batch, cfg.seed, step, bf16)
-            largest = ratio.abs().max()
-            if step == 0 and digest(start) == digest(pre) and largest * cfg.beta_dpo > 1e-3:
-                raise InputError(f"before the first update the log-ratio is {largest:.2g}, expected 0.")
+                ratio, kl = forward_log_ratio(policy, frozen, batch, cfg.seed, n, bf16)
+            if (
+                step == 0
+                and digest(start) == digest(pre)
+                and (top := ratio.abs().max()) * cfg.beta_dpo > 1e-3
+            ):
+                raise InputError(f"before the first update the log-ratio is {top:.2g}, expected 0.")
             b, w, l = wins[chosen].nonzero(as_tuple=True)  # noqa: E741
             loss_d3po, metrics = d3po_loss(ratio[b, w], ratio[b, l], cfg.beta_dpo)
 
@@ -375,7 +376,7 @@ def run(
             (loss_d3po + cfg.kl * cfg.beta_dpo * kl.mean()).backward()
             norms = [p.grad.norm() for p in parameters if p.grad is not None]
             metrics |= {"kl": kl.mean().item(), "grad_d3po": torch.stack(norms).norm().item()}
-        real = training_batch(policy, schedule, [objects], cfg.batch_objects, cfg.seed, step, device)
+        real = training_batch(policy, schedule, [objects], cfg.batch_objects, cfg.seed, n, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss_simple = simple_loss(policy, schedule, *real).mean()
         (cfg.lambda_simple * loss_simple).backward()
@@ -389,26 +390,26 @@ def run(
 # --- 4. report ---
 
 
-def draw_validation(model: Path, views: Tensor, cfg: Config) -> Tensor:
-    """Images (N, V, 3, S, S) of validation objects (N, V, 3, S, S) uint8, drawn from their front view."""
-    device, ref = get_device(cfg.device), views[:, 0]
+def draw_images(model: Path, ref: Tensor, cfg: Config) -> Tensor:  # (N, V, 3, S, S) in [0, 1]
+    """What a model makes of references (N, 3, S, S) uint8."""
+    device = get_device(cfg.device)
     bf16 = use_bf16(cfg.bf16, device)
     made_by = {"model": digest(model), "ref": digest(ref), "num_steps": cfg.num_steps, "seed": cfg.seed}
     made_by |= {"batch_size": cfg.batch_size, "code": code("model", "sample")}
 
     def make(folder: Path) -> None:
-        policy, how = load(model, device, half=bf16), (cfg.batch_size, "validation objects", bf16)
+        policy, how = load(model, device, half=bf16), (cfg.batch_size, "draw", bf16)
         images = sample_images(policy, ref.float() / 255, cfg.seed, cfg.num_steps, *how)
         save_tensors(folder / "images.safetensors", {"images": (images * 255).round().to(torch.uint8)})
 
-    folder = cached(cfg.out, "validation", made_by | machine(cfg), make)
+    folder = cached(cfg.out, "images", made_by | machine(cfg), make)
     return load_tensors(folder / "images.safetensors")["images"].float() / 255
 
 
 def report(pre: Path, policy: Path, size: int, cfg: Config, clock: float) -> dict:
     """Before against after on validation objects: results.json and grid.png in the run's folder `report`."""
     views = load_split(cfg.data, "validation", cfg.eval_objects, size)
-    truth, (before, after) = views.float() / 255, (draw_validation(m, views, cfg) for m in (pre, policy))
+    truth, (before, after) = views.float() / 255, (draw_images(m, views[:, 0], cfg) for m in (pre, policy))
     made_by = {"views": [digest(z) for z in (before, after, truth)]}
     made_by |= {"code": code("evaluate", "grid", "metrics", "scorer")}
     made_by["scorer"] = digest(Path(cfg.scorer)) if cfg.scorer else ""
@@ -430,9 +431,6 @@ def report(pre: Path, policy: Path, size: int, cfg: Config, clock: float) -> dic
     return result | {"folder": str(policy)}
 
 
-# --- the script ---
-
-
 def find_scorer(cfg: Config, model: ModelConfig) -> str:
     """The scorer of --feedback contrastive: given, or trained now (stage 2)."""
     if cfg.scorer or cfg.feedback != "contrastive":
@@ -450,6 +448,8 @@ def check(cfg: Config) -> ModelConfig:
         raise InputError(f"--feedback {cfg.feedback}: unknown, expected one of {', '.join(FEEDBACKS)}, none.")
     if cfg.feedback == "least_noise" and cfg.candidates != "noised":
         raise InputError("--feedback least_noise: expected --candidates noised.")
+    if cfg.candidates == "noised" and cfg.num_candidates != (G := len(NOISE_SCALES)):
+        raise InputError(f"--num_candidates {cfg.num_candidates}: expected {G} (or 0) if they are noised.")
     if cfg.feedback == "matching" and cfg.matcher != "sift":  # are LoFTR's weights there?
         loftr_model(cfg.matcher, torch.device("cpu"))
     (first, last), limit = cfg.trained_calls, cfg.num_steps - 2  # the last call of a chain has no density
@@ -475,7 +475,7 @@ def check(cfg: Config) -> ModelConfig:
 def main(cfg: Config) -> dict:
     """Collect, prefer, train, report. A stage that equal inputs made before is read, not done again."""
     if cfg.loss == "both":
-        runs = {loss: replace(cfg, loss=loss) for loss in RECIPES}
+        runs: dict[Any, Config] = {loss: replace(cfg, loss=loss) for loss in ("d3po", "diffusion_dpo")}
         for one in runs.values():
             check(one)
         return {loss: main(one) for loss, one in runs.items()}
@@ -487,12 +487,12 @@ def main(cfg: Config) -> dict:
     objects = load_split(cfg.data, "preference", n, size)  # ground truth for L_simple-MV
     cfg = replace(cfg, scorer=find_scorer(cfg, model))
     for round in range(cfg.rounds):
-        if cfg.feedback == "none":
-            policy = train(policy, pre, None, None, objects, cfg)
-        else:
+        preferences = None
+        if cfg.feedback != "none":
             candidates = collect(policy, references, cfg, round)
-            rewards = prefer(candidates, references, cfg)
-            policy = train(policy, pre if cfg.anchor == "pre" else policy, candidates, rewards, objects, cfg)
+            preferences = candidates, prefer(candidates, references, cfg)
+        anchor = pre if cfg.anchor == "pre" else policy
+        policy = train(policy, anchor, preferences, objects, cfg, round)
     return report(pre, policy, size, cfg, clock)
 
 

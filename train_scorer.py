@@ -9,9 +9,9 @@ objects are better than of new ones.
 
 DEVIATION: a third term, with target 0 for true views of ANOTHER object. In the paper's two terms, true and
 generated views come with the same, right reference, so nothing asks whether a view belongs to it, and no head
-learns to tell. Half of the other objects are *twins*: the same object stretched along its axes
-(data.stretch), true views that differ from the right ones in their proportions alone. Only they make the
-scorer look at geometry.
+learns to tell. Half of a batch are stretched copies of its other half (data.stretch). So one of the others is
+a reference's *twin*: true views that differ from the right ones in their proportions alone. Only they make
+the scorer look at geometry.
 
 Run:
     python train_scorer.py                                     # negatives of the independent-view model ("C")
@@ -74,7 +74,7 @@ class Config:
 
     seed: int = 0  # of weights, batches, frames and the generator
     eval_every: int = 300  # steps between evaluations
-    bf16: Literal["auto", "on", "off"] = "auto"  # draw the negatives in bfloat16; auto: where it is fast
+    bf16: Literal["auto", "on", "off"] = "auto"  # of the generator, on CUDA of training too; auto: if fast
     device: str = "auto"  # auto, cpu or cuda
     out: str = "out/scorer"  # where everything goes
 
@@ -275,7 +275,7 @@ def main(cfg: Config) -> dict[str, Any]:
         "truth": digest(truth),
         "generated": digest(fake),
         "backbone": digest(Path(cfg.backbone)) if local else cfg.backbone,
-        "code": code("data", "scorer", "train_scorer"),
+        "code": code("data", "metrics", "scorer", "train_scorer"),
     }
     folder = cached(out.parent, out.name, made_by | machine(cfg), partial(run, truth, fake, n, cfg))
     return {**load_json(folder / "results.json"), "folder": str(folder)}

@@ -301,9 +301,9 @@ def main(cfg: Config) -> dict:
     sources = [by_name[source] for source in cfg.data]  # one may take several turns
     val_views = load_split(cfg.data[0], "validation", cfg.eval_objects, size)
     weights = model.state_dict() | (model.vae.state_dict() if model.cfg.is_sdxl else {})
-    made_by = settings(cfg, "eval_every", "bf16", "init", "base") | {
+    made_by = settings(cfg, "eval_every", "bf16", "init", "base", "data") | {
         "start": [digest({k: digest(v) for k, v in weights.items()}), asdict(model.cfg)],
-        "code": code("data", "model", "muon", "sample", "train_sft"),
+        "code": code("data", "model", "muon", "pictures", "sample", "train_sft"),
         "objects": [fingerprint(source) for source in sources],
         "validation": digest(val_views),
     }

@@ -52,20 +52,25 @@ python train_scorer.py $scorer --negatives $out/zero123 --out $out/scorer
 python train_scorer.py $scorer --negatives $out/base --out $out/scorer_pre
 
 # Stage 3: SFT (the same loop without preferences), MV-D3PO-M, MV-D3PO-C (pre), MV-D3PO-C.
-# tune NAME RUN OPTIONS: $out/NAME links to this run; $out/RUN is only the last one with its feedback
+# tune NAME RUN OPTIONS: $out/NAME links to this run; $out/RUN is only the last one of its loss and feedback
 d3po="--model $out/base --data $data --lr 1e-5 --attention_only True --checkpointing True --out $out $d3po"
 d3po="$d3po $memory ${D3PO:-$setting}"
 tune() { python train_d3po.py $d3po "${@:3}" && ln -sfn "$(readlink $out/$2)" $out/$1; }
-tune sft sft --feedback none
-tune m d3po_${matching%% *} --feedback $matching
-tune c_pre d3po_contrastive --feedback contrastive --scorer $out/scorer_pre
-tune c d3po_contrastive --feedback contrastive --scorer $out/scorer
+case "${D3PO:-}" in *diffusion_dpo*) loss=diffusion_dpo ;; *) loss=d3po ;; esac
+tune sft sft_baseline --feedback none
+tune m ${loss}_${matching%% *} --feedback $matching
+tune c_pre ${loss}_contrastive --feedback contrastive --scorer $out/scorer_pre
+tune c ${loss}_contrastive --feedback contrastive --scorer $out/scorer
 
-# Table 1 on the held-out objects; another model's views join by: evaluate.py --images DIR
+# Table 1 on the held-out objects, each row named by its run: another run is another row. Another model's views
+# join by: evaluate.py --images DIR
 table="--data $data --split heldout --scorer $out/scorer --lpips $lpips $table"
-[ -e $out/table_sft.json ] || python evaluate.py --model $out/sft $table --out $out/table_sft.json \
-    --grid $out/table_sft.png
+run() { basename "$(readlink -f $out/$1)"; }
+sft=$out/table_$(run sft).json
+[ -e $sft ] || python evaluate.py --model $out/sft $table --out $sft --grid ${sft%.json}.png
 for row in base m c_pre c; do
-    [ -e $out/table_$row.json ] || python evaluate.py --model $out/$row $table --against $out/table_sft.json \
-        --out $out/table_$row.json --grid $out/table_$row.png
+    name=$out/table_$(run $row)_minus_$(run sft)
+    [ -e $name.json ] || python evaluate.py --model $out/$row $table --against $sft --out $name.json \
+        --grid $name.png
+    echo "$row: $name.json"
 done

@@ -13,9 +13,9 @@ python train_scorer.py --num_references 4 --num_val 2 --steps 4 --batch_size 4 -
 
 # Stage 3: MV-D3PO with each kind of feedback, loss and candidates
 d3po="--num_references 4 --eval_objects 4 --steps 2 --batch_objects 2 --num_steps 4 --trained_calls 0 1"
-d3po="$d3po --num_candidates 3 --scorer $out/scorer --out $out"
+d3po="$d3po --scorer $out/scorer --out $out"
 python train_d3po.py --feedback contrastive $d3po
-python train_d3po.py --feedback geometry --loss diffusion_dpo $d3po
+python train_d3po.py --feedback geometry --loss diffusion_dpo --num_candidates 3 $d3po
 python train_d3po.py --feedback geometry --candidates noised $d3po
 python train_d3po.py --feedback none $d3po
 

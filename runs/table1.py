@@ -1,6 +1,6 @@
 """Table 1 on furniture: every row trained and measured on held-out objects by other hands (paper Sec. 6).
 
-One command does all of it, and goes on where it stopped: every stage is found by its content (common.cached).
+One command does all of it, and goes on where it stopped: every stage is found by its content (cache.cached).
 Rows share candidates; all have the same references, batches and number of steps. The held-out objects are
 looked at here only.
 
@@ -24,20 +24,21 @@ from torch import Tensor
 
 import train_d3po as D
 import train_scorer as S
-from cache import cached, code
-from common import InputError, check_at_least, check_output, cli, digest, get_device, key_seed, load_tensors
-from common import located, provenance, save_json, save_tensors, use_bf16, write_atomic
+from cache import cached, code, machine
+from common import InputError, check_at_least, check_output, cli, digest, get_device, key_seed, load_json
+from common import load_tensors, located, provenance, save_json, save_tensors, use_bf16, write_atomic
 from data import load_split
 from evaluate import measure
 from grid import grid
 from metrics import Lpips, bootstrap_interval, grey_levels_changed
 from model import load
-from sample import sample, sample_images
+from sample import sample
 from scorer import Scorer, contrastive_reward
 
 # Recipes in full: the config that a row changes has been filled by its own already
-NOISED, BRANCH = {**D.RECIPES["d3po"], **D.NOISED}, D.RECIPES["d3po"]
-FORWARD = {"loss": "diffusion_dpo", **D.RECIPES["diffusion_dpo"]}
+NOISED, BRANCH = ({"candidates": c, **D.RECIPES[c], **D.RECIPES["d3po"]} for c in ("noised", "branch"))
+FORWARD = {"loss": "diffusion_dpo", "candidates": "independent"}
+FORWARD |= D.RECIPES["independent"] | D.RECIPES["diffusion_dpo"]
 ROWS = {  # row -> label; what changes in the config of train_d3po.py, if it is trained at all
     "pre": ("pre-trained", None),
     "sft": ("SFT", {"feedback": "none"}),
@@ -127,28 +128,27 @@ def train_row(row: str, seed: int, scorers: dict[str, str], cfg: Config) -> Path
 
 def draw(row: str, model: Path, seed: int, truth: Tensor, scorers: dict[str, str], cfg: Config) -> Tensor:
     """The row's images of the held-out objects (N, V, 3, S, S), from the front view."""
-    device, steps, ref = get_device(cfg.device), base_config(cfg).num_steps, truth[:, 0]
-    bf16 = use_bf16("auto", device)
-
-    def make(folder: Path) -> None:
-        policy = load(model, device, half=bf16)
-        if row != "best":
-            images = sample_images(policy, ref, seed, steps, 8, row, bf16)
-        else:  # five samples with noises of their own; the scorer takes one
-            scorer, chosen = Scorer.load(scorers["contrastive"], device), []
-            for i, y in enumerate(ref.to(device)):
-                five = y.expand(5, -1, -1, -1)
-                drawn = sample(policy, five, [key_seed(seed, i)] * 5, steps, list(range(5)), bf16=bf16).images
-                chosen.append(drawn[contrastive_reward(scorer, five, drawn).argmax()].cpu())
-            images = torch.stack(chosen)
-        save_tensors(folder / "images.safetensors", {"images": (images * 255).round().to(torch.uint8)})
-
+    base, ref = replace(base_config(cfg), seed=seed), truth[:, 0]
     if row == "truth":
         return truth
-    made_by = {"model": digest(model), "ref": digest(ref), "seed": seed, "num_steps": steps, "bf16": bf16}
-    made_by |= {"on": device.type, "code": code("model", "sample", "scorer")}
-    made_by |= {"scorer": digest(Path(scorers["contrastive"]))} if row == "best" else {}
-    folder = cached(cfg.out, f"heldout_{row}", made_by, make)
+    if row != "best":
+        return D.draw_images(model, (ref * 255).round().to(torch.uint8), base)
+
+    def make(folder: Path) -> None:  # five samples with noises of their own; the scorer takes one
+        device = get_device(cfg.device)
+        bf16 = use_bf16(base.bf16, device)
+        policy, scorer = load(model, device, half=bf16), Scorer.load(scorers["contrastive"], device)
+        chosen = []
+        for i, y in enumerate(ref.to(device)):
+            five, own = y.expand(5, -1, -1, -1), ([key_seed(seed, i)] * 5, base.num_steps, list(range(5)))
+            drawn = sample(policy, five, *own, bf16=bf16).images
+            chosen.append(drawn[contrastive_reward(scorer, five, drawn).argmax()].cpu())
+        images = (torch.stack(chosen) * 255).round().to(torch.uint8)
+        save_tensors(folder / "images.safetensors", {"images": images})
+
+    made_by = {"model": digest(model), "ref": digest(ref), "seed": seed, "num_steps": base.num_steps}
+    made_by |= {"scorer": digest(Path(scorers["contrastive"])), "code": code("model", "sample", "scorer")}
+    folder = cached(cfg.out, "heldout_best", made_by | machine(base), make)
     return load_tensors(folder / "images.safetensors")["images"].float() / 255
 
 
@@ -214,6 +214,7 @@ def main(cfg: Config) -> dict:
     measured: dict[str, dict[str, Tensor]] = {}  # row -> metric -> (seeds, N)
     first: dict[str, Tensor] = {}  # row -> images of the first seed
     kls: dict[str, list[float]] = {}  # row -> of each seed
+    rate = 0.0  # the one chosen for SFT
     for row in cfg.rows:
         by_seed = []
         for seed in cfg.seeds:
@@ -223,6 +224,7 @@ def main(cfg: Config) -> dict:
             values = measure(images, truth, truth[:, 0], judges, lpips)
             by_seed.append(values | {"grey_levels": grey_levels_changed(images, before).double()})
             first.setdefault(row, images)
+            rate = load_json(model / "made_by.json")["lr"] if row == "sft" else rate
             if ROWS[row][1] and row != "sft":
                 last = (model / "log.jsonl").read_text().splitlines()[-1]
                 kls.setdefault(row, []).append(json.loads(last)["kl"])
@@ -241,7 +243,13 @@ def main(cfg: Config) -> dict:
         title = f"**Minus {BASES[base]}** (bold: the interval leaves out 0)"
         text += ["", title, "", *markdown(differences, columns, "+")]
     results = Path(cfg.results)
-    result = {**provenance(cfg), "rows": rows, "minus": minus, "kl": kls}  # before the tree holds new results
+    result = {
+        **provenance(cfg),
+        "rows": rows,
+        "minus": minus,
+        "kl": kls,
+        "sft_rate": rate,
+    }  # before the tree holds new results
     save_json(results / "table.json", result)
     write_atomic(results / "table.md", lambda p: p.write_text("\n".join(text) + "\n"))
     shown = [row for row in ("truth", "pre", "forward_c", "forward_geometry") if row in first]

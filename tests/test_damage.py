@@ -30,7 +30,7 @@ STAGES = {
     "scorer": (S, dict(data="renders", negatives="init", num_references=2, num_val=2, image_size=16, hidden_size=16, num_layers=1,
                        num_heads=2, twins=False, num_steps=2, out="out/scorer")),
     "d3po": (D, dict(model="init", scorer="judge", data="renders", num_references=3, eval_objects=2, num_steps=3, trained_calls=(0, 1),
-                     num_candidates=2, batch_objects=2, lr=1e-3, out="out")),
+                     candidates="branch", num_candidates=2, min_gap=0.0, batch_objects=2, lr=1e-3, out="out")),
 }  # fmt: skip
 WRITTEN = {
     "sft": ["sft/model.safetensors", "sft/config.json", "sft/made_by.json", "sft/log.jsonl", "sft/results.json", "sft/grid.png"],
@@ -38,8 +38,8 @@ WRITTEN = {
                "negatives/000000.safetensors", "negatives/made_by.json"],
     "d3po": ["d3po_contrastive/model.safetensors", "d3po_contrastive/config.json", "d3po_contrastive/made_by.json",
              "d3po_contrastive/log.jsonl", "d3po_contrastive/report/results.json", "candidates/000000.safetensors", "candidates/made_by.json",
-             "rewards_contrastive/rewards.safetensors", "rewards_contrastive/made_by.json", "validation/images.safetensors",
-             "validation/made_by.json"],
+             "rewards_contrastive/rewards.safetensors", "rewards_contrastive/made_by.json", "images/images.safetensors",
+             "images/made_by.json"],
 }  # fmt: skip
 
 
@@ -112,7 +112,7 @@ def start() -> subprocess.Popen:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["candidates", "rewards", "d3po", "validation"])
+@pytest.mark.parametrize("stage", ["candidates", "rewards", "d3po", "images"])
 def test_a_stopped_job_goes_on(copy, stage):
     """SIGTERM as soon as a stage's folder is there: one line, and the same command ends as if nothing had been."""
     shutil.rmtree("out")
@@ -245,12 +245,12 @@ def darker(ref, images, truth, cfg):
     return -images.mean((1, 2, 3, 4))
 
 
-ALL = {"candidates", "rewards_contrastive", "d3po_contrastive", "validation"}
+ALL = {"candidates", "rewards_contrastive", "d3po_contrastive", "images"}
 CHANGES = {  # stage, a change, options, what is made again
     "model's weights": ("d3po", other_model, {}, ALL),
     "scorer's weights": ("d3po", other_scorer, {}, ALL - {"candidates"}),
     "feedback's code": ("d3po", lambda: D.FEEDBACKS.update(contrastive=darker), {}, ALL - {"candidates"}),
-    "d3po's rate": ("d3po", None, {"lr": 2e-3}, {"d3po_contrastive", "validation"}),
+    "d3po's rate": ("d3po", None, {"lr": 2e-3}, {"d3po_contrastive", "images"}),
     "sft's start": ("sft", other_model, {}, {"sft"}),
     "sft's validation picture": ("sft", lambda: other_picture("validation"), {}, {"sft"}),
     "negatives": ("scorer", other_model, {}, {"scorer", "negatives"}),
@@ -262,7 +262,7 @@ CHANGES = {  # stage, a change, options, what is made again
     "model's config": ("d3po", lambda: random_model(ref_scale=3.0).save("init"), {}, ALL),
     "scorer's config": ("d3po", lambda: other_scorer(-1, std=(0.5, 0.5, 0.5)), {}, ALL - {"candidates"}),
     "preference picture": ("d3po", lambda: other_picture("preference"), {}, ALL),
-    "validation picture": ("d3po", lambda: other_picture("validation"), {}, {"validation"}),
+    "validation picture": ("d3po", lambda: other_picture("validation"), {}, {"images"}),
     **{name: ("d3po", None, {name: 4}, ALL) for name in ("seed", "num_steps", "num_candidates", "num_references")},
     "sft's rate": ("sft", None, {"lr": 1e-4}, {"sft"}),
     "sft's seed": ("sft", None, {"seed": 1}, {"sft"}),

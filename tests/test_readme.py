@@ -7,7 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -61,7 +61,8 @@ def small(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     random_model(image_size=64, patch=8).save(tmp_path / "tiny")
     options = {**TINY, "model": str(tmp_path / "tiny")}
-    monkeypatch.setattr(D, "Config", functools.partial(D.Config, **options))
+    stock = D.Config
+    monkeypatch.setattr(D, "Config", lambda **said: stock(**{**said, **options}))
     # the silhouettes of a random model all tie, which is an error: another feedback stands in
     monkeypatch.setattr(D, "FEEDBACKS", {**D.FEEDBACKS, "geometry": D.FEEDBACKS["redder"]})
     monkeypatch.setattr(D, "d3po_loss", D.d3po_loss)
@@ -83,7 +84,8 @@ def test_the_feedback(small, capsys):
 
 
 def test_the_loss(small, monkeypatch):
-    monkeypatch.setattr(D, "Config", functools.partial(D.Config, steps=1))
+    tiny = D.Config
+    monkeypatch.setattr(D, "Config", lambda **said: replace(tiny(**said), steps=1))
     run_block("ipo_loss", small)
     line = log_of(small / "out" / "ipo", "d3po_geometry")[-1]
     assert line["loss_d3po"] == pytest.approx(1 / 4)  # (1 / (2 beta))^2 at theta = pre, beta 1

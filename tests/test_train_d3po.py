@@ -44,7 +44,10 @@ def config(tmp_path, **changes) -> D.Config:
     where = dict(
         model=str(tmp_path / "pre"), out=str(tmp_path / "out"), data="toys", bf16="off", feedback="oracle"
     )
-    return D.Config(**{**SMALL, **where, "steps": 2, "batch_objects": 2, **changes})
+    options = {**SMALL, **where, "steps": 2, "batch_objects": 2, **changes}
+    if options["feedback"] in ("contrastive", "matching", "least_noise"):  # noised: always five
+        options |= {"num_candidates": changes.get("num_candidates", 0)}
+    return D.Config(**options)
 
 
 def collected(tmp_path, **changes):
@@ -194,7 +197,7 @@ def test_diffusion_dpo_by_hand():
     x0 = torch.stack([torch.full((3, 5, 48, 4, 4), v) for v in (0.0, 1.0)], 1)  # 3 references, 2 candidates
     batch = D.Batch(*[None] * 2, torch.zeros(3, 48, 4, 4), None, x0, torch.zeros(3, dtype=torch.long), None)  # type: ignore
     theta, pre, schedule = Paints(0.5, cfg), Paints(0.0, cfg), Schedule(cfg)
-    ratio, kl = D.forward_log_ratio(theta, pre, schedule, batch, 0, 0, False)  # type: ignore
+    ratio, kl = D.forward_log_ratio(theta, pre, batch, 0, 0, False)  # type: ignore
     x_t, t, ref_t = theta.seen[0]
     weight = 1 / (2 * (1 - schedule.alpha_bar[t].float())) * 5 * 48 * 16
     # candidate 0 is at distance 0 of pre and .5 of theta, candidate 1 at 1 and .5
@@ -210,7 +213,7 @@ def test_diffusion_dpo_by_hand():
     assert all(torch.equal(a, b) for a, b in zip(pre.seen[0], (x_t, t, ref_t)))
     ratio.sum().backward()
     assert theta.value.grad is not None and pre.value.grad is None
-    again = D.forward_log_ratio(theta, pre, schedule, batch, 0, 1, False)[0]  # type: ignore
+    again = D.forward_log_ratio(theta, pre, batch, 0, 1, False)[0]  # type: ignore
     assert not torch.equal(again, ratio)  # another step, another t
 
 
@@ -428,10 +431,14 @@ def test_recipes_fill_what_is_not_said():
         assert recipe(feedback=name) == ("noised", 5, 1.0, 0.0)
     assert recipe(feedback="geometry", min_gap=0.0) == ("branch", 8, 1.0, 0.0)
     assert recipe(loss="diffusion_dpo", num_candidates=3) == ("independent", 3, 0.02, 1.0)
+    # candidates that are said bring their own number and gap
+    assert recipe(feedback="contrastive", candidates="branch") == ("branch", 8, 1.0, 1.0)
+    assert recipe(candidates="noised", loss="diffusion_dpo", min_gap=0.5) == ("noised", 5, 0.02, 0.5)
+    assert recipe(loss="both") == ("auto", 0, 0.0, -1.0)  # filled for each of the two
 
 
-@pytest.mark.parametrize("seed", [0, 3])
-def test_batches_by_seed_and_step_never_of_references_that_tie(tmp_path, monkeypatch, seed):
+@pytest.mark.parametrize(("seed", "round"), [(0, 0), (3, 0), (3, 2)])
+def test_batches_by_seed_and_step_never_of_references_that_tie(tmp_path, monkeypatch, seed, round):
     """Of several trained calls, others than the first are visited, too; stage 1's batch is of the same step."""
     references = load_references("toys", 5, 16, 0)
     tied = references[1].float() / 255
@@ -455,11 +462,11 @@ def test_batches_by_seed_and_step_never_of_references_that_tie(tmp_path, monkeyp
         D, "make_batch", lambda r, c, j, *rest: drawn.append((c, j)) or make_batch(r, c, j, *rest)
     )
     monkeypatch.setattr(D, "training_batch", lambda *args: keys.append(args[4:6]) or training_batch(*args))
-    D.train(pre, pre, candidates, rewards, references, replace(cfg, seed=seed))
-    assert keys == [(seed, step) for step in range(8)]
+    D.train(pre, pre, (candidates, rewards), references, replace(cfg, seed=seed), round)
+    assert keys == [(seed, 8 * round + step) for step in range(8)]
     usable, seen = torch.tensor([0, 2, 3, 4]), set()
     for step, (chosen, js) in enumerate(drawn):
-        g = D.keyed_generator(seed, 6, step)
+        g = D.keyed_generator(seed, 6, 8 * round + step)
         assert torch.equal(chosen, usable[torch.randint(4, (2,), generator=g)])
         assert torch.equal(js, torch.randint(3, (2,), generator=g))
         seen |= set(js.tolist())
@@ -525,12 +532,7 @@ def test_another_rate_stands_beside_and_reuses_the_candidates(tmp_path, capsys):
     assert len(list((tmp_path / "out").glob("candidates-*"))) == 1
 
 
-FILES = {
-    "candidates": "candidates",
-    "feedback": "rewards_oracle",
-    "model": "validation",
-    "sample": "candidates",
-}
+FILES = {"candidates": "candidates", "feedback": "rewards_oracle", "model": "images", "sample": "candidates"}
 FILES |= {"train_d3po": "d3po_oracle", "train_sft": "d3po_oracle"}  # whose code counts for what
 
 
@@ -611,8 +613,12 @@ def test_training_refuses_means_of_another_policy(tmp_path, monkeypatch):
 def test_without_feedback_it_is_sft_and_needs_no_candidates(tmp_path, monkeypatch):
     steps = captured(monkeypatch, config(tmp_path, feedback="none", lambda_simple=2.0))
     out = tmp_path / "out"
-    assert not list(out.glob("candidates*")) and not list(out.glob("scorer*")) and list(out.glob("sft-*"))
-    log = [json.loads(line) for line in (out / "sft" / "log.jsonl").read_text().splitlines()]
+    assert (
+        not list(out.glob("candidates*"))
+        and not list(out.glob("scorer*"))
+        and list(out.glob("sft_baseline-*"))
+    )
+    log = [json.loads(line) for line in (out / "sft_baseline" / "log.jsonl").read_text().splitlines()]
     assert log and "loss_d3po" not in log[0]
     policy, parameters = D.prepare(config(tmp_path).model, config(tmp_path), CPU)
     real = D.training_batch(
@@ -646,7 +652,18 @@ def test_rounds_collect_with_the_present_policy(tmp_path, monkeypatch, anchor):
     assert first != pre and result["folder"] != str(first)
 
 
-@pytest.mark.parametrize("name", ["d3po_loss", "step_log_ratio", "forward_log_ratio", "simple_loss", "run"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "d3po_loss",
+        "step_log_ratio",
+        "forward_log_ratio",
+        "batch_means",
+        "preference_pairs",
+        "simple_loss",
+        "run",
+    ],
+)
 def test_a_loss_of_ones_own_is_another_run(tmp_path, monkeypatch, name):
     cfg = config(tmp_path, steps=1)
     first, stock = D.main(cfg)["folder"], getattr(D, name)
@@ -668,6 +685,34 @@ def test_both_losses_in_turn(tmp_path):
     with pytest.raises(InputError, match="--feedback least_noise: expected --candidates noised"):  # at once
         D.main(config(tmp_path, loss="both", feedback="least_noise", out="new"))
     assert not Path("new").exists()
+
+
+@pytest.mark.parametrize("prediction", ["x0", "epsilon", "v"])
+def test_diffusion_dpo_compares_the_simple_losses(prediction):
+    """Its log-ratio is half of what L_simple-MV, summed, is larger for pi_pre: whatever the network predicts."""
+    policy, pre = random_model(prediction=prediction), random_model(prediction=prediction)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    schedule, batch = Schedule(policy.cfg), random_batch(policy.cfg, B=2, G=1)
+    seen = []
+    hook = policy.register_forward_pre_hook(lambda _, args: seen.append(args))
+    with torch.no_grad():
+        ratio, _ = D.forward_log_ratio(policy, pre, batch, 0, 0, False)
+        hook.remove()
+        (x_t, t, _), x0, ab = seen[0], batch.x0[:, 0], schedule.ab(seen[0][1])
+        noise = (x_t - ab.sqrt() * x0) / (1 - ab).sqrt()
+        g = D.keyed_generator(0, 11, 0)
+        torch.randint(100, 951, (2,), generator=g), torch.randn(x0.shape, generator=g)
+        given = (schedule, x0, batch.y, t, noise, torch.randn(batch.y.shape, generator=g))
+        expected = (D.simple_loss(pre, *given) - D.simple_loss(policy, *given)) * x0[0].numel() / 2
+    torch.testing.assert_close(ratio[:, 0], expected, rtol=2e-3, atol=1e-2)
+    assert ratio.abs().min() > 1
+
+
+def test_diffusion_dpo_keeps_one_state(tmp_path):
+    _, _, _, rollouts = collected(tmp_path, loss="diffusion_dpo", candidates="independent")
+    assert rollouts.x_t.shape[1] == rollouts.action.shape[1] == 1 and rollouts.x0.shape[1] > 1
 
 
 def test_diffusion_dpo_runs_and_the_frozen_copy_stays(tmp_path):
@@ -692,7 +737,7 @@ def test_the_whole_step_needs_one_device_only(monkeypatch, loss, lora):
     if loss == "d3po":
         ratio, kl = D.step_log_ratio(policy, schedule, batch, 0 * batch.x_t, True)
     else:
-        ratio, kl = D.forward_log_ratio(policy, pre, schedule, batch, 0, 0, True)
+        ratio, kl = D.forward_log_ratio(policy, pre, batch, 0, 0, True)
     (-torch.nn.functional.logsigmoid(ratio[:, 0] - ratio[:, 1]).mean() + kl.mean()).backward()
     views = make_toys(2, 16, 0)
     real = D.training_batch(policy, schedule, [views], 2, 0, 0, torch.device("meta"))
@@ -723,7 +768,7 @@ def test_redder_makes_pictures_redder(tmp_path):
     result = D.main(cfg)
     views = D.load_split("furniture", "validation", 16, 64)
     none = torch.zeros(0)
-    redness = lambda m: D.FEEDBACKS["redder"](none, D.draw_validation(Path(m), views, cfg), none, cfg)  # noqa: E731
+    redness = lambda m: D.FEEDBACKS["redder"](none, D.draw_images(Path(m), views[:, 0], cfg), none, cfg)  # noqa: E731
     gain = redness(result["folder"]) - redness(located(cfg.model))
     assert gain.mean() > 0.01 and (gain > 0).float().mean() > 0.8
 
@@ -737,6 +782,7 @@ def test_redder_makes_pictures_redder(tmp_path):
         ({"trained_calls": (2, 1)}, "--trained_calls 2 1"),
         ({"steps": 0}, "--steps"),
         ({"num_candidates": 1}, "--num_candidates"),
+        ({"candidates": "noised", "num_candidates": 9}, "--num_candidates 9: expected 5"),
         ({"lora": 33}, "--lora 33: expected a rank of at most 32"),
         ({"feedback": "matching", "matcher": "nowhere.ckpt"}, "nowhere.ckpt"),
         ({"lr": math.nan}, "--lr"),
@@ -818,5 +864,6 @@ def test_the_frozen_means_are_those_of_the_anchor(tmp_path, monkeypatch):
         return original(model, *rest)
 
     monkeypatch.setattr(D, "frozen_means", spy)
-    D.train(tmp_path / "start", Path(cfg.model), folder, D.prefer(folder, references, cfg), references, cfg)
+    preferences = folder, D.prefer(folder, references, cfg)
+    D.train(tmp_path / "start", Path(cfg.model), preferences, references, cfg, 0)
     assert all(map(torch.equal, seen[0], random_model().parameters()))
