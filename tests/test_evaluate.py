@@ -201,6 +201,7 @@ def test_model_over_seeds(tmp_path) -> None:
     result = evaluate.main(cfg)
     psnr = torch.tensor(result["objects"]["psnr"])
     assert psnr.shape == (2, 2) and (psnr[0] != psnr[1]).all()
+    assert result["weights"] == digest(tmp_path / "model")  # of what the numbers are
     assert result["rows"][cfg.model]["psnr"] == pytest.approx(psnr.mean().item()) and psnr.max() < 30
     truth = make_toys(2, 64, SPLITS["validation"]).float() / 255
     for row, seed in zip(psnr, (3, 4)):
