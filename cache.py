@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,15 @@ from common import ROOT, STATE, InputError, digest, explained, get_device, load_
 SOURCES = {p.stem: p.read_text() for p in ROOT.glob("*.py")}  # as this program started: files may change
 
 
+@cache
+def without_comments(source: str) -> str:
+    """What a file does, without how it is written."""
+    return digest(ast.dump(ast.parse(source)))
+
+
 def code(*modules: str) -> str:
-    """The digest of files of ours, without comments: a result depends on the code that made it."""
-    return digest([ast.dump(ast.parse(SOURCES[name])) for name in modules])
+    """The digest of files of ours: a result depends on the code that made it."""
+    return digest([without_comments(SOURCES[name]) for name in modules])
 
 
 @contextmanager

@@ -49,4 +49,4 @@ def grid(
         paste(label, VIEWS, images, x)
         if x:
             draw.line([(x - gap // 2, 0), (x - gap // 2, picture.height)], fill=(200, 200, 200), width=2)
-    write_atomic(path, lambda p: picture.save(p, optimize=True))
+    write_atomic(path, lambda p: picture.save(p))
