@@ -66,11 +66,9 @@ def check_link(link: Path) -> Path:
 def cached(root: str | Path, name: str, made_by: dict[str, Any], make: Callable[[Path], object]) -> Path:
     """root/name-<8 digits of made_by>/, filled by make(folder) unless it is complete. Returns the folder.
 
-    `made_by` is all that the result depends on, inputs by their content (`digest`), never by their path.
-    Other inputs are another folder: nothing is refused, mixed or stale. made_by.json is written last, with
-    the digest of every file: without it the folder is unfinished and `make` goes on with it; if a file
-    differs from it, the folder is made again. The link root/name points to the folder that was asked for
-    last."""
+    `made_by` names inputs by their `digest`, never by their path. made_by.json is written last, with the
+    digest of every file: without it the folder is unfinished and `make` goes on with it; if a file differs
+    from it, the folder is made again. The link root/name points to the folder that was asked for last."""
     made_by = json.loads(json.dumps({**made_by, "torch": torch.__version__}, default=str))  # as in the file
     folder = Path(root) / f"{name}-{digest(made_by)[:8]}"
     note, link = folder / "made_by.json", check_link(Path(root) / name)

@@ -320,7 +320,7 @@ def provenance(cfg: Any) -> dict[str, Any]:
     script = Path(sys.argv[0]).resolve()
     name = f"-m runs.{script.stem}" if script.parent.name == "runs" else script.name
     on_gpu = torch.cuda.is_available() and getattr(cfg, "device", "cpu") != "cpu"
-    bf16 = use_bf16(getattr(cfg, "bf16", "off"), torch.device("cuda" if on_gpu else "cpu"))
+    bf16 = use_bf16(getattr(cfg, "bf16", "auto"), torch.device("cuda" if on_gpu else "cpu"))
     return {
         "command": " ".join(["python", name, *sys.argv[1:]]),
         "config": asdict(cfg),

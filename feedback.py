@@ -16,24 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import digest, keyed_generator
+from common import digest, keyed_generator, located
 from matcher import matching_reward
 from metrics import closeness, geometry, hull_iou
 from scorer import Scorer, contrastive_reward
 
 
 @cache
-def scorer_at(folder: str, modified: int, device: torch.device) -> Scorer:
+def scorer_at(folder: Path, modified: int, device: torch.device) -> Scorer:
     """Read once, not for every reference."""
     return Scorer.load(folder, device)
 
 
 def contrastive(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
     """MV-D3PO-C: the contrastive scorer's sum over the other views (Sec. 5)."""
-    modified = (Path(cfg.scorer) / "model.safetensors").stat().st_mtime_ns
-    return contrastive_reward(
-        scorer_at(cfg.scorer, modified, ref.device), ref.expand(len(images), -1, -1, -1), images
-    )
+    folder = located(cfg.scorer)
+    scorer = scorer_at(folder, (folder / "model.safetensors").stat().st_mtime_ns, ref.device)
+    return contrastive_reward(scorer, ref.expand(len(images), -1, -1, -1), images)
 
 
 def matching(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:

@@ -445,3 +445,17 @@ def test_a_stopped_script_says_one_line(tmp_path, number):
 
 def test_a_set_is_digested_in_one_order_in_every_process():
     assert C.parts(frozenset("edcba")) == list("abcde")  # its own order changes from process to process
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_provenance_says_what_auto_came_to(monkeypatch, fast):
+    @dataclass
+    class Table:  # no option: its runs take "auto"
+        seed: int = 0
+
+    @dataclass
+    class Sampler:
+        bf16: str = "off"
+
+    monkeypatch.setattr(C, "use_bf16", lambda mode, device: mode == "auto" and fast)
+    assert C.provenance(Table())["bf16"] is fast and C.provenance(Sampler())["bf16"] is False
