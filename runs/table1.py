@@ -53,6 +53,7 @@ ROWS = {  # row -> label; what changes in the config of train_d3po.py, if it is 
     "geometry": ("MV-D3PO, geometry (ours)", {"feedback": "geometry", **BRANCH}),
     # Diffusion-DPO on independent samples
     "forward_random": ("Diffusion-DPO, random preferences", {"feedback": "random", **FORWARD}),
+    "forward_larger": ("control: larger silhouettes, Diffusion-DPO", {"feedback": "larger", **FORWARD}),
     "forward_c": ("Diffusion-DPO, C", {"feedback": "contrastive", **FORWARD}),
     "forward_hull": ("Diffusion-DPO, hull (ours)", {"feedback": "hull", **FORWARD}),
     "forward_geometry": ("Diffusion-DPO, geometry (ours)", {"feedback": "geometry", **FORWARD}),
@@ -61,7 +62,9 @@ ROWS = {  # row -> label; what changes in the config of train_d3po.py, if it is 
 }
 CONTROL = {"geometry": "random"}  # row -> random preferences with its loss and candidates
 CONTROL |= {row: "noised_random" for row in ("least_noise", "m", "c_pre", "c")}
-CONTROL |= {row: "forward_random" for row in ("forward_c", "forward_hull", "forward_geometry")}
+CONTROL |= {
+    row: "forward_random" for row in ("forward_larger", "forward_c", "forward_hull", "forward_geometry")
+}
 METRICS = {  # column -> heading, digits, whether it is a percentage
     "psnr_unseen": ("PSNR, dB", 2, 1),
     "ssim_unseen": ("SSIM", 3, 1),

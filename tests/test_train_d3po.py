@@ -333,6 +333,10 @@ def test_controls_by_hand(tmp_path):
     torch.testing.assert_close(D.FEEDBACKS["redder"](*args), torch.tensor([-0.3, 0.4, 0.0]))
     assert D.FEEDBACKS["least_noise"](*args).argmax() == 0
     assert D.FEEDBACKS["oracle"](*args).argmax() == 0  # the "truth" here is candidate 0
+    views = torch.ones(2, 5, 3, 8, 8)
+    views[0, 0], views[0, 1, :, :2], views[1, 2, 1, :4] = 0, 0, 0.5  # the reference's own view does not count
+    larger = D.FEEDBACKS["larger"](views[0, 0], views, views[0], cfg)
+    torch.testing.assert_close(larger, torch.tensor([1, 2]) * 16 / 256)
     draw = D.FEEDBACKS["random"](*args)
     assert len(draw.unique()) == 3 and torch.equal(draw, D.FEEDBACKS["random"](*args))
     assert torch.equal(draw[[2, 0, 1]], D.FEEDBACKS["random"](args[0], images[[2, 0, 1]], args[2], cfg))
