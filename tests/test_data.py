@@ -287,6 +287,15 @@ def test_the_same_generator_gives_the_same_and_the_input_is_kept(toys):
     assert torch.equal(toys[0], before)
 
 
+def test_how_far_an_object_reaches_is_what_any_view_sees():
+    views = torch.ones(5, 3, 5, 5)
+    assert torch.equal(data.half_extents(views), torch.full((3,), 0.05))
+    views[0, :, 1, 2] = 0  # front: half-way up
+    views[4, :, 2, 0] = 0  # top: at the left end; X is 1 there, and Z in the middle
+    views[1, :, 2, 3] = 0  # right: half-way along Z
+    torch.testing.assert_close(data.half_extents(views), torch.tensor([1.0, 0.5, 0.5]))
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_two_toys_put_together_are_drawn_as_one_scene(seed):
     pair = [pack(make_toy(key_seed(8, 2 * seed + i))) for i in range(2)]
