@@ -25,7 +25,6 @@ from cache import cached, code, locked
 from common import ROOT, InputError, check_at_least, check_output, cli, explained, key_seed, keyed_generator
 from common import load_tensors, save_tensors, write_atomic
 from meshes import find_meshes, update_mesh
-from metrics import silhouettes
 from pictures import Views, fingerprint, kept, load_views, open_image, read_image  # noqa: F401
 from pictures import resize, write_png, write_views
 from render import CAMERAS, NUM_SIDES, VIEWS, make_toys
@@ -66,22 +65,14 @@ MIRROR = torch.diag(torch.tensor([-1.0, 1, 1]))
 MIRRORED_ORDER = [int((CAMERAS == MIRROR @ c @ MIRROR).all(-1).all(-1).nonzero()) for c in CAMERAS]
 
 
-def stretch(
-    images: Tensor,
-    factors: Tensor,
-    cameras: Sequence[int] = range(len(VIEWS)),
-    offset: Tensor = torch.zeros(3),  # noqa: B008  (nobody writes to it)
-) -> Tensor:
-    """(R, 3, S, S) in [0, 1], taken by `cameras`, of an object scaled along X, Y, Z by factors up to 1, then
-    moved by `offset`.
+def stretch(images: Tensor, factors: Tensor, cameras: Sequence[int] = range(len(VIEWS))) -> Tensor:
+    """(R, 3, S, S) in [0, 1], taken by `cameras`, of an object scaled along X, Y, Z by factors up to 1.
 
     Its views stay views of one object."""
     # A view's columns run along one world axis, its rows along another; a pixel looks up where it came from.
-    axes = CAMERAS[list(cameras), :2]
-    scale, shift = axes.abs() @ factors, axes @ offset  # (R, 2) each: right, up
+    scale = CAMERAS[list(cameras), :2].abs() @ factors  # (R, 2)
     theta = torch.zeros(len(images), 2, 3)
     theta[:, 0, 0], theta[:, 1, 1] = 1 / scale[:, 0], 1 / scale[:, 1]
-    theta[:, 0, 2], theta[:, 1, 2] = -shift[:, 0] / scale[:, 0], shift[:, 1] / scale[:, 1]  # rows go down
     places = F.affine_grid(theta, list(images.shape), align_corners=False)
     return 1 - F.grid_sample(1 - images, places, align_corners=False)  # outside is white
 
@@ -99,41 +90,6 @@ def augment(views: Tensor, generator: torch.Generator) -> Tensor:  # (V, 3, S, S
         image = image[MIRRORED_ORDER].flip(-1)
     image = stretch(image[:, order] ** gamma.view(3, 1, 1), factors)
     return (image * 255).round().to(torch.uint8)
-
-
-def half_extents(views: Tensor) -> Tensor:  # (V, 3, S, S) in [0, 1] -> (3,)
-    """How far a centred object reaches along X, Y and Z, by its silhouettes; at least .05."""
-    reach = torch.full((3,), 0.05)
-    for camera, seen in zip(CAMERAS, silhouettes(views)):
-        for axis, occupied in zip(camera[:2].abs().argmax(1).tolist(), (seen.any(0), seen.any(1))):
-            furthest = (occupied * torch.linspace(-1, 1, len(occupied)).abs()).max()
-            reach[axis] = torch.maximum(reach[axis], furthest)
-    return reach
-
-
-def compose(a: Tensor, b: Tensor, generator: torch.Generator) -> Tensor:  # (V, 3, S, S) uint8 -> the same
-    """Another object that the cameras could have seen: two objects that touch, along X, Y or Z.
-
-    A plane between them parts them, so every camera sees them side by side, or one wholly before the other.
-    233 pieces make 27,000 pairs: none can be known by heart, and what makes its views fit is geometry."""
-    axis, size = int(torch.randint(3, (), generator=generator)), torch.rand(2, generator=generator) / 2 + 0.5
-    order = 1 if torch.rand((), generator=generator) < 0.5 else -1  # a below b, or above
-    pair = [a.float() / 255, b.float() / 255]
-    half = torch.stack([f * half_extents(x) for f, x in zip(size, pair)])  # (2, 3)
-    total, offset = half.amax(0), torch.zeros(2, 3)
-    total[axis] = half[:, axis].sum()
-    offset[:, axis] = order * torch.tensor([-1, 1]) * half.flip(0)[:, axis]
-    if axis != 1:  # both stand on one floor
-        offset[:, 1] = half[:, 1] - total[1]
-    fit = 0.9 / total.max()  # the frame ends there (render.py)
-    a, b = (stretch(x, f * fit * torch.ones(3), offset=fit * o) for x, f, o in zip(pair, size, offset))
-    towards = CAMERAS[:, 2]  # (V, 3)
-    a_first = (towards @ offset[0] >= towards @ offset[1]).view(-1, 1, 1, 1)
-    near, far = torch.where(a_first, a, b), torch.where(a_first, b, a)
-    beside = 1 - ((1 - near) + (1 - far)).clamp(0, 1)
-    before = torch.where(near.amin(1, keepdim=True) < 0.97, near, far)
-    views = torch.where((towards[:, axis] != 0).view(-1, 1, 1, 1), before, beside)
-    return (views * 255).round().to(torch.uint8)
 
 
 # --- furniture: real objects that come along (furniture/README.md) ---

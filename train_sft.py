@@ -33,7 +33,7 @@ from tqdm import tqdm
 from cache import cached, check_link, code, machine, settings
 from common import STATE, InputError, Log, check_at_least, cli, digest, get_device, keyed_generator, load_json
 from common import load_state, optimizer_step, provenance, save_json, save_state, training_steps, use_bf16
-from data import NUM_SIDES, Views, augment, compose, fingerprint, lazy_split, load_split, relative_views
+from data import NUM_SIDES, Views, augment, fingerprint, lazy_split, load_split, relative_views
 from grid import grid
 from metrics import hull_iou, psnr
 from model import PRESETS, MultiViewUNet, from_base, load
@@ -55,7 +55,6 @@ class Config:
 
     data: tuple[str, ...] = ("toys",)  # toys, furniture, folders of renders; a batch takes of each in turn
     augment: bool = False  # mirror, stretch and recolour every object at random (data.augment)
-    compose: float = 0.0  # share of objects that are two of a source put together (data.compose)
     num_objects: int = 4096  # training objects of each source, at most
     out: str = "out/sft"  # where everything goes
 
@@ -101,12 +100,6 @@ def simple_loss(
     return error.flatten(1).mean(1)
 
 
-def one_object(source: Tensor | Views, g: torch.Generator, augmented: bool) -> Tensor:  # (V, 3, S, S) uint8
-    """Any of them, or what augmentation makes of it."""
-    views = source[int(torch.randint(len(source), (), generator=g))]
-    return augment(views, g) if augmented else views
-
-
 def training_batch(
     model: MultiViewUNet,
     schedule: Schedule,
@@ -116,16 +109,14 @@ def training_batch(
     step: int,
     device: torch.device,
     augmented: bool = False,
-    compose_share: float = 0.0,
 ) -> tuple[Tensor, ...]:
     """The other arguments of `simple_loss`, a function of (seed, step) alone: resuming changes nothing."""
     g = keyed_generator(seed, step)
     chosen = []
     for k in range(batch_size):  # object k of a batch comes from source k, and round again
         source = sources[k % len(sources)]
-        views = one_object(source, g, augmented)
-        if compose_share and torch.rand((), generator=g) < compose_share:
-            views = compose(views, one_object(source, g, augmented), g)
+        views = source[int(torch.randint(len(source), (), generator=g))]
+        views = augment(views, g) if augmented else views
         # "randomly choose an image" of the sides as the reference, Sec. 6.1
         chosen.append(relative_views(views, int(torch.randint(NUM_SIDES, (), generator=g))))
     latents = model.encode(torch.stack(chosen).to(device).float() / 255)  # (B, V, c, h, w)
@@ -279,8 +270,7 @@ def run(model: MultiViewUNet, sources: list[Any], val_views: Tensor, cfg: Config
 
     for step in training_steps(state.get("step", 0), cfg.steps, "train_sft", save):
         # batch, forward, backward
-        how = (cfg.batch_size, cfg.seed, step, device, cfg.augment, cfg.compose)
-        batch = training_batch(model, schedule, sources, *how)
+        batch = training_batch(model, schedule, sources, cfg.batch_size, cfg.seed, step, device, cfg.augment)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss = simple_loss(model, schedule, *batch).mean()
         loss.backward()
@@ -299,10 +289,9 @@ def run(model: MultiViewUNet, sources: list[Any], val_views: Tensor, cfg: Config
 def main(cfg: Config) -> dict:
     """Train a model unless it is there; returns its results and folder."""
     check_at_least(cfg, 1, "steps", "batch_size", "warmup", "eval_every", "num_objects", "eval_objects")
-    check_at_least(cfg, 0, "lr", "muon_lr", "ema", "compose", "lora", "image_size")
-    for name, share in (("ema", cfg.ema), ("compose", cfg.compose)):
-        if not share <= 1:
-            raise InputError(f"--{name} {share}: expected at most 1.")
+    check_at_least(cfg, 0, "lr", "muon_lr", "ema", "lora", "image_size")
+    if not cfg.ema <= 1:
+        raise InputError(f"--ema {cfg.ema}: expected at most 1.")
     out = check_link(Path(cfg.out))  # what is wrong shows now, not after training
     made_on = machine(cfg)
     model = new_model(cfg)

@@ -103,23 +103,6 @@ def test_sources_take_turns_and_augmentation_is_asked_for():
     assert (augmented == 1).any() and each.unique().numel() == 4
 
 
-def test_a_share_of_objects_is_two_of_one_source(monkeypatch):
-    pairs = []
-    monkeypatch.setattr(T, "compose", lambda a, b, g: pairs.append((int(a.max()), int(b.max()))) or 0 * a)
-    model, grey = random_model(), [torch.full((3, 5, 3, 16, 16), z, dtype=torch.uint8) for z in (51, 102)]
-
-    def black(share: float) -> float:
-        draw = [
-            T.training_batch(model, Schedule(model.cfg), grey, 8, 0, i, CPU, False, share)[0]
-            for i in range(20)
-        ]
-        return (torch.cat(draw) == -1).flatten(1).all(1).float().mean().item()
-
-    assert black(0.0) == 0 and not pairs and black(1.0) == 1
-    assert {*pairs} == {(51, 51), (102, 102)}
-    assert black(0.25) == pytest.approx(0.25, abs=0.1)
-
-
 # --- averaged weights, rates, optimizers ---
 
 
@@ -283,18 +266,9 @@ def test_furniture_trains_on_its_training_split(tmp_path, monkeypatch):
     random_model(image_size=64, patch=8).save(tmp_path / "init64")
     seen, original = [], T.training_batch
     monkeypatch.setattr(T, "training_batch", lambda *args: seen.append(args) or original(*args))
-    T.main(
-        config(
-            tmp_path,
-            init=str(tmp_path / "init64"),
-            data=("furniture", "toys"),
-            augment=True,
-            compose=0.5,
-            steps=1,
-        )
-    )
+    T.main(config(tmp_path, init=str(tmp_path / "init64"), data=("furniture", "toys"), augment=True, steps=1))
     furniture, toys = seen[0][2]
-    assert torch.equal(furniture, load_furniture("train", 64)[1][:4]) and seen[0][-2:] == (True, 0.5)
+    assert torch.equal(furniture, load_furniture("train", 64)[1][:4]) and seen[0][-1] is True
     assert torch.equal(toys, make_toys(4, 64, 0))
 
 
