@@ -225,8 +225,8 @@ def geometry(views: Tensor, ref: Tensor) -> Tensor:  # (B, V, 3, S, S), ([B,] 3,
 
     The four alone have optima that nobody wants. All white has 0. A square, and noise that fills the frame,
     have 1: the last factor leaves them the share that the reference covers, and `no_object` makes a filled
-    frame, and one picture in all views, 0. What stays: silhouettes see neither colour nor hollows, and the
-    reference's outline pushed straight through space is one object, too."""
+    frame, and one picture in all views, 0. What stays: silhouettes see neither colour nor hollows, and a
+    box, or the reference's outline pushed straight through space, is one object, too (feedback.larger)."""
     four = torch.stack([check(views) for check in GEOMETRY.values()]).mean(0)
     front, seen = torch.broadcast_tensors(silhouettes(views[:, 0]), silhouettes(ref))
     return four * iou(torch.stack([front, seen]), (-2, -1)) * ~no_object(views)
