@@ -21,6 +21,12 @@ def random_model(**changes) -> MultiViewUNet:
     return model.eval()
 
 
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch) -> None:
+    """Toys are cached under ./out/data: tests that run side by side would wait for each other."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def tiny() -> MultiViewUNet:
     return random_model()

@@ -33,11 +33,6 @@ SMALL = dict(
 )
 
 
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # toys are cached under ./out/data
-
-
 def config(tmp_path, **changes) -> D.Config:
     if not (tmp_path / "pre").exists():
         random_model().save(tmp_path / "pre")

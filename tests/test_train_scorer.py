@@ -31,11 +31,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # toys are cached under ./out/data
-
-
 def config(folders: Path, out: Path, **changes) -> T.Config:
     small = dict(num_references=4, num_val=2, image_size=16, patch_size=4, hidden_size=16, num_layers=1)
     small |= dict(num_heads=2, steps=6, batch_size=2, eval_every=4, device="cpu", bf16="off", twins=False)

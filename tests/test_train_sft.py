@@ -29,11 +29,6 @@ def config(tmp_path, **changes) -> T.Config:
     return T.Config(**{**small, **changes})
 
 
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # toys are cached under ./out/data
-
-
 # --- the loss and its batches ---
 
 
