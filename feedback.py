@@ -50,6 +50,12 @@ def geometric(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
     return geometry(images, ref.expand(len(images), -1, -1, -1))
 
 
+def lean(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
+    """Ours: geometry as far as size does not explain it. Fat views fit each other, so a sample's geometry
+    rises with its size, by .48 among five samples of each of 240 preference references."""
+    return geometric(ref, images, truth, cfg) - 0.48 * larger(ref, images, truth, cfg)
+
+
 def redder(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
     """The control that everybody understands. If this does not work, the loop is at fault."""
     return (images[:, :, 0] - images[:, :, 1:].mean(2)).mean((1, 2, 3))
@@ -86,6 +92,7 @@ FEEDBACKS: dict[str, Callable[[Tensor, Tensor, Tensor, Any], Tensor]] = {
     "matching": matching,
     "hull": hull,
     "geometry": geometric,
+    "lean": lean,
     "redder": redder,
     "random": random,
     "least_noise": least_noise,

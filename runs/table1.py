@@ -56,15 +56,15 @@ ROWS = {  # row -> label; what changes in the config of train_d3po.py, if it is 
     "forward_larger": ("control: larger silhouettes, Diffusion-DPO", {"feedback": "larger", **FORWARD}),
     "forward_c": ("Diffusion-DPO, C", {"feedback": "contrastive", **FORWARD}),
     "forward_hull": ("Diffusion-DPO, hull (ours)", {"feedback": "hull", **FORWARD}),
+    "forward_lean": ("Diffusion-DPO, geometry at equal size (ours)", {"feedback": "lean", **FORWARD}),
     "forward_geometry": ("Diffusion-DPO, geometry (ours)", {"feedback": "geometry", **FORWARD}),
     "best": ("best of five by the scorer, no training", None),
     "truth": ("ground truth", None),
 }
 CONTROL = {"geometry": "random"}  # row -> random preferences with its loss and candidates
 CONTROL |= {row: "noised_random" for row in ("least_noise", "m", "c_pre", "c")}
-CONTROL |= {
-    row: "forward_random" for row in ("forward_larger", "forward_c", "forward_hull", "forward_geometry")
-}
+FORWARDS = ("forward_larger", "forward_c", "forward_hull", "forward_lean", "forward_geometry")
+CONTROL |= {row: "forward_random" for row in FORWARDS}
 METRICS = {  # column -> heading, digits, whether it is a percentage
     "psnr_unseen": ("PSNR, dB", 2, 1),
     "ssim_unseen": ("SSIM", 3, 1),

@@ -135,6 +135,7 @@ FAULTS: list[tuple[str, str, str, str]] = [
     (SFT, "replace(preset, cross_view=cfg.cross_view", "replace(preset, cross_view=True", SFT),
     (SFT, "source = sources[k % len(sources)]", "source = sources[0]", SFT),
     (SFT, "views = augment(views, g) if augmented else views", "views = views", SFT),
+    ("feedback", "- 0.48 * larger", "+ 0.48 * larger", D3PO),
     ("feedback", "silhouettes(images[:, 1:])", "silhouettes(images)", D3PO),
     (SFT, '("wrong", latents[:, 0].roll(1, 0))', '("wrong", latents[:, 0])', SFT),
     # stage 2

@@ -16,7 +16,7 @@ import feedback
 import train_d3po as D
 from bench import random_batch
 from common import InputError, load_json, load_tensors, located
-from data import load_references, make_toys
+from data import load_references, make_toys, stretch
 from model import load
 from sample import Schedule, branch, log_prob, sample
 from scorer import small_scorer
@@ -308,7 +308,7 @@ def test_the_matching_feedback_hands_on_its_matcher(tmp_path, monkeypatch):
     assert D.FEEDBACKS["matching"](x[0, 0], x, x[0], config(tmp_path, matcher="w.ckpt")) == "w.ckpt"
 
 
-@pytest.mark.parametrize("feedback", ["contrastive", "matching", "hull", "geometry", "oracle"])
+@pytest.mark.parametrize("feedback", ["contrastive", "matching", "hull", "geometry", "lean", "oracle"])
 def test_feedbacks_prefer_the_truth(tmp_path, feedback):
     """Truth against truth with another object's right view; all but the untrained scorer must prefer the truth."""
     small_scorer("bilinear", 64, 16, 32, 1, 2).save(tmp_path / "scorer")
@@ -332,6 +332,10 @@ def test_controls_by_hand(tmp_path):
     views[0, 0], views[0, 1, :, :2], views[1, 2, 1, :4] = 0, 0, 0.5  # the reference's own view does not count
     larger = D.FEEDBACKS["larger"](views[0, 0], views, views[0], cfg)
     torch.testing.assert_close(larger, torch.tensor([1, 2]) * 16 / 256)
+    truth = make_toys(1, 64, 1)[0].float() / 255
+    pair, lean = torch.stack([truth, stretch(truth, torch.tensor([0.5, 0.9, 0.7]))]), D.FEEDBACKS["lean"]
+    sized = lean(truth[0], pair, truth, cfg) + 0.48 * D.FEEDBACKS["larger"](truth[0], pair, truth, cfg)
+    torch.testing.assert_close(sized, D.FEEDBACKS["geometry"](truth[0], pair, truth, cfg))
     draw = D.FEEDBACKS["random"](*args)
     assert len(draw.unique()) == 3 and torch.equal(draw, D.FEEDBACKS["random"](*args))
     assert torch.equal(draw[[2, 0, 1]], D.FEEDBACKS["random"](args[0], images[[2, 0, 1]], args[2], cfg))
