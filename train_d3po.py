@@ -18,7 +18,7 @@ calls are trained, not late ones; the KL term; near ties are left out, but not o
 
 Run:
     python train_d3po.py --feedback contrastive --loss both     # the main job: Eq. (2), then Diffusion-DPO
-    python train_d3po.py --feedback geometry            # or matching, hull, redder: they need no scorer
+    python train_d3po.py --feedback geometry            # or lean, hull, matching, redder: no scorer
     python train_d3po.py --feedback none                # L_simple-MV alone: the SFT baseline
 
     Writes out/<loss>_<feedback>-<content>/: the model, log.jsonl, report/results.json, report/grid.png
