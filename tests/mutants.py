@@ -62,6 +62,8 @@ FAULTS: list[tuple[str, str, str, str]] = [
     ("feedback", "images[:, :, 0] - images[:, :, 1:].mean(2)", "images[:, :, 2] - images[:, :, 1:].mean(2)", D3PO),
     ("feedback", "return -torch.arange(len(images)).float()", "return torch.arange(len(images)).float()", D3PO),
     ("feedback", "keyed_generator(cfg.seed, int(digest(x), 16)", "keyed_generator(0, int(digest(x), 16)", D3PO),
+    ("feedback", "- 0.48 * larger", "+ 0.48 * larger", D3PO),
+    ("feedback", "silhouettes(images[:, 1:])", "silhouettes(images)", D3PO),
     (D3PO, '"code": [digest(feedback), ', '"code": [', D3PO),
     (D3PO, '"code": code("candidates", "model", "sample")', '"code": 0', D3PO),
     (D3PO, '"code": [ours, *map(', '"code": [*map(', D3PO),
@@ -135,8 +137,6 @@ FAULTS: list[tuple[str, str, str, str]] = [
     (SFT, "replace(preset, cross_view=cfg.cross_view", "replace(preset, cross_view=True", SFT),
     (SFT, "source = sources[k % len(sources)]", "source = sources[0]", SFT),
     (SFT, "views = augment(views, g) if augmented else views", "views = views", SFT),
-    ("feedback", "- 0.48 * larger", "+ 0.48 * larger", D3PO),
-    ("feedback", "silhouettes(images[:, 1:])", "silhouettes(images)", D3PO),
     (SFT, '("wrong", latents[:, 0].roll(1, 0))', '("wrong", latents[:, 0])', SFT),
     # stage 2
     (SCORER, "((f_true - 1) ** 2).mean() + (f_fake**2).mean()", "(f_true**2).mean() + ((f_fake - 1) ** 2).mean()", SCORER),
