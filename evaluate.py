@@ -80,7 +80,7 @@ def measure(
         raise InputError("the views hold numbers that are not finite, expected [0, 1]. The model diverged.")
     known = truth.shape[-1] == 64
     thresholds = metrics.THRESHOLDS if known else metrics.truth_thresholds(truth)
-    compared = {"psnr": psnr, "ssim": metrics.ssim, "lpips": lpips}
+    compared = {"psnr": psnr, "ssim": metrics.ssim, "lpips": lpips, "silhouette": metrics.silhouette_iou}
     parts: list[dict[str, Tensor]] = []
     for i in range(0, len(images), 16):  # a few objects at a time: SSIM holds a dozen float64 copies
         x, y, reference = images[i : i + 16], truth[i : i + 16], ref[i : i + 16]

@@ -3,6 +3,7 @@
     PSNR     10 log10(1 / mean squared error), dB; at most 58.9, the error of rounding to 8 bits
     SSIM     Wang et al. 2004: Gaussian window 11 x 11, sigma 1.5, no padding, in float64
     LPIPS    Zhang et al. 2018, AlexNet, v0.1; smaller is better; needs the published weights
+    silhouette   IoU (intersection over union) with the true silhouette: the shape, whatever its colour
 
 Geometry needs neither weights nor truth. It is exact, for the cameras are orthographic and look along axes:
 
@@ -11,7 +12,7 @@ Geometry needs neither weights nor truth. It is exact, for the cameras are ortho
     width    the top sees the widths of the sides: columns of front and back, columns of right and left
     hull     the largest object that fits all silhouettes, drawn again, against them
 
-Each is an intersection over union (IoU): 1 for an object, 0 for empty views. Views below a threshold in one
+Each is an IoU: 1 for an object, 0 for empty views. Views below a threshold in one
 of the four cannot show one object. Their share is the contradiction rate (`contradicts`).
 
 Letters: N (or B) objects, V views, C H W pixels, S side of a square image, M masks of one thing.
@@ -131,6 +132,11 @@ def iou(masks: Tensor, dims: tuple[int, ...]) -> Tensor:  # (M, B, ...) bool -> 
     return masks.all(0).sum(dims) / masks.any(0).sum(dims).clamp(min=1)
 
 
+def silhouette_iou(x: Tensor, y: Tensor) -> Tensor:  # (B, 3, S, S), the same or broadcast to it -> (B,)
+    """Of two images of one view. Against the truth: is it the right shape, whatever its colour?"""
+    return iou(torch.stack(torch.broadcast_tensors(silhouettes(x), silhouettes(y))), (-2, -1))
+
+
 def world_masks(views: Tensor) -> dict[tuple[int, int], Tensor]:  # (B, V, 3, S, S) -> (M, B, S, S) each
     """The silhouettes by the plane that they lie in: opposite views share one. Its two world axes are i < j,
     and a mask is [along i, along j] in rising order.
@@ -228,8 +234,7 @@ def geometry(views: Tensor, ref: Tensor) -> Tensor:  # (B, V, 3, S, S), ([B,] 3,
     frame, and one picture in all views, 0. What stays: silhouettes see neither colour nor hollows, and a
     box, or the reference's outline pushed straight through space, is one object, too (feedback.larger)."""
     four = torch.stack([check(views) for check in GEOMETRY.values()]).mean(0)
-    front, seen = torch.broadcast_tensors(silhouettes(views[:, 0]), silhouettes(ref))
-    return four * iou(torch.stack([front, seen]), (-2, -1)) * ~no_object(views)
+    return four * silhouette_iou(views[:, 0], ref) * ~no_object(views)
 
 
 # --- how much did pictures change? A gain that nobody can see is no gain ---

@@ -69,6 +69,7 @@ METRICS = {  # column -> heading, digits, whether it is a percentage
     "psnr_unseen": ("PSNR, dB", 2, 1),
     "ssim_unseen": ("SSIM", 3, 1),
     "lpips_unseen": ("LPIPS (lower)", 3, 1),
+    "silhouette_unseen": ("silhouette IoU with truth", 3, 1),
     "contradiction": ("contradictions, % (lower)", 1, 100),
     "geometry": ("geometry", 3, 1),
     "hull": ("hull IoU", 3, 1),
@@ -242,7 +243,7 @@ def main(cfg: Config) -> dict:
                 minus[name][row] = {c: statistics(values[c] - measured[base][c]) for c in columns}
     text = [f"{len(truth)} held-out objects, seeds {seeds}; [95 % interval over both]."]
     text += ["\\* the row's own reward. `python -m runs.table1`.", "", *markdown(rows, columns)]
-    for base, differences in minus.items():
+    for base, differences in {b: d for b, d in minus.items() if d}.items():
         title = f"**Minus {BASES[base]}** (bold: the interval leaves out 0)"
         text += ["", title, "", *markdown(differences, columns, "+")]
     results = Path(cfg.results)

@@ -46,12 +46,15 @@ def test_measure_by_view_and_by_part(toys) -> None:
     images[3] = toys[3]
     got = evaluate.measure(images, toys, toys[:, 0], JUDGES, lambda x, y: (x - y).abs().mean((1, 2, 3)))  # pyright: ignore
     plain = ["psnr", "psnr_unseen", "ssim", "ssim_unseen", "lpips", "lpips_unseen"]
+    plain += ["silhouette", "silhouette_unseen"]
     assert list(got) == [*plain, "row", "mirror", "width", "hull", "geometry", "contradiction", "contrastive"]
     white = metrics.psnr(torch.ones(4, 3, 64, 64), toys[17, 1:])
     exact = metrics.psnr(toys[:1], toys[:1]).item()
     assert got["psnr_unseen"][17].item() == pytest.approx(white.mean().item())
     assert got["psnr"][17].item() == pytest.approx((white.sum().item() + exact) / 5)
     assert torch.allclose(got["lpips"] * 5, got["lpips_unseen"] * 4)
+    assert got["silhouette_unseen"].tolist() == [0.0] * 3 + [1.0] + [0.0] * 14
+    assert got["silhouette"].tolist() == pytest.approx([0.2] * 3 + [1.0] + [0.2] * 14)
     assert got["contradiction"].tolist() == [1.0] * 3 + [0.0] + [1.0] * 14
     assert torch.equal(got["hull"], metrics.hull_iou(images).double())
     assert got["geometry"][3] > 0.99 and got["geometry"].sum() < 1.01

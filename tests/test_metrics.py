@@ -226,6 +226,14 @@ def test_any_object_agrees_with_itself_and_a_view_of_another_does_not() -> None:
         assert (metrics.hull_iou(mixed) < 1).all() and metrics.contradicts(mixed).float().mean() > 0.75
 
 
+def test_silhouette_iou_by_hand() -> None:
+    x, y = torch.ones(2, 2, 3, 4, 4)
+    x[0, 1, :2], y[0, 2, 1:] = 0.0, 0.89  # 2 rows and 3, one in common, of other colours
+    y[1, :, 0] = 0.91  # as good as white
+    assert metrics.silhouette_iou(x, y).tolist() == [1 / 4, 0]
+    assert metrics.silhouette_iou(x, x[0]).tolist() == [1, 0]
+
+
 def test_hull_equals_carving_voxels() -> None:
     views = torch.stack([project(shape(seed, 16)) for seed in range(5)])
     views[:, 1], views[:, 4] = views[:, 1].roll(1, 0), views[:, 4].roll(2, 0)  # inconsistent
