@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from common import ROOT, STATE, InputError, digest, explained, get_device, load_json, save_json, use_bf16
+from common import ROOT, STATE, InputError, digest, explained, hardware, load_json, save_json
 
 SOURCES = {p.stem: p.read_text() for p in ROOT.glob("*.py")}  # as this program started: files may change
 
@@ -109,8 +109,8 @@ def damage(folder: Path, made_by: dict[str, Any]) -> str:
 
 def machine(cfg: Any) -> dict[str, Any]:
     """What rounding depends on: which kind of device computes, and in which precision."""
-    device = get_device(cfg.device)
-    return {"on": device.type, "bf16": use_bf16(cfg.bf16, device)}
+    device, bf16 = hardware(cfg)
+    return {"on": device.type, "bf16": bf16}
 
 
 def settings(cfg: Any, *without: str) -> dict[str, Any]:

@@ -189,6 +189,12 @@ def use_bf16(mode: str, device: torch.device) -> bool:
     return mode == "on" or (mode == "auto" and cpuinfo.is_file() and "bf16" in cpuinfo.read_text())
 
 
+def hardware(cfg: Any) -> tuple[torch.device, bool]:
+    """What --device and --bf16 come to."""
+    device = get_device(cfg.device)
+    return device, use_bf16(cfg.bf16, device)
+
+
 def key_seed(*key: int) -> int:
     """Mix integers, e.g. (seed, object, candidate), into one 63-bit seed (splitmix64's finaliser after
     each)."""

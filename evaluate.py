@@ -30,8 +30,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import metrics
-from common import InputError, check_at_least, check_output, cli, digest, explained, get_device, load_json
-from common import located, provenance, save_json, use_bf16
+from common import InputError, check_at_least, check_output, cli, digest, explained, hardware, load_json
+from common import located, provenance, save_json
 from data import VIEWS, load_split, load_views, object_names, open_image
 from grid import grid
 from metrics import Lpips, bootstrap_interval, psnr, spoilt_views
@@ -224,8 +224,7 @@ def main(cfg: Config) -> dict:
         raise InputError(f"{label}: a known row has this name, expected another. Rename the folder.")
     check_at_least(cfg, 1, "n", "seeds", "num_steps", "batch_size")
     check_at_least(cfg, 0, "seed")
-    device = get_device(cfg.device)
-    bf16 = use_bf16(cfg.bf16, device)
+    device, bf16 = hardware(cfg)
     model = load(cfg.model, device, half=bf16) if cfg.model else None
     if model:
         size = model.cfg.image_size

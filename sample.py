@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import InputError, check_output, cli, get_device, key_seed, keyed_generator, located, use_bf16
+from common import InputError, check_output, cli, hardware, key_seed, keyed_generator, located
 from data import VIEWS, read_image, write_png
 from model import ModelConfig, MultiViewUNet, load
 
@@ -303,8 +303,7 @@ def main(cfg: Config) -> dict:
     if there and not out.exists():
         raise InputError(f"--out {cfg.out}: {there[0]} is there, and not of this command. Take another name.")
     check_output("out", folder, inputs=read)
-    device = get_device(cfg.device)
-    bf16 = use_bf16(cfg.bf16, device)
+    device, bf16 = hardware(cfg)
     model = load(cfg.model, device, half=bf16)
     ref = read_image(cfg.image, model.cfg.image_size)[None].float() / 255
     images = sample_images(model, ref, cfg.seed, cfg.num_steps, bf16=bf16)[0]  # (V, 3, H, W)

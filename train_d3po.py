@@ -41,9 +41,9 @@ import train_scorer
 from candidates import NOISE_SCALES, Batch, Rollouts, candidate_files, draw_candidates, make_batch
 from candidates import read_rollouts
 from cache import cached, check_link, code, machine, settings
-from common import STATE, InputError, Log, check_at_least, cli, digest, get_device, key_seed, keyed_generator
-from common import load_json, load_state, load_tensors, located, optimizer_step, provenance, same_place
-from common import save_json, save_state, save_tensors, training_steps, use_bf16
+from common import STATE, InputError, Log, check_at_least, cli, digest, get_device, hardware, key_seed
+from common import keyed_generator, load_json, load_state, load_tensors, located, optimizer_step, provenance
+from common import same_place, save_json, save_state, save_tensors, training_steps
 from data import load_references, load_split
 from evaluate import before_after, print_table
 from feedback import FEEDBACKS, preference_pairs
@@ -119,8 +119,7 @@ class Config:
 
 def collect(policy: Path, references: Tensor, cfg: Config, round: int) -> Path:
     """Candidates of all references (N, V, 3, S, S) uint8; returns a folder, a file for every few of them."""
-    device = get_device(cfg.device)
-    bf16 = use_bf16(cfg.bf16, device)
+    device, bf16 = hardware(cfg)
     options = ("candidates", "num_candidates", "loss", "num_steps", "trained_calls", "seed", "batch_size")
     made_by = {name: getattr(cfg, name) for name in options} | {"policy": digest(policy), "round": round}
     made_by |= {"references": digest(references[:, 0]), "code": code("candidates", "model", "sample")}
@@ -172,8 +171,7 @@ def prefer(candidates: Path, references: Tensor, cfg: Config) -> Tensor:  # (N, 
                 images, truth = (z.to(device).float() / 255 for z in (images, references[i]))
                 rewards[i] = feedback(truth[0], images, truth, cfg).cpu()
                 psnr[i] = closeness(images, truth).cpu()
-        if not torch.isfinite(rewards).all():
-            bad = int(rewards.isfinite().logical_not().sum())
+        if bad := int(rewards.isfinite().logical_not().sum()):
             raise InputError(f"--feedback {cfg.feedback}: {bad} rewards are not finite, expected numbers.")
         save_tensors(folder / "rewards.safetensors", {"rewards": rewards, "psnr": psnr})
 
@@ -273,15 +271,25 @@ def forward_log_ratio(
     return ratio.view(B, G), (weight * (theta - old) ** 2).flatten(1).sum(1).view(B, G).mean(1)
 
 
-def frozen_means(model: MultiViewUNet, rollouts: Rollouts, cfg: Config, bf16: bool, device: Any) -> Tensor:
-    """pi_pre's mean at every trained state (N, J, R, V, c, h, w): once, so that no second network is held.
+def draw_states(usable: Tensor, J: int, cfg: Config, round: int) -> Tensor:  # (steps, B, 2)
+    """Each step's references, each at one of its J trained calls: a function of (seed, step) alone."""
+    drawn = []
+    for n in range(round * cfg.steps, (round + 1) * cfg.steps):
+        g = keyed_generator(cfg.seed, 6, n)
+        chosen = usable[torch.randint(len(usable), (cfg.batch_objects,), generator=g)]
+        drawn.append(torch.stack([chosen, torch.randint(J, chosen.shape, generator=g)], 1))
+    return torch.stack(drawn)
+
+
+def frozen_means(
+    model: MultiViewUNet, rollouts: Rollouts, visited: Tensor, cfg: Config, bf16: bool, device: Any
+) -> Tensor:  # (N, J, R, V, c, h, w), NaN elsewhere
+    """pi_pre's mean at the states (reference, j) that training visits: once, and no second network is held.
 
     In batches of the training shape and with gradients switched on, because kernels, and so their rounding,
     depend on both: then equal weights give exactly equal means."""
-    schedule, means = Schedule(model.cfg), torch.empty_like(rollouts.x_t)
-    N, J = rollouts.call.shape
-    index = torch.cartesian_prod(torch.arange(N), torch.arange(J))  # (N J, 2)
-    for part in tqdm(index.split(cfg.batch_objects), desc="means of pi_pre", disable=None):
+    schedule, means = Schedule(model.cfg), torch.full_like(rollouts.x_t, torch.nan)
+    for part in tqdm(visited.split(cfg.batch_objects), desc="means of pi_pre", disable=None):
         filled = torch.cat([part, part[-1:].expand(cfg.batch_objects - len(part), 2)])
         batch = make_batch(rollouts, filled[:, 0], filled[:, 1], schedule, cfg.num_steps, device)
         mean, _ = batch_means(model, schedule, batch, bf16)
@@ -313,24 +321,23 @@ def train(start: Path, pre: Path, preferences: Preferences, objects: Tensor, cfg
     if preferences:
         made_by |= {"pre": digest(pre), "rewards": digest(preferences[1]), "feedback": cfg.feedback}
         made_by |= {"candidates": digest(load_json(preferences[0] / "made_by.json"))}
-    make = partial(run, start, pre, preferences, objects, cfg, round)
-    return cached(cfg.out, run_name(cfg), made_by, make)
+    return cached(cfg.out, run_name(cfg), made_by, partial(run, start, pre, preferences, objects, cfg, round))
 
 
 def run(
     start: Path, pre: Path, preferences: Preferences, objects: Tensor, cfg: Config, round: int, folder: Path
 ) -> None:
     """The loop: L = L_MV-D3PO + lambda L_simple-MV + kl beta KL."""
-    device = get_device(cfg.device)
-    bf16 = use_bf16(cfg.bf16, device)
+    device, bf16 = hardware(cfg)
     policy, parameters = prepare(start, cfg, device)
     schedule = Schedule(policy.cfg)
     if preferences:
         rollouts, wins = read_rollouts(preferences[0]), preference_pairs(preferences[1], cfg.min_gap)
         usable = wins.flatten(1).any(1).nonzero()[:, 0]  # references whose candidates do not all tie
         frozen = policy if digest(pre) == digest(start) else prepare(pre, cfg, device)[0]
+        drawn = draw_states(usable, rollouts.call.shape[1], cfg, round)
         if cfg.loss == "d3po":
-            mean_pre = frozen_means(frozen, rollouts, cfg, bf16, device)
+            mean_pre = frozen_means(frozen, rollouts, drawn.flatten(0, 1).unique(dim=0), cfg, bf16, device)
             del frozen  # no second network is held
         else:
             frozen = copy.deepcopy(frozen).requires_grad_(False)
@@ -351,10 +358,8 @@ def run(
     for step in training_steps(state.get("step", 0), cfg.steps, "train_d3po", save):
         metrics, n = {}, round * cfg.steps + step  # n counts on: another round has other batches and noise
         if preferences:
-            # batch: references, each at one of its trained calls; a function of (seed, n) alone
-            g = keyed_generator(cfg.seed, 6, n)
-            chosen = usable[torch.randint(len(usable), (cfg.batch_objects,), generator=g)]
-            js = torch.randint(rollouts.call.shape[1], (cfg.batch_objects,), generator=g)
+            # batch: references, each at one of its trained calls
+            chosen, js = drawn[step].unbind(1)
             batch = make_batch(rollouts, chosen, js, schedule, cfg.num_steps, device)
 
             # forward: Eq. (2), one log-ratio for each candidate, one term for each pair
@@ -362,11 +367,8 @@ def run(
                 ratio, kl = step_log_ratio(policy, schedule, batch, mean_pre[chosen, js].to(device), bf16)
             else:
                 ratio, kl = forward_log_ratio(policy, frozen, batch, cfg.seed, n, bf16)
-            if (
-                step == 0
-                and digest(start) == digest(pre)
-                and (top := ratio.abs().max()) * cfg.beta_dpo > 1e-3
-            ):
+            equal = step == 0 and digest(start) == digest(pre)
+            if equal and (top := ratio.abs().max()) * cfg.beta_dpo > 1e-3:
                 raise InputError(f"before the first update the log-ratio is {top:.2g}, expected 0.")
             b, w, l = wins[chosen].nonzero(as_tuple=True)  # noqa: E741
             loss_d3po, metrics = d3po_loss(ratio[b, w], ratio[b, l], cfg.beta_dpo)
@@ -392,8 +394,7 @@ def run(
 
 def draw_images(model: Path, ref: Tensor, cfg: Config) -> Tensor:  # (N, V, 3, S, S) in [0, 1]
     """What a model makes of references (N, 3, S, S) uint8."""
-    device = get_device(cfg.device)
-    bf16 = use_bf16(cfg.bf16, device)
+    device, bf16 = hardware(cfg)
     made_by = {"model": digest(model), "ref": digest(ref), "num_steps": cfg.num_steps, "seed": cfg.seed}
     made_by |= {"batch_size": cfg.batch_size, "code": code("model", "sample")}
 
@@ -485,9 +486,8 @@ def main(cfg: Config) -> dict:
     n, size = cfg.num_references, model.image_size
     references = load_references(cfg.data, n, size, cfg.seed)  # (N, V, 3, S, S) uint8
     objects = load_split(cfg.data, "preference", n, size)  # ground truth for L_simple-MV
-    cfg = replace(cfg, scorer=find_scorer(cfg, model))
+    cfg, preferences = replace(cfg, scorer=find_scorer(cfg, model)), None
     for round in range(cfg.rounds):
-        preferences = None
         if cfg.feedback != "none":
             candidates = collect(policy, references, cfg, round)
             preferences = candidates, prefer(candidates, references, cfg)

@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cache import cached, check_link, code, machine, settings
-from common import STATE, InputError, Log, check_at_least, cli, digest, get_device, keyed_generator, load_json
+from common import STATE, InputError, Log, check_at_least, cli, digest, hardware, keyed_generator, load_json
 from common import load_state, optimizer_step, provenance, save_json, save_state, training_steps, use_bf16
 from data import NUM_SIDES, Views, augment, fingerprint, lazy_split, load_split, relative_views
 from grid import grid
@@ -235,8 +235,7 @@ def average(ema: dict[str, Tensor], weights: dict[str, Tensor], decay: float, st
 
 def run(model: MultiViewUNet, sources: list[Any], val_views: Tensor, cfg: Config, folder: Path) -> None:
     """The loop: train, evaluate, and leave averaged weights, log and results in `folder`."""
-    device = get_device(cfg.device)
-    bf16 = use_bf16(cfg.bf16, device)
+    device, bf16 = hardware(cfg)
     parameters = trained_parameters(model, cfg, device, view_embedding=not cfg.init)
     schedule = Schedule(model.cfg)
     optimizers = new_optimizers(model, parameters, cfg)

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 import train_d3po as D
 from candidates import NOISE_SCALES, draw_candidates
-from common import InputError, check_at_least, check_output, cli, explained, get_device, key_seed, load_json
-from common import provenance, save_json, use_bf16, write_atomic
+from common import InputError, check_at_least, check_output, cli, explained, hardware, key_seed, load_json
+from common import provenance, save_json, write_atomic
 from data import load_split
 from evaluate import measure, with_interval
 from model import load
@@ -65,8 +65,7 @@ def main(cfg: Config) -> dict:
             raise ValueError(f"{table} is no table of gains")
         if numbers.exists():
             load_json(numbers)["spread"]
-    device = get_device(cfg.device)
-    bf16 = use_bf16(cfg.bf16, device)
+    device, bf16 = hardware(cfg)
     model = load(cfg.model, device)
     truth = load_split(cfg.data, "validation", cfg.n, model.cfg.image_size).float() / 255
     scorers = {"contrastive": Scorer.load(cfg.scorer, device)}

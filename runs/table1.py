@@ -25,8 +25,8 @@ from torch import Tensor
 import train_d3po as D
 import train_scorer as S
 from cache import cached, code, machine
-from common import InputError, check_at_least, check_output, cli, digest, get_device, key_seed, load_json
-from common import load_tensors, located, provenance, save_json, save_tensors, use_bf16, write_atomic
+from common import InputError, check_at_least, check_output, cli, digest, get_device, hardware, key_seed
+from common import load_json, load_tensors, located, provenance, save_json, save_tensors, write_atomic
 from data import load_split
 from evaluate import measure
 from grid import grid
@@ -139,8 +139,7 @@ def draw(row: str, model: Path, seed: int, truth: Tensor, scorers: dict[str, str
         return D.draw_images(model, (ref * 255).round().to(torch.uint8), base)
 
     def make(folder: Path) -> None:  # five samples with noises of their own; the scorer takes one
-        device = get_device(cfg.device)
-        bf16 = use_bf16(base.bf16, device)
+        device, bf16 = hardware(base)
         policy, scorer = load(model, device, half=bf16), Scorer.load(scorers["contrastive"], device)
         chosen = []
         for i, y in enumerate(ref.to(device)):

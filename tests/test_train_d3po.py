@@ -52,6 +52,10 @@ def collected(tmp_path, **changes):
     return cfg, references, folder, D.read_rollouts(folder)
 
 
+def every_state(rollouts):  # (N J, 2)
+    return torch.cartesian_prod(*map(torch.arange, rollouts.call.shape))
+
+
 def images_of(folder: Path) -> torch.Tensor:
     parts = [load_tensors(p) for p in sorted(folder.glob("*.safetensors"))]
     return torch.cat([p["images"] for p in parts])[torch.cat([p["reference"] for p in parts]).argsort()]
@@ -151,7 +155,7 @@ def test_from_one_state_the_quadratic_parts_cancel(tmp_path):
 def test_the_log_ratio_is_exactly_0_before_the_first_update(tmp_path, candidates, bf16):
     cfg, _, _, rollouts = collected(tmp_path, candidates=candidates)
     model, parameters = D.prepare(cfg.model, cfg, CPU)
-    means = D.frozen_means(model, rollouts, cfg, bf16, CPU)
+    means = D.frozen_means(model, rollouts, every_state(rollouts), cfg, bf16, CPU)
     for chosen, js in (((4, 1), (0, 0)), ((1, 2), (rollouts.call.shape[1] - 1, 0))):
         batch = batch_of(rollouts, model, chosen, js)
         ratio, kl = D.step_log_ratio(model, Schedule(model.cfg), batch, means[list(chosen), list(js)], bf16)
@@ -400,7 +404,8 @@ def test_the_gradient_is_that_of_the_sum(tmp_path, monkeypatch, kl, lambda_simpl
     references = load_references("toys", 5, 16, 0)
     folder = D.collect(Path(cfg.model), references, cfg, 0)
     rollouts, wins = D.read_rollouts(folder), D.preference_pairs(D.prefer(folder, references, cfg), 0)
-    means, schedule = D.frozen_means(policy, rollouts, cfg, False, CPU), Schedule(policy.cfg)
+    means = D.frozen_means(policy, rollouts, every_state(rollouts), cfg, False, CPU)
+    schedule = Schedule(policy.cfg)
     policy.load_state_dict(states[0], strict=False)
     g = D.keyed_generator(0, 6, 1)
     chosen, js = torch.randint(5, (2,), generator=g), torch.randint(1, (2,), generator=g)
@@ -460,7 +465,8 @@ def test_batches_by_seed_and_step_never_of_references_that_tie(tmp_path, monkeyp
     rewards = D.prefer(candidates, references, cfg)
     drawn, keys, make_batch, training_batch = [], [], D.make_batch, D.training_batch
     monkeypatch.setattr(D, "step_log_ratio", no_ratio)
-    monkeypatch.setattr(D, "frozen_means", lambda model, rollouts, *_: torch.zeros_like(rollouts.x_t))
+    visited, frozen = [], lambda model, r, states, *_: visited.extend(states.tolist()) or 0 * r.x_t
+    monkeypatch.setattr(D, "frozen_means", frozen)
     monkeypatch.setattr(
         D, "make_batch", lambda r, c, j, *rest: drawn.append((c, j)) or make_batch(r, c, j, *rest)
     )
@@ -474,6 +480,20 @@ def test_batches_by_seed_and_step_never_of_references_that_tie(tmp_path, monkeyp
         assert torch.equal(js, torch.randint(3, (2,), generator=g))
         seen |= set(js.tolist())
     assert len(drawn) == 8 and len(seen) > 1
+    pairs = {(n, j) for chosen, js in drawn for n, j in zip(chosen.tolist(), js.tolist())}
+    assert sorted(map(tuple, visited)) == sorted(pairs)  # each once
+
+
+def test_means_of_pi_pre_only_where_training_comes(tmp_path):
+    cfg, _, _, rollouts = collected(tmp_path, candidates="noised")
+    visited = torch.tensor([[0, 1], [2, 0], [4, 2]])
+    means, every = (
+        D.frozen_means(random_model(), rollouts, states, cfg, False, CPU)
+        for states in (visited, every_state(rollouts))
+    )
+    filled = means.isfinite().flatten(2).all(2)
+    assert filled.nonzero().tolist() == visited.tolist() and means.isnan().flatten(2).all(2).sum() == 12
+    assert torch.equal(means[filled], every[filled])
 
 
 def test_the_report_compares_after_with_before(tmp_path):
