@@ -27,8 +27,12 @@ SOURCES = {p.stem: p.read_text() for p in ROOT.glob("*.py")}  # as this program 
 
 @cache
 def without_comments(source: str) -> str:
-    """What a file does, without how it is written."""
-    return digest(ast.dump(ast.parse(source)))
+    """What a file does, without comments, docstrings and how it is written."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            del node.body[0]
+    return digest(ast.dump(tree))
 
 
 def code(*modules: str) -> str:
@@ -66,10 +70,13 @@ def check_link(link: Path) -> Path:
 def cached(root: str | Path, name: str, made_by: dict[str, Any], make: Callable[[Path], object]) -> Path:
     """root/name-<8 digits of made_by>/, filled by make(folder) unless it is complete. Returns the folder.
 
-    `made_by` names inputs by their `digest`, never by their path. made_by.json is written last, with the
-    digest of every file: without it the folder is unfinished and `make` goes on with it; if a file differs
-    from it, the folder is made again. The link root/name points to the folder that was asked for last."""
-    made_by = json.loads(json.dumps({**made_by, "torch": torch.__version__}, default=str))  # as in the file
+    `made_by` names inputs by their `digest`, never by their path, and our files by their `code`; `make` and
+    common.py always count. made_by.json is written last, with the digest of every file: without it the
+    folder is unfinished and `make` goes on with it; if a file differs from it, the folder is made again. The
+    link root/name points to the folder that was asked for last."""
+    always = {"torch": torch.__version__, "common": code("common")}
+    always |= {"make": digest(getattr(make, "func", make).__code__)}  # of a partial: its function
+    made_by = json.loads(json.dumps({**made_by, **always}, default=str))  # as in the file
     folder = Path(root) / f"{name}-{digest(made_by)[:8]}"
     note, link = folder / "made_by.json", check_link(Path(root) / name)
     with locked(folder, note):

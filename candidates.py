@@ -66,18 +66,13 @@ def draw_candidates(
     return Rollouts(*(z.cpu().contiguous() for z in rollouts)), chain.images.unflatten(0, (len(ref), G))
 
 
-def candidate_files(folder: Path) -> list[Path]:
-    """What `collect` wrote, and no copy beside it."""
-    return sorted(folder.glob("?" * 6 + ".safetensors"))
-
-
 def read_rollouts(folder: Path) -> Rollouts:
     """All rollouts of `collect`, in the order of the references. The images stay on disk."""
     parts = []
-    for path in candidate_files(folder):
+    for path in folder.glob("*.safetensors"):
         parts.append({name: z for name, z in load_tensors(path).items() if name != "images"})
     reference = torch.cat([p["reference"] for p in parts])
-    if not torch.equal(reference.sort().values, torch.arange(len(reference))):
+    if not torch.equal(reference.sort().values, torch.arange(len(reference))):  # a copy beside a file
         raise InputError(f"{folder}: not one part for each reference, expected that. Delete it.")
     order = reference.argsort()
     return Rollouts(*(torch.cat([p.pop(name) for p in parts])[order] for name in Rollouts._fields))

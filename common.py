@@ -196,8 +196,10 @@ def hardware(cfg: Any) -> tuple[torch.device, bool]:
 
 
 def key_seed(*key: int) -> int:
-    """Mix integers, e.g. (seed, object, candidate), into one 63-bit seed (splitmix64's finaliser after
-    each)."""
+    """Mix integers, e.g. (seed, object, candidate), into one 63-bit seed (splitmix64's finaliser after each).
+
+    What follows the seed names the use. In a chain: 0 x_T, 1 reference, 2 App. B, 3 step noises. Of the
+    preference stage: 5 references, 6 batches, 8 candidates, 9 negatives, 10 calls, 11 Diffusion-DPO."""
     state = 0x9E3779B97F4A7C15
     for part in key:
         state = (state ^ (int(part) + 0x9E3779B97F4A7C15)) & 0xFFFFFFFFFFFFFFFF

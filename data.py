@@ -33,8 +33,6 @@ from toys import toy_kind
 
 @dataclass(frozen=True)
 class Config:
-    """What to write, and where."""
-
     meshes: str = ""  # render every .glb, .gltf and .obj file below this folder
     toys: int = 0  # write this many procedural toys
     seed: int = 0  # of the toys: 0 training, 1 preference, 2 validation, 3 held out

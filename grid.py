@@ -18,7 +18,7 @@ from render import VIEWS
 def grid(
     path: str | Path,
     columns: Mapping[str, Tensor],  # label -> (N, V, 3, S, S) in [0, 1]; a shorter column ends earlier
-    ref: Tensor | None = None,  # (N, 3, S, S) for a first column with the reference
+    ref: Tensor,  # (N, 3, S, S), the first column
     side: int = 128,  # pixels of a view in the picture, at least: small views are enlarged by a whole factor
 ) -> None:
     """A PNG with a row for each object: the reference, then the views under each label."""
@@ -27,8 +27,8 @@ def grid(
     side, gap = size * scale, 12
     big, small = ImageFont.load_default(side / 4), ImageFont.load_default(side / 8)
     head = side // 2  # height of the labels
-    rows, first = max(len(images) for images in columns.values()), 0 if ref is None else side + gap
-    width = first + len(columns) * (gap + len(VIEWS) * side) - gap
+    rows = max(len(images) for images in columns.values())
+    width = side + len(columns) * (gap + len(VIEWS) * side)
     picture = Image.new("RGB", (width, head + rows * side), (255, 255, 255))
     draw = ImageDraw.Draw(picture)
 
@@ -42,11 +42,9 @@ def grid(
             tile = tile.resize((tile.width * scale, tile.height * scale), Image.Resampling.NEAREST)
             picture.paste(tile, (x, head + n * side))
 
-    if ref is not None:
-        paste("input", ("front",), ref[:rows, None], 0)
+    paste("input", ("front",), ref[:rows, None], 0)
     for i, (label, images) in enumerate(columns.items()):
-        x = first + i * (len(VIEWS) * side + gap)
+        x = side + gap + i * (len(VIEWS) * side + gap)
         paste(label, VIEWS, images, x)
-        if x:
-            draw.line([(x - gap // 2, 0), (x - gap // 2, picture.height)], fill=(200, 200, 200), width=2)
+        draw.line([(x - gap // 2, 0), (x - gap // 2, picture.height)], fill=(200, 200, 200), width=2)
     write_atomic(path, lambda p: picture.save(p))

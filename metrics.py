@@ -5,15 +5,15 @@
     LPIPS    Zhang et al. 2018, AlexNet, v0.1; smaller is better; needs the published weights
     silhouette   IoU (intersection over union) with the true silhouette: the shape, whatever its colour
 
-Geometry needs neither weights nor truth. It is exact, for the cameras are orthographic and look along axes:
+Geometry needs no weights. What must be equal follows exactly, for the cameras are orthographic, along axes:
 
     row      the four sides see the same heights: the same pixel rows must be occupied
     mirror   opposite cameras see one silhouette, mirrored
     width    the top sees the widths of the sides: columns of front and back, columns of right and left
     hull     the largest object that fits all silhouettes, drawn again, against them
 
-Each is an IoU: 1 for an object, 0 for empty views. Views below a threshold in one
-of the four cannot show one object. Their share is the contradiction rate (`contradicts`).
+Each is an IoU: 1 for an object, 0 for empty views. Views that are lower in one of the four than 39 of 40 true
+objects contradict each other. Their share is the contradiction rate (`contradicts`).
 
 Letters: N (or B) objects, V views, C H W pixels, S side of a square image, M masks of one thing.
 FORK: another metric is a function here and a line in evaluate.py:measure. Cameras are read from CAMERAS.
@@ -221,7 +221,7 @@ def no_object(views: Tensor) -> Tensor:  # (B, V, 3, S, S) -> (B,) bool
 
 
 def contradicts(views: Tensor, thresholds: Mapping[str, float] = THRESHOLDS) -> Tensor:  # -> (B,) bool
-    """These cannot be views of one object: below a threshold (as empty views are), or no object at all."""
+    """Hardly views of one object: below a threshold (as empty views are), or no object at all."""
     below = [check(views) < thresholds[name] for name, check in GEOMETRY.items()]
     return torch.stack(below).any(0) | no_object(views)
 

@@ -61,6 +61,8 @@ class ModelConfig:
             raise InputError(f"image_size {self.image_size}: expected a multiple of patch, {self.patch}.")
         if self.channels % 16 or self.channels % self.head_dim:  # 16 groups are normalised together
             raise InputError(f"channels {self.channels}: not a multiple of 16 and head_dim, {self.head_dim}.")
+        if self.prediction not in (known := ("x0", "epsilon", "v")):
+            raise InputError(f"prediction {self.prediction}: expected one of {', '.join(known)}.")
         if self.is_sdxl and self.position:
             raise InputError("position True: expected False for SDXL, whose layers differ in size.")
 
@@ -227,10 +229,10 @@ def small_unet(cfg: ModelConfig) -> UNet2DConditionModel:
 
 
 def from_pipeline(kind: Any, base: str, **options: Any) -> Any:
-    """diffusers' `kind.from_pretrained`, with all its weights, or its `load_config`, of a pipeline."""
+    """diffusers' `kind.from_pretrained`, with all its weights, or `load_config`, of a part of a pipeline."""
     remedy = f"expected a hub id such as {SDXL}, or a local folder with unet/ and vae/ in it."
     with explained(f"--base {base}: cannot load its {options['subfolder']}, {remedy}"):
-        if kind.__name__ == "load_config":
+        if kind == UNet2DConditionModel.load_config:
             return kind(base, **options)
         # (low_cpu_mem_usage asks for one more package, and only spares main memory while loading)
         model, report = kind(base, low_cpu_mem_usage=False, output_loading_info=True, **options)

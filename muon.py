@@ -2,8 +2,8 @@
 
 Keller Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/, whose coefficients these are. From
 nothing it took the toy network to the same error in half of AdamW's time; torch's own Muon leaves out
-convolutions, half of this network. It has nothing to do with the paper: only train_sft.py --optimizer muon
-uses it. Fine-tuning takes AdamW, as the paper does.
+convolutions, half of this network. It has nothing to do with the paper: train_sft.py uses it from nothing, or
+by --optimizer muon. Fine-tuning takes AdamW, as the paper does.
 """
 
 import torch

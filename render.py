@@ -1,6 +1,6 @@
 """The cameras, and how toys become pictures: a ray caster and a z-buffer.
 
-World: Y is up, the front camera is on +Z (glTF's axes), objects fill [-0.9, 0.9]^3 of the [-1, 1] image.
+World: Y is up, the front camera is on +Z (glTF's axes), objects lie in [-0.9, 0.9]^3 of the [-1, 1] image.
 
 In: primitives (toys.py). Out: uint8 tensors (..., V, 3, size, size) on white. meshes.py draws triangles with
 the same z-buffer; data.py is the command line.

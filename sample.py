@@ -104,7 +104,7 @@ def ddpm_step(
     x0, eps = split_prediction(schedule, prediction, x_t, t)
     ab_t, ab_s = schedule.ab(t), schedule.ab(s)
     var = (1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s)
-    # mean = sqrt(ab_s) x0 + sqrt(1 - ab_s - var) eps      (DDIM at eta = 1; the clamp is for s = -1)
+    # mean = sqrt(ab_s) x0 + sqrt(1 - ab_s - var) eps      (DDIM at eta = 1; the clamp is for rounding)
     # With eps = (x_t - sqrt(ab_t) x0) / sqrt(1 - ab_t) it is Ho et al.'s Eq. 7, in x0 and x_t.
     mean = ab_s.sqrt() * x0 + (1 - ab_s - var).clamp(min=0).sqrt() * eps
     return mean, var
@@ -281,8 +281,6 @@ def sample_images(
 
 @dataclass(frozen=True)
 class Config:
-    """Command line of `python sample.py`."""
-
     image: str  # any picture of any size; transparency becomes white, and it is padded to a square
     model: str = "checkpoints/objects"  # folder that train_sft.py or train_d3po.py wrote
     out: str = "views.png"  # strip of the five views; each view also goes to <out without suffix>/<view>.png

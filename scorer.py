@@ -33,7 +33,7 @@ class EncoderConfig:
     patch_size: int = 8
     hidden_size: int = 96
     num_hidden_layers: int = 4
-    num_attention_heads: int = 3
+    num_attention_heads: int = 4
     mlp_ratio: int = 4
     hidden_act: Literal["gelu"] = "gelu"
     layer_norm_eps: float = 1e-6

@@ -33,8 +33,6 @@ from common import cli
 
 @dataclass(frozen=True)
 class Config:
-    """Options of `python theory.py`."""
-
     seed: int = 0  # draws the random models and points of the checks; every seed has to pass
 
 

@@ -21,9 +21,7 @@ Run:
     python train_d3po.py --feedback geometry            # or lean, hull, matching, redder: no scorer
     python train_d3po.py --feedback none                # L_simple-MV alone: the SFT baseline
 
-    Writes out/<loss>_<feedback>-<content>/: the model, log.jsonl, report/results.json, report/grid.png
-
-Letters: those of candidates.py."""
+    Writes out/<loss>_<feedback>-<content>/: the model, log.jsonl, report/results.json, report/grid.png"""
 
 import copy
 import time
@@ -38,7 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import train_scorer
-from candidates import NOISE_SCALES, Batch, Rollouts, candidate_files, draw_candidates, make_batch
+from candidates import NOISE_SCALES, Batch, Rollouts, draw_candidates, make_batch
 from candidates import read_rollouts
 from cache import cached, check_link, code, machine, settings
 from common import STATE, InputError, Log, check_at_least, cli, digest, get_device, hardware, key_seed
@@ -87,7 +85,7 @@ class Config:
     num_steps: int = 10  # network calls K of the sampler (paper: 50)
     trained_calls: tuple[int, int] = (0, 4)  # first and last call that Eq. (2) trains (paper: last 40 of 50)
     lambda_simple: float = 1.0  # weight of L_simple-MV (paper: 1)
-    min_gap: float = -1.0  # only pairs whose rewards differ by more standard deviations; -1: RECIPES
+    min_gap: float = -1.0  # only pairs whose rewards differ by more than this many deviations; -1: RECIPES
     rounds: int = 1  # collect, prefer, train again with the policy of the round before
     anchor: Literal["pre", "last"] = "pre"  # log-ratio and KL are to pi_pre, or to the last round's policy
 
@@ -123,14 +121,14 @@ def collect(policy: Path, references: Tensor, cfg: Config, round: int) -> Path:
     options = ("candidates", "num_candidates", "loss", "num_steps", "trained_calls", "seed", "batch_size")
     made_by = {name: getattr(cfg, name) for name in options} | {"policy": digest(policy), "round": round}
     made_by |= {"references": digest(references[:, 0]), "code": code("candidates", "model", "sample")}
-    # Each reference branches at one call, drawn once; those with equal calls go through the network together.
-    first, last = cfg.trained_calls
-    calls = torch.randint(first, last + 1, (len(references),), generator=keyed_generator(cfg.seed, 10, round))
-    if cfg.candidates != "branch":
-        calls = torch.full_like(calls, first)
-    groups = [g for k in calls.unique() for g in (calls == k).nonzero()[:, 0].split(cfg.batch_size)]
 
     def make(folder: Path) -> None:
+        # Each reference branches at one call, drawn once; those with equal calls are drawn together.
+        (first, last), own = cfg.trained_calls, keyed_generator(cfg.seed, 10, round)
+        calls = torch.randint(first, last + 1, (len(references),), generator=own)
+        if cfg.candidates != "branch":
+            calls = torch.full_like(calls, first)
+        groups = [g for k in calls.unique() for g in (calls == k).nonzero()[:, 0].split(cfg.batch_size)]
         model = load(policy, device, half=bf16)
         for group in tqdm(groups, desc="candidates", disable=None):
             path = folder / f"{int(group[0]):06d}.safetensors"
@@ -162,7 +160,7 @@ def prefer(candidates: Path, references: Tensor, cfg: Config) -> Tensor:  # (N, 
         made_by |= settings(cfg, "scorer") | {"scorer": digest(Path(cfg.scorer)) if cfg.scorer else ""}
 
     def make(folder: Path) -> None:
-        files = candidate_files(candidates)
+        files = sorted(candidates.glob("*.safetensors"))
         G = load_tensors(files[0])["images"].shape[1]
         rewards, psnr = (torch.full((len(references), G), torch.nan) for _ in range(2))
         for path in tqdm(files, desc=f"{cfg.feedback} feedback", disable=None):
@@ -248,7 +246,8 @@ def forward_log_ratio(
         w_t [ |x0 - x0_pre(x_t)|^2 - |x0 - x0_theta(x_t)|^2 ],     w_t as in L_simple-MV, halved
 
     at one draw of t and noise, the same for all candidates of a reference. Eq. (2) then asks: whose picture
-    does the policy now denoise better than pi_pre did? It needs no action, but pi_pre's network."""
+    does the policy denoise better than pi_pre? No action is needed, but pi_pre's network. Second in place of
+    a KL: w_t |x0_theta - x0_pre|^2."""
     schedule, (B, G), g = Schedule(policy.cfg), batch.x0.shape[:2], keyed_generator(seed, 11, step)
     t = torch.randint(100, 951, (B,), generator=g).to(batch.t)
     noise, ref_noise = (torch.randn(z.shape, generator=g).to(t.device) for z in (batch.x0[:, 0], batch.y))
@@ -315,7 +314,7 @@ def train(start: Path, pre: Path, preferences: Preferences, objects: Tensor, cfg
     options += "loss beta_dpo kl min_gap num_steps".split() if preferences else []
     made_by = {name: getattr(cfg, name) for name in options} | {"start": digest(start)}
     made_by |= {"objects": digest(objects)} | machine(cfg)
-    yours = (run, d3po_loss, step_log_ratio, forward_log_ratio, batch_means, preference_pairs, simple_loss)
+    yours = (d3po_loss, step_log_ratio, forward_log_ratio, batch_means, preference_pairs, simple_loss)
     ours = code("candidates", "data", "feedback", "model", "sample", "train_d3po", "train_sft")
     made_by |= {"code": [ours, *map(digest, yours)], "round": round}
     if preferences:

@@ -4,8 +4,8 @@
 
 First a generator draws five views for each reference, once, kept as 8-bit images like the ground truth: any
 difference in number format would be a trivial cue. Then encoder and head learn to tell them apart. The
-objects are those of the preference split, which the generator has not seen: its images of its own training
-objects are better than of new ones.
+objects are those of the preference split, which the generator has not seen (of a folder of renders it has):
+its images of its own training objects are better than of new ones.
 
 DEVIATION: a third term, with target 0 for true views of ANOTHER object. In the paper's two terms, true and
 generated views come with the same, right reference, so nothing asks whether a view belongs to it, and no head

@@ -302,7 +302,7 @@ def main(cfg: Config) -> dict:
     weights = model.state_dict() | (model.vae.state_dict() if model.cfg.is_sdxl else {})
     made_by = settings(cfg, "eval_every", "bf16", "init", "base", "data") | {
         "start": [digest({k: digest(v) for k, v in weights.items()}), asdict(model.cfg)],
-        "code": code("data", "model", "muon", "pictures", "sample", "train_sft"),
+        "code": code("data", "grid", "metrics", "model", "muon", "pictures", "sample", "train_sft"),
         "objects": [fingerprint(source) for source in sources],
         "validation": digest(val_views),
     }

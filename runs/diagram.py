@@ -35,8 +35,6 @@ FOOT = "π_p: the pre-trained policy, frozen.   Shown: three of G = 8 candidates
 
 @dataclass(frozen=True)
 class Config:
-    """Where it goes."""
-
     out: str = "results/method.svg"
 
 

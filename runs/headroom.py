@@ -27,8 +27,6 @@ from scorer import Scorer
 
 @dataclass(frozen=True)
 class Config:
-    """Which candidates, on what."""
-
     model: str = "checkpoints/objects"  # whose candidates
     data: str = "furniture"  # furniture, toys, or a folder of renders
     scorer: str = "out/scorer"  # a folder that train_scorer.py wrote

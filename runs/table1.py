@@ -6,7 +6,7 @@ looked at here only.
 
 Run:
     python -m runs.table1                       # results/table1/{table.md, table.json, grid.png, curves.png}
-    python -m runs.table1 --seeds 0             # one seed; two shells may share the work, then once with all
+    python -m runs.table1 --seeds 0 --results out/one    # one seed; two shells may share the work, then all
 
 The rate of SFT is chosen with the first of --seeds: shells that share the work leave the row sft to the last.
 
@@ -86,8 +86,6 @@ OWN |= {"forward_geometry": "geometry", "forward_hull": "hull", "forward_c": SCO
 
 @dataclass(frozen=True)
 class Config:
-    """Where, and how much."""
-
     seeds: tuple[int, ...] = (0, 1, 2)  # of candidates, batches and samples; scorers are shared
     rows: tuple[str, ...] = tuple(ROWS)  # which rows
     rates: tuple[float, ...] = (2e-5, 5e-5, 1e-4)  # of SFT: the best on validation objects is in the table
@@ -138,7 +136,7 @@ def draw(row: str, model: Path, seed: int, truth: Tensor, scorers: dict[str, str
     if row != "best":
         return D.draw_images(model, (ref * 255).round().to(torch.uint8), base)
 
-    def make(folder: Path) -> None:  # five samples with noises of their own; the scorer takes one
+    def make(folder: Path) -> None:  # five samples that share x_T only; the scorer takes one
         device, bf16 = hardware(base)
         policy, scorer = load(model, device, half=bf16), Scorer.load(scorers["contrastive"], device)
         chosen = []
@@ -241,18 +239,13 @@ def main(cfg: Config) -> dict:
             if row not in (base, "pre", "truth") and base in measured:
                 minus[name][row] = {c: statistics(values[c] - measured[base][c]) for c in columns}
     text = [f"{len(truth)} held-out objects, seeds {seeds}; [95 % interval over both]."]
-    text += ["\\* the row's own reward. `python -m runs.table1`.", "", *markdown(rows, columns)]
+    made = provenance(cfg)  # before the tree holds new results
+    text += [f"\\* the row's own reward. `{made['command']}`.", "", *markdown(rows, columns)]
     for base, differences in {b: d for b, d in minus.items() if d}.items():
         title = f"**Minus {BASES[base]}** (bold: the interval leaves out 0)"
         text += ["", title, "", *markdown(differences, columns, "+")]
     results = Path(cfg.results)
-    result = {
-        **provenance(cfg),
-        "rows": rows,
-        "minus": minus,
-        "kl": kls,
-        "sft_rate": rate,
-    }  # before the tree holds new results
+    result = {**made, "rows": rows, "minus": minus, "kl": kls, "sft_rate": rate}
     save_json(results / "table.json", result)
     write_atomic(results / "table.md", lambda p: p.write_text("\n".join(text) + "\n"))
     shown = [row for row in ("truth", "pre", "forward_c", "forward_geometry") if row in first]

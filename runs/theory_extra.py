@@ -28,8 +28,6 @@ from theory import A1, A_SPAN, AP, F64, Check, Holds, Refuted, alpha_h, cosine, 
 
 @dataclass(frozen=True)
 class Config:
-    """Options of `python -m runs.theory_extra`."""
-
     seed: int = 0  # draws the random models; every seed has to pass
     out: str = ""  # draw Figure 3 to figure3.png in this folder; empty: no figure
 

@@ -240,24 +240,27 @@ def test_a_kill_while_a_damaged_result_is_cleared_leaves_nothing_of_it(tmp_path,
 
 
 def test_an_unfinished_result_goes_on(tmp_path):
-    def dies(folder: Path) -> None:
+    def make(folder: Path) -> None:
+        if (folder / "part").is_file():
+            return
         (folder / "part").write_text("half the work")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        K.cached(tmp_path, "x", {}, dies)
-    seen = []
-    folder = K.cached(tmp_path, "x", {}, lambda folder: seen.append((folder / "part").read_text()))
-    assert seen == ["half the work"] and (folder / "made_by.json").is_file()
+        K.cached(tmp_path, "x", {}, make)
+    folder = K.cached(tmp_path, "x", {}, make)
+    assert (folder / "part").read_text() == "half the work" and (folder / "made_by.json").is_file()
 
 
 def test_two_runs_in_one_folder_at_a_time_are_refused(tmp_path):
-    def inner(folder: Path) -> None:
-        K.cached(tmp_path, "x", {}, count)
+    def make(folder: Path) -> None:  # while it runs, another asks for the same
+        if not (folder / "made").is_file():
+            (folder / "made").touch()
+            K.cached(tmp_path, "x", {}, make)
 
     with pytest.raises(InputError, match="another run writes there"):
-        K.cached(tmp_path, "x", {}, inner)
-    K.cached(tmp_path, "x", {}, count)  # the lock went with the run
+        K.cached(tmp_path, "x", {}, make)
+    K.cached(tmp_path, "x", {}, make)  # the lock went with the run
 
 
 # --- loops ---
@@ -294,10 +297,35 @@ def test_the_log_writes_means_and_forgets_what_is_done_again(tmp_path):
 def test_code_counts_without_its_comments_and_as_the_program_started(monkeypatch):
     before = K.code("sample", "model")
     assert before != K.code("model", "sample") and before != K.code("sample")
-    monkeypatch.setitem(K.SOURCES, "model", K.SOURCES["model"] + "\n\n# a comment\n")
+    said = (
+        K.SOURCES["model"]
+        .replace("views see all", "views see each other")
+        .replace("Read a model", "Reads a model")
+    )
+    assert said != K.SOURCES["model"]
+    monkeypatch.setitem(K.SOURCES, "model", said + "\n\n# a comment\n")
     assert K.code("sample", "model") == before
     monkeypatch.setitem(K.SOURCES, "model", K.SOURCES["model"] + "x = 1\n")
     assert K.code("sample", "model") != before
+
+
+def test_the_stage_and_the_plumbing_always_count(tmp_path, monkeypatch):
+    """Also where made_by does not name them: another make, or another common.py, is another result."""
+
+    def write(folder, what):
+        (folder / "result").write_text(what)
+
+    def write_twice(folder, what):
+        (folder / "result").write_text(2 * what)
+
+    one, same, other = (
+        K.cached(tmp_path, "x", {}, functools.partial(f, what="a")) for f in (write, write, write_twice)
+    )
+    assert one == same != other and (other / "result").read_text() == "aa"
+    monkeypatch.setitem(
+        K.SOURCES, "common", K.SOURCES["common"].replace("clip: float = 1.0", "clip: float = 0.1")
+    )
+    assert K.cached(tmp_path, "x", {}, functools.partial(write, what="a")) not in (one, other)
 
 
 def test_a_models_digest_is_of_its_config_and_its_weights(tmp_path):

@@ -366,6 +366,8 @@ def test_wrong_configs_are_refused(tiny, tmp_path):
     assert load(tmp_path).cfg == replace(tiny.cfg, ref_scale=20)
     with pytest.raises(InputError):
         ModelConfig(ref_scale=nan)
+    with pytest.raises(InputError, match="prediction v_prediction: expected one of x0, epsilon, v"):
+        replace(PRESETS["toy"], prediction="v_prediction")  # pyright: ignore
 
 
 def test_wrong_weights_are_refused(tiny, tmp_path):
