@@ -1,6 +1,7 @@
 """The method in one picture, in the manner of the paper's Figure 2: results/method.svg, written from strings.
 
-The pictures in it are drawn for the eye: a true object, its right and left stretched to be worse, noise.
+It shows the branch design (candidates.py); C's differs by noise on Y instead, and has no common state. The
+pictures are drawn for the eye: a true object, its right and left stretched to be worse, noise.
 The numbers beside them are real: metrics.hull_iou of what is shown.
 
 Run:
@@ -30,7 +31,7 @@ HEADINGS = {  # title: middle of its column, and what stands below
     "feedback": (758, "rates views"),
     "all pairs": (896, "winner, loser"),
 }
-FOOT = "π_p: the pre-trained policy, frozen.   Shown: three of G = 8 candidates."
+FOOT = "Shown: --candidates branch, three of its G = 8.   π_p: pi_pre, frozen.   κ: --kl times β."
 
 
 @dataclass(frozen=True)

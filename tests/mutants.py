@@ -188,6 +188,9 @@ FAULTS: list[tuple[str, str, str, str]] = [
     ("meshes", "torch.tensor(places).repeat", "torch.tensor(places[::-1]).repeat", "data"),
     ("pictures", "(255, 255, 255, 255)", "(0, 0, 0, 255)", "data"),
     ("muon", "p.add_(x, alpha=-group", "p.add_(x, alpha=group", SFT),
+    ("muon", 'p.grad.lerp(m, group["momentum"])', "p.grad", SFT),
+    ("sample", "cfg.seed, cfg.num_steps, bf16=bf16)[0]", "cfg.seed, bf16=bf16)[0]", "sample"),
+    (D3PO, "{wins.triu(1).sum()", "{wins.tril(1).sum()", D3PO),
     # metrics, matcher
     ("metrics", "return views.amin(dim=-3) < 0.9", "return views.amin(dim=-3) < 0.5", "metrics"),
     ("metrics", "masks.all(0).sum(dims) / masks.any(0)", "masks.any(0).sum(dims) / masks.any(0)", "metrics"),

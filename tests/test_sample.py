@@ -226,11 +226,12 @@ def test_main_takes_any_picture(tiny_folder, tmp_path):
     S.main(S.Config(image=str(tmp_path / "photo.png"), model=tiny_folder, out=out, num_steps=2))
     assert Image.open(out).size == (5 * 16, 16)
     assert all(Image.open(tmp_path / "views" / f"{v}.png").size == (16, 16) for v in S.VIEWS)
-    drawn = {}
-    for bf16 in ("off", "on"):
-        S.main(S.Config(str(tmp_path / "photo.png"), tiny_folder, out, num_steps=2, bf16=bf16))
-        drawn[bf16] = Path(out).read_bytes()
-    assert drawn["off"] != drawn["on"]
+    drawn = set()
+    for changes in ({}, {"bf16": "on"}, {"num_steps": 3}, {"seed": 1}):
+        how = {"num_steps": 2, "bf16": "off"} | changes
+        S.main(S.Config(str(tmp_path / "photo.png"), tiny_folder, out, **how))  # pyright: ignore
+        drawn.add(Path(out).read_bytes())
+    assert len(drawn) == 4
     with pytest.raises(InputError):
         S.main(S.Config(image=str(tmp_path / "missing.png"), model=tiny_folder, out=out))
     os.link(tmp_path / "views.png", tmp_path / "same.png")

@@ -276,6 +276,20 @@ def test_candidates_depend_on_seed_round_and_object_alone(tmp_path):
     assert not any(torch.allclose(evaluation.ref_noise[i], rollouts.ref_noise[i]) for i in range(5))
 
 
+def test_prefer_says_what_its_winners_are(tmp_path, monkeypatch, capsys):
+    cfg, references, folder, _ = collected(tmp_path, candidates="noised")
+
+    def said(rate):
+        monkeypatch.setitem(D.FEEDBACKS, "mine", rate)
+        D.prefer(folder, references, replace(cfg, feedback="mine"))
+        return capsys.readouterr().out.splitlines()[-1]
+
+    assert "100% of winners nearer to the truth, " in said(feedback.oracle)
+    assert " 0% of winners nearer to the truth, " in said(lambda *args: -feedback.oracle(*args))
+    assert said(feedback.least_noise).startswith("50 pairs of 5 references; ")
+    assert said(lambda *args: -torch.tensor([0.0, 1, 3, 2, 4])).endswith(", 90% less noised")
+
+
 def test_rollouts_are_in_the_order_of_the_references(tmp_path):
     cfg, references, folder, rollouts = collected(tmp_path)
     clean = random_model().encode(references[:, 0].float() / 255)

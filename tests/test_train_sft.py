@@ -150,6 +150,19 @@ def test_muon_moves_every_direction_equally_far(shape):
     assert (p * p.grad).sum() < 0  # downhill
 
 
+def test_muons_second_step_is_along_nesterovs_momentum():
+    first, second = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(0))
+    p, q = (torch.nn.Parameter(torch.zeros(8, 8)) for _ in range(2))
+    muon = Muon([p], lr=0.1)
+    for p.grad in (first, second):
+        before = p.detach().clone()
+        muon.step()
+    momentum = 0.95 * 0.05 * first + 0.05 * second
+    q.grad = 0.05 * second + 0.95 * momentum  # a first step's own momentum does not turn it
+    Muon([q], lr=0.1).step()
+    torch.testing.assert_close(p.detach() - before, q.detach(), atol=0.005, rtol=0)
+
+
 def test_muon_is_for_networks_from_nothing_unless_asked_for(tmp_path):
     model = random_model()
     parameters = list(model.parameters())
