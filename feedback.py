@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import metrics
 from common import digest, keyed_generator, located
 from matcher import matching_reward
-from metrics import closeness, geometry, hull_iou, silhouettes
 from scorer import Scorer, contrastive_reward
 
 
@@ -43,18 +43,18 @@ def matching(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
 
 def hull(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
     """Ours: do the five silhouettes fit one object?"""
-    return hull_iou(images)
+    return metrics.hull_iou(images)
 
 
-def geometric(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
+def geometry(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
     """Ours: exact geometry of silhouettes, guarded against blank, square and copied views (metrics.py)."""
-    return geometry(images, ref.expand(len(images), -1, -1, -1))
+    return metrics.geometry(images, ref.expand(len(images), -1, -1, -1))
 
 
 def lean(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
     """Ours: geometry as far as size does not explain it. Fat views fit each other, so a sample's geometry
     rises with its size, by .48 among five samples of each of 240 preference references."""
-    return geometric(ref, images, truth, cfg) - 0.48 * larger(ref, images, truth, cfg)
+    return geometry(ref, images, truth, cfg) - 0.48 * larger(ref, images, truth, cfg)
 
 
 def redder(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
@@ -79,27 +79,18 @@ def least_noise(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
 
 def larger(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
     """Control: the larger silhouettes win. Fat views fit each other: this lowers the contradiction rate as
-    much as `geometric`, and pays in PSNR and SSIM (results/README.md)."""
-    return silhouettes(images[:, 1:]).float().mean((1, 2, 3))
+    much as `geometry`, and pays in PSNR and SSIM (results/README.md)."""
+    return metrics.silhouettes(images[:, 1:]).float().mean((1, 2, 3))
 
 
 def oracle(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
     """Control: distance to the ground truth, which no feedback may see."""
-    return closeness(images, truth)
+    return metrics.closeness(images, truth)
 
 
-FEEDBACKS: dict[str, Callable[[Tensor, Tensor, Tensor, Any], Tensor]] = {
-    "contrastive": contrastive,
-    "matching": matching,
-    "hull": hull,
-    "geometry": geometric,
-    "lean": lean,
-    "redder": redder,
-    "random": random,
-    "least_noise": least_noise,
-    "larger": larger,
-    "oracle": oracle,
-}
+PAPERS, OURS = (contrastive, matching), (hull, geometry, lean)
+CONTROLS = (redder, random, least_noise, larger, oracle)
+FEEDBACKS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (*PAPERS, *OURS, *CONTROLS)}
 
 
 def preference_pairs(rewards: Tensor, min_gap: float) -> Tensor:  # (N, G) -> (N, G, G) bool

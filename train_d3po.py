@@ -147,7 +147,7 @@ def collect(policy: Path, references: Tensor, cfg: Config, round: int) -> Path:
 
 
 def prefer(candidates: Path, references: Tensor, cfg: Config) -> Tensor:  # (N, G) rewards
-    """Rate all candidates. Says how often the winner of a pair is nearer to the ground truth, or less noised."""
+    """Rate all candidates. Says how often the winner of a pair is nearer to the truth, or less noised."""
     device, feedback = get_device(cfg.device), FEEDBACKS[cfg.feedback]
     made_by = {"candidates": digest(load_json(candidates / "made_by.json")), "feedback": cfg.feedback}
     made_by |= {"code": [digest(feedback), code("feedback", "matcher", "metrics", "scorer")]}
@@ -180,7 +180,7 @@ def prefer(candidates: Path, references: Tensor, cfg: Config) -> Tensor:  # (N, 
         raise InputError(f"--feedback {cfg.feedback}: all candidates tie, expected a winner.")
     nearer = (kept["psnr"][:, :, None] > kept["psnr"][:, None])[wins].float().mean()
     less = f", {wins.triu(1).sum() / wins.sum():.0%} less noised" if cfg.candidates == "noised" else ""
-    print(f"{int(wins.sum())} pairs of {len(wins)} references; {nearer:.0%} of winners nearer to the truth{less}")
+    print(f"{int(wins.sum())} pairs of {len(wins)} references; winners: {nearer:.0%} nearer to the truth{less}")
     return kept["rewards"]
 
 
