@@ -180,7 +180,7 @@ def prefer(candidates: Path, references: Tensor, cfg: Config) -> Tensor:  # (N, 
         raise InputError(f"--feedback {cfg.feedback}: all candidates tie, expected a winner.")
     nearer = (kept["psnr"][:, :, None] > kept["psnr"][:, None])[wins].float().mean()
     less = f", {wins.triu(1).sum() / wins.sum():.0%} less noised" if cfg.candidates == "noised" else ""
-    print(f"{int(wins.sum())} pairs of {len(wins)} references; winners: {nearer:.0%} nearer to the truth{less}")
+    print(f"{int(wins.sum())} pairs of {len(wins)} references; winners: {nearer:.0%} nearer to truth{less}")
     return kept["rewards"]
 
 

@@ -284,8 +284,8 @@ def test_prefer_says_what_its_winners_are(tmp_path, monkeypatch, capsys):
         D.prefer(folder, references, replace(cfg, feedback="mine"))
         return capsys.readouterr().out.splitlines()[-1]
 
-    assert "winners: 100% nearer to the truth, " in said(feedback.oracle)
-    assert "winners: 0% nearer to the truth, " in said(lambda *args: -feedback.oracle(*args))
+    assert "winners: 100% nearer to truth, " in said(feedback.oracle)
+    assert "winners: 0% nearer to truth, " in said(lambda *args: -feedback.oracle(*args))
     assert said(feedback.least_noise).startswith("50 pairs of 5 references; ")
     assert said(lambda *args: -torch.tensor([0.0, 1, 3, 2, 4])).endswith(", 90% less noised")
 
