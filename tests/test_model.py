@@ -312,6 +312,11 @@ def test_lora_trains_two_factors_of_each_projection_and_is_merged(tiny, tmp_path
 # --- latents and files ---
 
 
+def test_a_fresh_lora_keeps_the_size_of_what_it_reads():
+    down = LoRALinear(torch.nn.Linear(400, 300), 200).down
+    assert (torch.randn(100, 400) @ down.T).std().item() == pytest.approx(1, rel=0.1)
+
+
 def test_latents_round_trip(tiny):
     images = torch.rand(2, V, 3, 16, 16)
     assert tiny.encode(images).shape == (2, V, c, h, h)
@@ -387,6 +392,12 @@ def test_wrong_weights_are_refused(tiny, tmp_path):
         path.write_bytes(content)
         with pytest.raises(InputError, match=message):
             load(tmp_path)
+
+
+def test_sdxl_keeps_its_prediction_and_schedule_and_is_shown_a_louder_reference():
+    """Five times: Zero123++ leaves out the factor that scales latents."""
+    sdxl = PRESETS["sdxl"]
+    assert (sdxl.prediction, sdxl.schedule_shift, sdxl.ref_scale) == ("epsilon", 1, 5)
 
 
 def test_the_shipped_models_are_of_the_toy_preset():

@@ -220,12 +220,22 @@ def test_every_object_of_sample_images_has_its_own_noise(tiny):
     assert not torch.allclose(images[0], images[2], atol=0.05)
 
 
+def test_one_image_that_is_no_number_is_refused(tiny):
+    latents = torch.zeros(2, 5, 48, 4, 4)
+    latents[1, 2] = torch.nan
+    with pytest.raises(InputError, match="not finite"):
+        S.finished(tiny, latents)
+
+
 def test_main_takes_any_picture(tiny_folder, tmp_path):
     Image.new("RGBA", (37, 21), (200, 30, 30, 128)).save(tmp_path / "photo.png")
     out = str(tmp_path / "views.png")
     S.main(S.Config(image=str(tmp_path / "photo.png"), model=tiny_folder, out=out, num_steps=2))
-    assert Image.open(out).size == (5 * 16, 16)
-    assert all(Image.open(tmp_path / "views" / f"{v}.png").size == (16, 16) for v in S.VIEWS)
+    strip = Image.open(out)
+    assert strip.size == (5 * 16, 16)
+    for i, view in enumerate(S.VIEWS):
+        alone = Image.open(tmp_path / "views" / f"{view}.png")
+        assert alone.tobytes() == strip.crop((16 * i, 0, 16 * i + 16, 16)).tobytes()
     drawn = set()
     for changes in ({}, {"bf16": "on"}, {"num_steps": 3}, {"seed": 1}):
         how = {"num_steps": 2, "bf16": "off"} | changes

@@ -10,7 +10,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 from common import InputError
 from data import VIEWS
-from scorer import Scorer, contrastive_reward, pretrained_scorer, small_scorer
+from scorer import EncoderConfig, Scorer, ScorerConfig, contrastive_reward, pretrained_scorer, small_scorer
 
 V = len(VIEWS)
 
@@ -152,6 +152,31 @@ def test_a_small_encoder_reads_64_pixels_in_65_tokens():
         small_scorer("bilinear", 16, 8, hidden_size=8, num_layers=1, num_heads=3)
     with pytest.raises(InputError, match="multiple of the patch, 8"):
         small_scorer("bilinear", 60, 8, hidden_size=8, num_layers=1, num_heads=1)
+
+
+def test_a_small_scorer_starts_at_one_half_with_white_as_zero_and_weights_that_pass_the_image_on():
+    scorer, seen = small_scorer("bilinear", 16, 8, hidden_size=64, num_layers=1, num_heads=2), []
+    assert (scorer.score(images(2, 3, 16, 16), images(2, V, 3, 16, 16)) == 0.5).all()
+    scorer.encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    scorer.embed(torch.ones(1, 3, 16, 16))
+    assert (seen[0] == 0).all()
+    weights = [p for p in scorer.encoder.encoder.parameters() if p.ndim == 2]
+    assert weights and all(abs(w.std() * 64**0.5 - 1) < 0.05 for w in weights)
+
+
+def test_a_larger_image_is_averaged_not_sampled():
+    sizes = EncoderConfig(16, 8, 16, 1, 2)
+    scorer, seen = Scorer(ScorerConfig("bilinear", 16, True, (0.0,) * 3, (1.0,) * 3, sizes)), []
+    scorer.encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    scorer.embed((torch.arange(48) % 3 == 0).float().expand(1, 3, 48, 48))  # every third column is lit
+    torch.testing.assert_close(seen[0][..., 2:-2], torch.full((1, 3, 16, 12), 1 / 3))
+
+
+def test_one_score_that_is_no_number_is_refused():
+    views = images(2, V, 3, 16, 16)
+    views[1, 2] = torch.nan
+    with pytest.raises(InputError, match="not finite"):
+        tiny().score(images(2, 3, 16, 16), views)
 
 
 # --- a pretrained backbone, in the published format ---

@@ -1,7 +1,8 @@
 """Training of the scorer: its losses by hand, whose objects it sees, batches, negatives, resuming."""
 
+import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import permutations
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 from conftest import random_model
 
+import cache
 import common
 import train_scorer as T
-from common import InputError, load_tensors
+from common import InputError, load_tensors, save_json, save_tensors
 from data import MIRRORED_ORDER, load_references, load_split, make_toys, write_views
 from metrics import hull_iou
 from render import render_primitives
@@ -116,14 +118,41 @@ def test_the_gradient_is_that_of_all_terms(folders, tmp_path, monkeypatch, misma
     assert (rate, next_rate, *lrs) == pytest.approx((1 / 20, 2 / 20 / 2, 1e-3, 1e-2)) and clip == float("inf")
 
 
+def test_the_first_step_and_its_line_by_hand(folders, tmp_path):
+    """Of Adam the first step is the gradient's sign; the weights decay besides."""
+    cfg = config(folders, tmp_path / "run" / "scorer", mismatch=2.0, steps=1, weight_decay=10.0, seed=1)
+    folder = Path(T.main(cfg)["folder"])
+    truth, fake, n = T.make_pairs(cfg, CPU)
+    scorer, trained = T.new_scorer(cfg), T.Scorer.load(folder)
+    loss, other = T.scorer_loss(scorer, T.make_batch(cfg, truth[:n], fake[:n], 0))
+    grads = torch.autograd.grad(loss + 2 * other, parameters := list(scorer.parameters()), allow_unused=True)
+    norm = torch.cat([g.flatten() for g in grads if g is not None]).norm().item()
+    line = json.loads((folder / "log.jsonl").read_text().splitlines()[0])
+    want = {"step": 1, "loss_consistency": loss.item(), "loss_mismatch": other.item(), "grad_norm": norm}
+    assert line == pytest.approx(want, rel=1e-4)
+    rate = cfg.lr / 20  # warm-up
+    for before, g, after in zip(parameters, grads, trained.parameters()):
+        step = 0 if g is None else rate * (cfg.weight_decay * before + g / (g.abs() + 1e-8))
+        torch.testing.assert_close(after, before - step, rtol=0, atol=1e-6)
+
+
+def test_a_new_scorer_is_what_was_asked_for(folders, tmp_path, monkeypatch):
+    new = lambda **changes: T.new_scorer(config(folders, tmp_path, **changes))  # noqa: E731
+    assert new().W is not None and new(head="concat").W is None
+    first, again, other = (new(seed=s).encoder.embeddings.cls_token for s in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    monkeypatch.setattr(T, "pretrained_scorer", lambda *args: args)
+    assert new(backbone="dino", head="concat", backbone_size=28) == ("dino", "concat", 28)
+
+
 # --- objects and batches ---
 
 
 def test_it_trains_on_preference_objects_and_validates_on_others(folders, tmp_path, monkeypatch):
-    cfg = config(folders, tmp_path / "run" / "scorer", data="toys")
+    cfg = config(folders, tmp_path / "run" / "scorer", data="toys", seed=1)
     truth, fake, n = T.make_pairs(cfg, CPU)
     assert n == 4 and truth.shape == fake.shape == (6, 5, 3, 16, 16)
-    assert torch.equal(truth[:4], load_references("toys", 4, 16, 0))
+    assert torch.equal(truth[:4], load_references("toys", 4, 16, 1))
     assert torch.equal(truth[4:], make_toys(2, 16, 2))
     trained_on, judged_on = [], []
     batch, judge = T.make_batch, T.evaluate
@@ -165,7 +194,7 @@ def test_augmentation_keeps_truth_and_generated_alike(folders, tmp_path):
     assert all(f in whole for f in found) and len(set(found)) > 2
 
 
-def test_twins_are_the_same_object_in_other_proportions(folders, tmp_path):
+def test_twins_are_the_same_object_in_other_proportions(folders, tmp_path, monkeypatch):
     cfg, truth = config(folders, tmp_path, batch_size=4, twins=True), make_toys(6, 64, seed=7)
     batch = T.make_batch(cfg, truth, truth, 0)
     assert batch.shape == (4, 9, 3, 64, 64) and torch.equal(batch[2:, 1:5], batch[2:, 5:])
@@ -173,6 +202,10 @@ def test_twins_are_the_same_object_in_other_proportions(folders, tmp_path):
     assert hull_iou(batch[2:, :5]).min() > 0.95  # true views: they fit one object
     mixed = torch.cat([batch[:2, :1], batch[2:, 1:5]], 1)
     assert hull_iou(mixed).max() < hull_iou(batch[:2, :5]).min()  # and not the other one's reference
+    monkeypatch.setattr(T, "stretch", lambda images, factors, cameras: factors)
+    g = torch.Generator().manual_seed(0)
+    low, high = torch.cat([T.twin(batch, g) for _ in range(100)]).aminmax()
+    assert 0.6 <= low < 0.61 and 0.99 < high <= 1
 
 
 def test_mirroring_the_world_is_what_a_mirrored_object_shows():
@@ -187,6 +220,34 @@ def test_mirroring_the_world_is_what_a_mirrored_object_shows():
 
 
 # --- the script ---
+
+
+def test_the_notes_tell_all_that_results_depend_on_and_nothing_else(folders, tmp_path, monkeypatch):
+    """Of negatives and scorer. Every option, and every module that they run."""
+    save_json(tmp_path / "made" / "results.json", {})  # stands for both results, which are not made
+    save_tensors(tmp_path / "made" / "000000.safetensors", {"views": torch.zeros(6, 5, dtype=torch.uint8)})
+    found = []
+    monkeypatch.setattr(T, "cached", lambda root, name, note, make: found.append(note) or tmp_path / "made")
+
+    def notes(**changes) -> list[dict]:
+        found.clear()
+        T.main(replace(config(folders, tmp_path / "scorer"), **changes))
+        return list(found)
+
+    both = dict(data="toys", num_references=3, num_steps=3, image_size=32, seed=1, bf16="on")
+    scorers = dict(head="concat", backbone="dino", backbone_size=28, patch_size=8, hidden_size=8, steps=7)
+    scorers |= dict(num_layers=2, num_heads=4, batch_size=3, lr=0.1, head_lr=0.1, weight_decay=0.1)
+    scorers |= dict(mismatch=0.5, twins=True, num_val=3)  # a third one is not there to be drawn
+    options = both | scorers | dict(eval_every=3, out=str(tmp_path / "other"))
+    assert {f.name for f in fields(T.Config)} == {*options, "negatives", "device"}  # by what they come to
+    plain = notes()
+    changed = {k: [a != b for a, b in zip(notes(**{k: v}), plain)] for k, v in options.items()}
+    assert changed == {k: [k in both, k in both or k in scorers] for k in options}
+    for module in "model sample data metrics scorer train_scorer".split():
+        with monkeypatch.context() as edited:
+            edited.setitem(cache.SOURCES, module, cache.SOURCES[module] + "\nx = 1\n")
+            which = [a != b for a, b in zip(notes(), plain)]
+        assert which == ([True, False] if module in ("model", "sample") else [False, True]), module
 
 
 def test_training_learns_and_is_reused(folders, tmp_path):
@@ -252,15 +313,19 @@ def test_wrong_input_is_one_line(folders, tmp_path, changes, message):
     assert not list((tmp_path / "run").glob("scorer*/config.json"))
 
 
-def test_accuracy_counts_objects_whose_truth_has_the_higher_reward():
+def test_accuracy_counts_objects_whose_truth_has_the_higher_reward(monkeypatch):
     class Brightness:
         def score(self, ref, views):
             return views.mean((2, 3, 4))
 
+    monkeypatch.setattr(T, "twin", lambda x, g: torch.full_like(x, 0.4))
     dark, bright = (torch.full((2, 5, 3, 16, 16), value, dtype=torch.uint8) for value in (50, 200))
     for truth, fake, accuracy in ((dark, bright, 0.0), (bright, dark, 1.0), (dark, dark, 0.5)):
         found = T.evaluate(Brightness(), truth, fake)
         assert (found["accuracy_generated"], found["auc_generated"]) == (accuracy, accuracy)
+        rewards = [found[f"reward_{name}"] for name in ("truth", "generated", "stretched")]
+        sums = [4 * x[0, 0, 0, 0, 0].item() / 255 for x in (truth, fake)]  # over the other views
+        assert rewards == pytest.approx([*sums, 4 * 0.4])
 
 
 def test_what_is_in_the_way_shows_before_the_work(folders, tmp_path, monkeypatch):

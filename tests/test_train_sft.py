@@ -2,16 +2,19 @@
 
 import json
 import math
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import random_model
 
+import cache
 import common
 import train_sft as T
-from common import InputError
+from common import InputError, digest
 from data import load_furniture, make_toys, relative_views
+from metrics import hull_iou
 from model import load
 from muon import Muon
 from sample import Schedule, forward_noise, noised_reference
@@ -136,6 +139,9 @@ def test_a_fresh_model_is_what_was_asked_for(tmp_path, monkeypatch):
     monkeypatch.setitem(T.PRESETS, "toy", random_model().cfg)
     made = T.new_model(config(tmp_path, init="", cross_view=False, image_size=32)).cfg
     assert (made.cross_view, made.image_size, made.channels) == (False, 32, 32)
+    models = [T.new_model(config(tmp_path, init="", seed=seed)) for seed in (0, 0, 1)]
+    first, again, other = (digest([*map(digest, model.parameters())]) for model in models)
+    assert first == again != other
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (40, 8), (8, 4, 3, 3)])
@@ -178,7 +184,58 @@ def test_muon_is_for_networks_from_nothing_unless_asked_for(tmp_path):
     assert {p.ndim for p in muon.param_groups[0]["params"]} == {2, 4} and muon.param_groups[0]["lr"] == 0.02
 
 
+def test_without_a_gradient_nothing_moves(tmp_path):
+    """No weight decay, of either optimizer."""
+    parameters = list((model := random_model()).parameters())
+    before = [p.detach().clone() for p in parameters]
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    for optimizer in T.new_optimizers(model, parameters, config(tmp_path, init="", lr=0.1)):
+        optimizer.step()
+    assert all(map(torch.equal, parameters, before))
+
+
 # --- the script ---
+
+
+def note(cfg: T.Config) -> dict:
+    """What main says makes its result, which is not made."""
+    notes = []
+    with pytest.MonkeyPatch.context() as stopped, pytest.raises(ZeroDivisionError):
+        stopped.setattr(T, "cached", lambda root, name, made_by, make: notes.append(made_by) or 1 / 0)
+        T.main(cfg)
+    return notes[0]
+
+
+def test_the_note_tells_all_that_weights_depend_on_and_nothing_else(tmp_path, monkeypatch):
+    """Every option, and every module that the stage runs: another value is another run, but of two."""
+    for preset in ("toy", "small"):
+        monkeypatch.setitem(T.PRESETS, preset, random_model().cfg)
+    options = dict(preset="small", image_size=32, cross_view=False, init=config(tmp_path).init, bf16="on")
+    options |= dict(attention_only=True, lora=2, data=("toys", "toys"), augment=True, num_objects=3, steps=3)
+    options |= dict(batch_size=3, optimizer="adamw", lr=0.1, muon_lr=0.1, warmup=2, ema=0.5, seed=1)
+    options |= dict(eval_objects=3, num_steps=3, checkpointing=True, eval_every=2, out="other")
+    assert {f.name for f in fields(T.Config)} == {*options, "base", "device"}  # by what they come to
+    plain = note(config(tmp_path, init=""))
+    kept = [k for k, v in options.items() if note(config(tmp_path, **{"init": "", k: v})) == plain]
+    assert kept == ["eval_every", "out"]
+    for module in "data grid metrics model muon pictures sample train_sft".split():
+        with monkeypatch.context() as edited:
+            edited.setitem(cache.SOURCES, module, cache.SOURCES[module] + "\nx = 1\n")
+            assert note(config(tmp_path, init="")) != plain, module
+
+
+@pytest.mark.parametrize("bf16", ["off", "on"])
+def test_the_log_tells_the_loss_and_its_gradients_norm(tmp_path, bf16):
+    cfg = config(tmp_path, steps=1, seed=1, bf16=bf16)
+    model = load(cfg.init)
+    batch = T.training_batch(model, Schedule(model.cfg), [make_toys(4, 16, 0)], 2, 1, 0, CPU)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16 == "on"):
+        loss = T.simple_loss(model, Schedule(model.cfg), *batch).mean()
+    grads = torch.autograd.grad(loss, list(model.parameters()))
+    norm = torch.cat([g.flatten() for g in grads]).norm().item()
+    line = json.loads((Path(T.main(cfg)["folder"]) / "log.jsonl").read_text().splitlines()[0])
+    assert line == pytest.approx({"step": 1, "loss_simple": loss.item(), "grad_norm": norm}, rel=1e-5)
 
 
 def test_two_steps_write_everything_and_are_reused(tmp_path, capsys):
@@ -217,10 +274,20 @@ def test_a_network_of_another_kind_is_another_run(tmp_path, monkeypatch):
 
 
 def test_the_evaluation_by_hand(tmp_path, monkeypatch):
-    views = make_toys(2, 16, 2)
-    monkeypatch.setattr(T, "sample_images", lambda model, ref, *args: (views.float() / 255 + 0.1).clamp(0, 1))
-    result = T.evaluate(random_model(), views, config(tmp_path), CPU, tmp_path / "grid.png")
-    noisy = (views.float() / 255 + 0.1).clamp(0, 1) - views.float() / 255
+    views, asked, shown = make_toys(10, 16, 2), [], []
+    truth = views.float() / 255
+    drawn = (truth + 0.1).clamp(0, 1)
+    monkeypatch.setattr(T, "sample_images", lambda model, ref, *args: asked.append((ref, args)) or drawn)
+    monkeypatch.setattr(T, "grid", lambda *args: shown.append(args))
+    cfg = config(tmp_path, seed=5, num_steps=7, batch_size=3)
+    result = T.evaluate(random_model(), views, cfg, CPU, tmp_path / "grid.png")
+    ((ref, how),), ((path, columns, refs),) = asked, shown
+    assert torch.equal(ref, truth[:, 0]) and how == (5, 7, 3, "evaluate", False)
+    assert path == tmp_path / "grid.png" and torch.equal(refs, truth[:8, 0])
+    assert torch.equal(columns["truth"], truth[:8]) and torch.equal(columns["sampled"], drawn[:8])
+    for name, x in (("hull", drawn), ("hull_truth", truth)):
+        assert result[name] == pytest.approx(hull_iou(x).mean().item())
+    noisy = drawn - truth
     mean = lambda d: (-10 * d.square().flatten(2).mean(2).log10()).mean().item()  # noqa: E731
     assert result["psnr"] == pytest.approx(mean(noisy), rel=1e-4)
     assert result["psnr_unseen"] == pytest.approx(mean(noisy[:, 1:]), rel=1e-4)
@@ -263,21 +330,27 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, start):
     assert all(torch.equal(whole[k], pieces[k]) for k in whole)
 
 
-def test_attention_only_leaves_the_rest_alone(tmp_path):
-    folder = T.main(config(tmp_path, attention_only=True))["folder"]
-    before, after = load(tmp_path / "init").state_dict(), load(folder).state_dict()
+@pytest.mark.parametrize("fresh", [False, True])
+def test_attention_only_leaves_the_rest_alone_but_a_fresh_view_embedding(tmp_path, monkeypatch, fresh):
+    monkeypatch.setitem(T.PRESETS, "toy", random_model().cfg)
+    cfg = config(tmp_path, attention_only=True, **({"init": ""} if fresh else {}))
+    before, after = T.new_model(cfg).state_dict(), load(T.main(cfg)["folder"]).state_dict()
     moved = {k for k in before if not torch.equal(before[k], after[k])}
-    assert moved and all(".attn1." in k for k in moved)
+    attention = {k for k in moved if ".attn1." in k}
+    assert attention and moved - attention == ({"unet.class_embedding.weight"} if fresh else set())
 
 
-def test_furniture_trains_on_its_training_split(tmp_path, monkeypatch):
+def test_furniture_trains_on_its_training_split_and_is_judged_on_its_own(tmp_path, monkeypatch):
     random_model(image_size=64, patch=8).save(tmp_path / "init64")
-    seen, original = [], T.training_batch
+    seen, original, judged = [], T.training_batch, []
     monkeypatch.setattr(T, "training_batch", lambda *args: seen.append(args) or original(*args))
-    T.main(config(tmp_path, init=str(tmp_path / "init64"), data=("furniture", "toys"), augment=True, steps=1))
+    monkeypatch.setattr(T, "evaluate", lambda model, views, *rest: judged.append(views) or {})
+    changes = dict(data=("furniture", "toys"), augment=True, steps=1, num_objects=3)
+    T.main(config(tmp_path, init=str(tmp_path / "init64"), **changes))
     furniture, toys = seen[0][2]
-    assert torch.equal(furniture, load_furniture("train", 64)[1][:4]) and seen[0][-1] is True
-    assert torch.equal(toys, make_toys(4, 64, 0))
+    assert torch.equal(furniture, load_furniture("train", 64)[1][:3]) and seen[0][-1] is True
+    assert torch.equal(toys, make_toys(3, 64, 0))
+    assert torch.equal(judged[0], load_furniture("validation", 64)[1][:2])
 
 
 @pytest.mark.parametrize(
