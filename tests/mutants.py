@@ -253,6 +253,27 @@ FAULTS: list[tuple[str, str, str, str]] = [
     ("runs/table1", 'tried[rate]["psnr_unseen"]["after"])', "-rate)", "runs"),
     ("bench", "for pair in pairs[:limit]:", "for pair in pairs[:1]:", "runs"),
     ("bench", "(a - b).norm() > 1e-4", "(a - b).norm() > 1e4", "runs"),
+    # settings, logs, pictures
+    (SFT, 'cfg.seed, cfg.num_steps, cfg.batch_size, "evaluate"', 'cfg.seed, 10, cfg.batch_size, "evaluate"', SFT),
+    (SFT, "betas=(0.9, 0.99), weight_decay=0.0", "betas=(0.9, 0.99), weight_decay=0.01", SFT),
+    (SFT, "view_embedding=not cfg.init)", "view_embedding=False)", SFT),
+    (SFT, 'settings(cfg, "eval_every", "bf16"', 'settings(cfg, "eval_every", "augment", "bf16"', SFT),
+    (SFT, '"metrics", "model", "muon", "pictures"', '"metrics", "model", "pictures"', SFT),
+    (SFT, 'load_split(cfg.data[0], "validation"', 'load_split(cfg.data[-1], "validation"', SFT),
+    (SFT, "loss_simple=loss.item(), grad_norm=norm", "loss_simple=loss.item(), grad_norm=rate", SFT),
+    (SFT, "enabled=bf16):\n            loss = simple", "enabled=False):\n            loss = simple", SFT),
+    (SFT, '"truth": truth[:8], "sampled": images[:8]', '"truth": images[:8], "sampled": truth[:8]', SFT),
+    (SCORER, "AdamW(groups, weight_decay=cfg.weight_decay", "AdamW(groups, weight_decay=0.05", SCORER),
+    (SCORER, "torch.manual_seed(key_seed(cfg.seed))", "torch.manual_seed(key_seed(0))", SCORER),
+    (SCORER, "cfg.num_references, cfg.image_size, cfg.seed)", "cfg.num_references, cfg.image_size, 0)", SCORER),
+    (SCORER, '{"num_steps": cfg.num_steps, "seed"', '{"seed"', SCORER),
+    (SCORER, '"data", "negatives", "backbone") | {', '"data", "negatives", "backbone", "mismatch") | {', SCORER),
+    (SCORER, "small_scorer(cfg.head, *sizes)", 'small_scorer("bilinear", *sizes)', SCORER),
+    (SCORER, '"generated": fake, "stretched": twins', '"generated": fake, "stretched": fake', SCORER),
+    (SCORER, "float(bad.sum(1).mean())", "float(bad.mean())", SCORER),
+    ("scorer", 'mode="bicubic", antialias=True)', 'mode="bicubic")', "scorer"),
+    (MODEL, "**new) / linear.in_features**0.5)", "**new))", MODEL),
+    (SAMPLE, "zip(VIEWS, images, strict=True)", "zip(VIEWS, images.flip(0), strict=True)", SAMPLE),
 ]
 # fmt: on
 
