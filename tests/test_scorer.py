@@ -168,7 +168,7 @@ def test_a_small_scorer_starts_at_one_half_with_white_as_zero_and_weights_that_p
 
 def test_a_larger_image_is_averaged_not_sampled():
     sizes = EncoderConfig(16, 8, 16, 1, 2)
-    scorer, seen = Scorer(ScorerConfig("bilinear", 16, True, (0.0,) * 3, (1.0,) * 3, sizes)), []
+    scorer, seen = Scorer(ScorerConfig("bilinear", 16, True, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), sizes)), []
     scorer.encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     scorer.embed((torch.arange(48) % 3 == 0).float().expand(1, 3, 48, 48))  # every third column is lit
     torch.testing.assert_close(seen[0][..., 2:-2], torch.full((1, 3, 16, 12), 1 / 3))

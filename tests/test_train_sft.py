@@ -185,7 +185,8 @@ def test_muon_is_for_networks_from_nothing_unless_asked_for(tmp_path):
     before = [p.detach().clone() for p in parameters]
     for p in parameters:
         p.grad = torch.zeros_like(p)
-    adamw.step(), muon.step()
+    adamw.step()
+    muon.step()
     assert all(map(torch.equal, parameters, before))  # without a gradient nothing moves: no weight decays
 
 
