@@ -157,7 +157,7 @@ def prefer(candidates: Path, references: Tensor, cfg: Config) -> Tensor:  # (N, 
     if cfg.feedback == "matching":
         made_by["matcher"] = digest(Path(cfg.matcher)) if Path(cfg.matcher).is_file() else cfg.matcher
     if feedback.__module__ != "feedback":  # yours: it may read any option
-        made_by |= settings(cfg, "scorer") | {"scorer": digest(Path(cfg.scorer)) if cfg.scorer else ""}
+        made_by = settings(cfg) | made_by | {"scorer": digest(Path(cfg.scorer)) if cfg.scorer else ""}
 
     def make(folder: Path) -> None:
         files = sorted(candidates.glob("*.safetensors"))
