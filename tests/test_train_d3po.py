@@ -572,6 +572,87 @@ def test_another_rate_stands_beside_and_reuses_the_candidates(tmp_path, capsys):
     assert len(list((tmp_path / "out").glob("candidates-*"))) == 1
 
 
+class Asked(Exception):
+    """Ends a stage where its work would begin."""
+
+
+DRAWN = "num_steps seed batch_size bf16 device model.py sample.py policy references "
+TUNED = """steps batch_objects lr lambda_simple attention_only lora checkpointing seed bf16 device feedback policy
+    objects round candidates.py data.py feedback.py model.py sample.py train_d3po.py train_sft.py """
+RATED = "feedback seed collected references feedback.py matcher.py metrics.py scorer.py "
+NOTED = {  # stage: the options, inputs and files that its result depends on
+    "candidates": DRAWN + "candidates num_candidates loss trained_calls round candidates.py",
+    "rewards": RATED,
+    "rewards, contrastive": RATED + "scorer",
+    "rewards, matching": RATED + "matcher",
+    "run": TUNED + "loss beta_dpo kl min_gap num_steps pre collected rewards",
+    "baseline": TUNED,
+    "images": DRAWN,
+    "report": "scorer policy pre objects evaluate.py grid.py metrics.py scorer.py",
+}
+EVERY = set(D.Config.__dataclass_fields__) - {"out", "device", "candidates"}
+NOTED["rewards, mine"] = RATED + " ".join(EVERY)  # your feedback may read any option
+
+
+@pytest.mark.parametrize("stage", NOTED)
+def test_a_result_is_known_by_all_that_it_depends_on_and_by_nothing_else(tmp_path, monkeypatch, stage):
+    """One option, one input, one file of ours at a time is another: does the stage ask for another result?"""
+
+    def asked(cfg, x) -> str:
+        preferences = None if stage == "baseline" else (x["collected"], x["rewards"])
+        with pytest.raises(Asked) as made_by:
+            if stage == "candidates":
+                D.collect(x["policy"], x["references"], cfg, x["round"])
+            elif stage.startswith("rewards"):
+                D.prefer(x["collected"], x["references"], cfg)
+            elif stage in ("run", "baseline"):
+                D.train(x["policy"], x["pre"], preferences, x["objects"], cfg, x["round"])
+            elif stage == "images":
+                draw_images(x["policy"], x["references"][:, 0], cfg)
+            else:
+                monkeypatch.setattr(D, "load_split", lambda *_: x["objects"])
+                D.report(x["pre"], x["policy"], 16, cfg, 0.0)
+        return str(made_by.value)
+
+    def ends(out, name, made_by, make):
+        raise Asked(common.digest([name, made_by]))
+
+    def picture(model, *_):
+        return torch.tensor(list(common.digest(model).encode()))
+
+    draw_images = D.draw_images
+    monkeypatch.setattr(D, "cached", ends)
+    monkeypatch.setattr(D, "draw_images", picture)
+    monkeypatch.setattr(D, "get_device", torch.device)
+    for module in (D, cache):
+        monkeypatch.setattr(module, "hardware", lambda cfg: (torch.device(cfg.device), cfg.bf16 == "on"))
+    monkeypatch.setitem(D.FEEDBACKS, "mine", lambda *_: None)
+    for i, name in enumerate("ab"):
+        random_model(ref_scale=1.0 + i).save(tmp_path / name)
+        common.save_json(tmp_path / f"candidates_{name}" / "made_by.json", {"seed": i})
+    views, front = torch.zeros(2, 5, 3, 16, 16), torch.zeros(2, 5, 3, 16, 16)
+    front[1, 0] = 1  # of the second object
+    x, other = (
+        dict(policy=tmp_path / name, pre=tmp_path / name, collected=tmp_path / f"candidates_{name}")
+        | dict(references=z, objects=z, rewards=z[:, :, 0, 0, 0], round=i)
+        for i, name, z in ((0, "a", views), (1, "b", front))
+    )
+    new = dict(feedback="redder", model="m", data="furniture", out="o", scorer=str(tmp_path / "b"))
+    new |= dict(negatives="n", matcher="loftr", loss="diffusion_dpo", candidates="noised", bf16="on")
+    new |= dict(trained_calls=(0, 1), anchor="last", device="cuda")
+    feedback = "none" if stage == "baseline" else stage.partition(", ")[2] or "oracle"
+    cfg = config(tmp_path, device="cpu", scorer=str(tmp_path / "a"), feedback=feedback)
+    new |= {name: value + 1 for name, value in vars(cfg).items() if name not in new}
+    first = asked(cfg, x)
+    found = {name: asked(replace(cfg, **{name: value}), x) for name, value in new.items()}
+    found |= {name: asked(cfg, x | {name: value}) for name, value in other.items()}
+    for name, source in list(cache.SOURCES.items()):
+        with monkeypatch.context() as changed:
+            changed.setitem(cache.SOURCES, name, source + "\nx = 1\n")
+            found[f"{name}.py"] = asked(cfg, x)
+    assert {name for name, made_by in found.items() if made_by != first} == set(NOTED[stage].split())
+
+
 FILES = {"candidates": "candidates", "feedback": "rewards_oracle", "model": "images", "sample": "candidates"}
 FILES |= {"train_d3po": "d3po_oracle", "train_sft": "d3po_oracle"}  # whose code counts for what
 
