@@ -150,6 +150,7 @@ def test_digest_tells_contents_apart(tmp_path):
 
     table = {"a lambda of a dict": lambda x: x}  # has no source of its own
     functions = [one, two, closing(1), closing(2), closing(1, 1), *table.values()]
+    functions += [lambda x: x.amin(), lambda x: x.amax()]  # the same but for a name
     functions += [functools.partial(one, 1), functools.partial(one, 2)]
     assert len({C.digest(f) for f in functions}) == len(functions) and C.digest(closing(1)) == C.digest(
         closing(1)
@@ -325,7 +326,9 @@ def test_the_stage_and_the_plumbing_always_count(tmp_path, monkeypatch):
     monkeypatch.setitem(
         K.SOURCES, "common", K.SOURCES["common"].replace("clip: float = 1.0", "clip: float = 0.1")
     )
-    assert K.cached(tmp_path, "x", {}, functools.partial(write, what="a")) not in (one, other)
+    third = K.cached(tmp_path, "x", {}, functools.partial(write, what="a"))
+    monkeypatch.setattr(torch, "__version__", "0.0")
+    assert len({one, other, third, K.cached(tmp_path, "x", {}, functools.partial(write, what="a"))}) == 4
 
 
 def test_a_models_digest_is_of_its_config_and_its_weights(tmp_path):
@@ -345,6 +348,14 @@ def test_cuda_computes_in_float32(monkeypatch):
         backend.allow_tf32 = True
     C.get_device("cuda")
     assert not any(backend.allow_tf32 for backend in backends)
+
+
+@pytest.mark.parametrize(("flags", "fast"), [("avx2 amx_bf16", True), ("avx2 fma", False)])
+def test_auto_is_bfloat16_where_the_cpu_multiplies_it(tmp_path, monkeypatch, flags, fast):
+    (tmp_path / "cpuinfo").write_text(flags)
+    monkeypatch.setattr(C, "Path", lambda path: tmp_path / Path(path).name)
+    modes = [C.use_bf16(mode, torch.device("cpu")) for mode in ("auto", "on", "off")]
+    assert modes == [fast, True, False]
 
 
 def test_steps_save_when_asked_to_stop(monkeypatch):
@@ -385,6 +396,10 @@ class Config:
     seed: int = 0  # of nothing
     read: str = ""  # a file
     out: str = "out"  # another
+
+
+def test_settings_are_all_options_but_those_named_and_where_it_goes():
+    assert K.settings(Config(), "read") == {"n": (1.0,), "seed": 0}
 
 
 @pytest.mark.parametrize("value", [(), (0.0,), (float("nan"),), (float("inf"),), (2.0, -1.0)])

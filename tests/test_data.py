@@ -45,6 +45,12 @@ def centre(view: torch.Tensor) -> torch.Tensor:  # (3, S, S) -> (column, row) of
     return torch.stack([columns.mean(), rows.mean()])
 
 
+def test_toys_are_kept_by_split_number_and_size(tmp_path):
+    for split, n, size in (("train", 2, 16), ("train", 2, 24), ("train", 3, 16), ("heldout", 2, 16)):
+        kept = data.load_toys(split, n, size, tmp_path)
+        assert torch.equal(kept, data.make_toys(n, size, data.SPLITS[split]))
+
+
 def test_known_point_lands_where_projection_says():
     point = (0.3, -0.5, 0.7)  # all different and signed: a swapped or mirrored axis moves it
     small = pack([ball(point, (0.06, 0.06, 0.06), (0.0, 0.0, 0.0))])

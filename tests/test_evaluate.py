@@ -82,7 +82,10 @@ def test_before_after_and_its_lines(toys, capsys) -> None:
     truth = toys[:6]
     before, after = truth * 0.8 + 0.2, truth * 0.9 + 0.1
     table = evaluate.before_after(before, after, truth, JUDGES)  # pyright: ignore
-    old, new = (evaluate.measure(x, truth, truth[:, 0])["psnr_unseen"] for x in (before, after))
+    old, new = (evaluate.measure(x, truth, truth[:, 0], JUDGES) for x in (before, after))  # pyright: ignore
+    judged = [x["contrastive"].mean().item() for x in (old, new)]  # against the reference, not its own front
+    assert [table["contrastive"][k] for k in ("before", "after")] == pytest.approx(judged)
+    old, new = old["psnr_unseen"], new["psnr_unseen"]
     means = {"before": old.mean().item(), "after": new.mean().item(), "difference": (new - old).mean().item()}
     row = table["psnr_unseen"]
     assert {k: row[k] for k in means} == pytest.approx(means) and row["difference"] > 5

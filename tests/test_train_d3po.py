@@ -14,6 +14,7 @@ import cache
 import common
 import feedback
 import train_d3po as D
+import train_scorer
 from bench import random_batch
 from common import InputError, load_json, load_tensors, located
 from data import load_references, make_toys, stretch
@@ -31,6 +32,10 @@ SMALL = dict(
     batch_size=2,
     min_gap=0.0,
 )
+
+
+class Asked(Exception):
+    """Ends a stage where its work would begin."""
 
 
 def config(tmp_path, **changes) -> D.Config:
@@ -267,6 +272,8 @@ def test_candidates_depend_on_seed_round_and_object_alone(tmp_path):
     assert not torch.equal(other.ref_noise, rollouts.ref_noise) and not torch.equal(
         later.ref_noise, rollouts.ref_noise
     )
+    for key, one in (((0, 10, 0), rollouts), ((1, 10, 0), other), ((0, 10, 1), later)):
+        assert torch.equal(one.call[:, 0], torch.randint(0, 3, (5,), generator=D.keyed_generator(*key)))
     alone = D.read_rollouts(D.collect(Path(cfg.model), references, replace(cfg, batch_size=1), 0))
     torch.testing.assert_close(alone.action, rollouts.action, rtol=1e-3, atol=1e-3)
     assert set(rollouts.call.flatten().tolist()) <= {0, 1, 2} and len(rollouts.call.unique()) > 1
@@ -315,8 +322,9 @@ def test_noised_candidates_differ_by_their_reference_alone(tmp_path):
     assert rollouts.x_t.shape[1:3] == (3, 5) and rollouts.call.tolist() == [[0, 1, 2]] * 5
     assert (rollouts.x_t[:, 0] == rollouts.x_t[:, 0, :1]).all()  # one x_T
     assert torch.equal(rollouts.action[:, 0], rollouts.x_t[:, 1])  # an action is the next state
-    clean = sample(load(cfg.model), references[:1, 0].float() / 255, [D.key_seed(cfg.seed, 8, 0, 0)], 5)
-    torch.testing.assert_close(clean.states[:, -1], rollouts.x0[:1, 0], rtol=1e-3, atol=1e-3)  # a = 0
+    ref, seeds = references[:1, 0].expand(5, -1, -1, -1).float() / 255, [D.key_seed(cfg.seed, 8, 0, 0)] * 5
+    papers = sample(load(cfg.model), ref, seeds, 5, None, [0.0, 0.1, 0.3, 0.5, 0.8])  # a of App. B
+    torch.testing.assert_close(papers.states[:, -1], rollouts.x0[0], rtol=1e-3, atol=1e-3)
     assert (rollouts.x0[0, 0] - rollouts.x0[0, 4]).abs().max() > 1e-3
 
 
@@ -331,14 +339,19 @@ def test_the_matching_feedback_hands_on_its_matcher(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("feedback", ["contrastive", "matching", "hull", "geometry", "lean", "oracle"])
 def test_feedbacks_prefer_the_truth(tmp_path, feedback):
-    """Truth against truth with another object's right view; all but the untrained scorer must prefer the truth."""
-    small_scorer("bilinear", 64, 16, 32, 1, 2).save(tmp_path / "scorer")
+    """Truth against truth with another object's right view; all but the untrained scorer must prefer the truth. And
+    what a candidate is compared with is the reference, not its own front: with another reference, another reward."""
+    scorer = small_scorer("bilinear", 64, 16, 32, 1, 2)
+    torch.nn.init.normal_(scorer.linear.weight)
+    scorer.save(tmp_path / "scorer")
     cfg = config(tmp_path, feedback=feedback, scorer=str(tmp_path / "scorer"))
     truth = make_toys(3, 64, 1).float() / 255
     spoilt = truth[0].clone()
     spoilt[1] = truth[2, 1]
     reward = D.FEEDBACKS[feedback](truth[0, 0], torch.stack([spoilt, truth[0]]), truth[0], cfg)
     assert reward.shape == (2,) and (reward[1] > reward[0] or feedback == "contrastive")
+    of_another = D.FEEDBACKS[feedback](truth[2, 0], torch.stack([spoilt, truth[0]]), truth[0], cfg)
+    assert torch.equal(of_another, reward) == (feedback in ("hull", "oracle"))
 
 
 def test_controls_by_hand(tmp_path):
@@ -416,6 +429,8 @@ def test_the_gradient_is_that_of_the_sum(tmp_path, monkeypatch, kl, lambda_simpl
         "save_state",
         lambda path, parts, **rest: states.append({k: v.clone() for k, v in parts["model"].items()}),
     )
+    logged = []
+    monkeypatch.setattr(D.Log, "add", lambda self, step, **values: logged.append(values))
     steps = captured(monkeypatch, cfg)
     policy, parameters = D.prepare(cfg.model, cfg, CPU)
     references = load_references("toys", 5, 16, 0)
@@ -431,18 +446,60 @@ def test_the_gradient_is_that_of_the_sum(tmp_path, monkeypatch, kl, lambda_simpl
     b, w, l = wins[chosen].nonzero(as_tuple=True)  # noqa: E741
     preference = -torch.log(torch.sigmoid(beta * (ratio[b, w] - ratio[b, l]))).mean()
     real = D.training_batch(policy, schedule, [D.load_split("toys", "preference", 5, 16)], 2, 0, 1, CPU)
-    total = (
-        preference
-        + kl * beta * divergence.mean()
-        + lambda_simple * D.simple_loss(policy, schedule, *real).mean()
+    ours, simple = preference + kl * beta * divergence.mean(), D.simple_loss(policy, schedule, *real).mean()
+    graph = dict(allow_unused=True, retain_graph=True)
+    parts = [g.flatten() for g in torch.autograd.grad(ours, parameters, **graph) if g is not None]
+    values = {"loss_d3po": preference, "kl": divergence.mean(), "loss_simple": simple}
+    values |= {
+        "grad_d3po": torch.cat(parts).norm(),
+        "grad_norm": torch.cat([g.flatten() for g in steps[1]["grad"]]).norm(),
+    }
+    assert {k: logged[1][k] for k in values} == pytest.approx(
+        {k: v.item() for k, v in values.items()}, rel=2e-3
     )
-    expected = torch.autograd.grad(total, parameters, allow_unused=True)
+    expected = torch.autograd.grad(ours + lambda_simple * simple, parameters, **graph)
     for got, want in zip(steps[1]["grad"], expected):
         torch.testing.assert_close(got, torch.zeros_like(got) if want is None else want, rtol=2e-3, atol=1e-5)
     assert [s["rate"] for s in steps] == [1.0, 0.5]  # falls to 0 in a straight line
     assert any(
         (a - b).abs().max() > 1e-6 for a, b in zip(steps[0]["grad"], steps[1]["grad"])
     )  # another batch
+
+
+def test_the_update_is_adams_without_weight_decay(tmp_path, monkeypatch):
+    cfg = config(tmp_path, steps=3, lr=1e-2)
+    steps, (model, parameters) = captured(monkeypatch, cfg), D.prepare(cfg.model, cfg, CPU)
+    m, v = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
+    for k, step in enumerate(steps):
+        cut = min(1, 1 / torch.cat([g.flatten() for g in step["grad"]]).norm().item())
+        for i, (p, g) in enumerate(zip(parameters, step["grad"])):
+            m[i], v[i] = 0.9 * m[i] + 0.1 * cut * g, 0.99 * v[i] + 0.01 * (cut * g) ** 2
+            mean, square = m[i] / (1 - 0.9 ** (k + 1)), v[i] / (1 - 0.99 ** (k + 1))
+            p.data -= cfg.lr * (1 - k / 3) * mean / (square.sqrt() + 1e-8)
+    after = load(tmp_path / "out" / "d3po_oracle").state_dict()
+    for name, p in model.state_dict().items():
+        torch.testing.assert_close(after[name], p, rtol=1e-3, atol=2e-5)
+
+
+def test_the_seed_draws_references_and_the_start_of_lora(tmp_path, monkeypatch):
+    def ends(*args):
+        raise Asked(*args)
+
+    cfg = config(tmp_path, seed=3, lora=2)
+    start = [D.prepare(cfg.model, replace(cfg, seed=seed), CPU)[1] for seed in (3, 3, 4)]
+    assert all(map(torch.equal, start[0], start[1])) and not all(map(torch.equal, start[0], start[2]))
+    monkeypatch.setattr(D, "load_references", ends)
+    with pytest.raises(Asked) as asked:
+        D.main(cfg)
+    assert asked.value.args == ("toys", 5, 16, 3)
+
+
+def test_diffusion_dpo_draws_by_seed_and_step(tmp_path, monkeypatch):
+    cfg, references, folder, _ = collected(tmp_path, loss="diffusion_dpo", seed=3)
+    pre, keys, original = Path(cfg.model), [], D.forward_log_ratio
+    monkeypatch.setattr(D, "forward_log_ratio", lambda *args: keys.append(args[3:5]) or original(*args))
+    D.train(pre, pre, (folder, D.prefer(folder, references, cfg)), references, cfg, 2)
+    assert keys == [(3, 4), (3, 5)]  # two steps a round
 
 
 def test_recipes_fill_what_is_not_said():
@@ -531,6 +588,29 @@ def test_the_report_compares_after_with_before(tmp_path):
     assert abs(t["difference"]) > 0.05  # more than the tolerance above
 
 
+def test_the_picture_shows_the_objects_that_changed_most(tmp_path, monkeypatch):
+    views, shown = make_toys(10, 16, 2), []
+    truth, share = views.float() / 255, torch.tensor([3, 9, 1, 7, 5, 0, 8, 2, 6, 4]) / 9
+    drawn = {"pre": 0.9 * truth, "policy": 0.9 * truth - 0.5 * share.view(-1, 1, 1, 1, 1) * truth.mean()}
+    monkeypatch.setattr(D, "load_split", lambda *_: views)
+    monkeypatch.setattr(D, "draw_images", lambda model, ref, cfg: drawn[model.name])
+    monkeypatch.setattr(D, "grid", lambda path, columns, ref: shown.append(columns | {"ref": ref}))
+    D.report(tmp_path / "pre", tmp_path / "policy", 16, config(tmp_path), 0.0)
+    most = [1, 6, 3, 8, 4, 9, 0, 7]
+    expected = {"ground truth": truth, "before": drawn["pre"], "after": drawn["policy"], "ref": truth[:, 0]}
+    assert list(shown[0]) == list(expected) and all(
+        torch.equal(shown[0][k], v[most]) for k, v in expected.items()
+    )
+
+
+def test_the_scorer_it_trains_is_of_its_own_objects_and_sampler(tmp_path, monkeypatch):
+    same = dict(negatives="n", data="toys", num_references=7, num_steps=6, bf16="on", device="cpu", seed=3)
+    cfg = config(tmp_path, feedback="contrastive", **same)
+    monkeypatch.setattr(train_scorer, "main", lambda cfg: {"folder": cfg})
+    asked = D.find_scorer(cfg, load(cfg.model).cfg)
+    assert asked == train_scorer.Config(**same, image_size=16, out=str(tmp_path / "out" / "scorer"))
+
+
 def test_independent_candidates_have_step_noises_of_their_own(tmp_path):
     _, _, _, rollouts = collected(tmp_path, candidates="independent")
     assert (rollouts.x0[:, 0] - rollouts.x0[:, 1]).abs().amax((1, 2, 3, 4)).gt(1e-2).all()
@@ -570,10 +650,6 @@ def test_another_rate_stands_beside_and_reuses_the_candidates(tmp_path, capsys):
     reused = [line for line in out.splitlines() if line.endswith("reused") and "toys_" not in line]
     assert len(reused) == 3  # candidates, rewards, images before
     assert len(list((tmp_path / "out").glob("candidates-*"))) == 1
-
-
-class Asked(Exception):
-    """Ends a stage where its work would begin."""
 
 
 DRAWN = "num_steps seed batch_size bf16 device model.py sample.py policy references "
