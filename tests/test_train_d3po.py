@@ -729,13 +729,8 @@ def test_a_result_is_known_by_all_that_it_depends_on_and_by_nothing_else(tmp_pat
     assert {name for name, made_by in found.items() if made_by != first} == set(NOTED[stage].split())
 
 
-FILES = {"candidates": "candidates", "feedback": "rewards_oracle", "model": "images", "sample": "candidates"}
-FILES |= {"train_d3po": "d3po_oracle", "train_sft": "d3po_oracle"}  # whose code counts for what
-
-
 @pytest.mark.parametrize(
-    "what",
-    ["weights", "config", "seed", "references", "feedback's code", "scorer", "own feedback's scorer", *FILES],
+    "what", ["weights", "config", "seed", "references", "feedback's code", "scorer", "own feedback's scorer"]
 )
 def test_whatever_is_upstream_is_noticed(tmp_path, monkeypatch, what):
     """The same command after a change gives what it gives in an empty folder."""
@@ -766,14 +761,10 @@ def test_whatever_is_upstream_is_noticed(tmp_path, monkeypatch, what):
         monkeypatch.setattr(D, "load_references", lambda data, n, size, seed: make_toys(n, size, 5))
     elif what == "feedback's code":
         darker(1)
-    elif what in FILES:
-        monkeypatch.setitem(cache.SOURCES, what, cache.SOURCES[what] + "\nx = 1\n")
     else:
         new_scorer()
-    before = len(list((tmp_path / "out").glob(f"{FILES.get(what)}-*")))
     second, fresh = D.main(cfg), D.main(replace(cfg, out=str(tmp_path / "new")))
     assert second["folder"] != first["folder"]
-    assert len(list((tmp_path / "out").glob(f"{FILES.get(what)}-*"))) == 2 * before
     got, want = (load(r["folder"]).state_dict() for r in (second, fresh))
     assert all(torch.equal(got[k], want[k]) for k in want)
 
