@@ -5,6 +5,7 @@ import math
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -447,7 +448,7 @@ def test_the_gradient_is_that_of_the_sum(tmp_path, monkeypatch, kl, lambda_simpl
     preference = -torch.log(torch.sigmoid(beta * (ratio[b, w] - ratio[b, l]))).mean()
     real = D.training_batch(policy, schedule, [D.load_split("toys", "preference", 5, 16)], 2, 0, 1, CPU)
     ours, simple = preference + kl * beta * divergence.mean(), D.simple_loss(policy, schedule, *real).mean()
-    graph = dict(allow_unused=True, retain_graph=True)
+    graph: dict[str, Any] = dict(allow_unused=True, retain_graph=True)
     parts = [g.flatten() for g in torch.autograd.grad(ours, parameters, **graph) if g is not None]
     values = {"loss_d3po": preference, "kl": divergence.mean(), "loss_simple": simple}
     values |= {
@@ -468,7 +469,7 @@ def test_the_gradient_is_that_of_the_sum(tmp_path, monkeypatch, kl, lambda_simpl
 
 def test_the_update_is_adams_without_weight_decay(tmp_path, monkeypatch):
     cfg = config(tmp_path, steps=3, lr=1e-2)
-    steps, (model, parameters) = captured(monkeypatch, cfg), D.prepare(cfg.model, cfg, CPU)
+    steps, (model, parameters) = captured(monkeypatch, cfg), D.prepare(Path(cfg.model), cfg, CPU)
     m, v = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
     for k, step in enumerate(steps):
         cut = min(1, 1 / torch.cat([g.flatten() for g in step["grad"]]).norm().item())
@@ -486,7 +487,7 @@ def test_the_seed_draws_references_and_the_start_of_lora(tmp_path, monkeypatch):
         raise Asked(*args)
 
     cfg = config(tmp_path, seed=3, lora=2)
-    start = [D.prepare(cfg.model, replace(cfg, seed=seed), CPU)[1] for seed in (3, 3, 4)]
+    start = [D.prepare(Path(cfg.model), replace(cfg, seed=seed), CPU)[1] for seed in (3, 3, 4)]
     assert all(map(torch.equal, start[0], start[1])) and not all(map(torch.equal, start[0], start[2]))
     monkeypatch.setattr(D, "load_references", ends)
     with pytest.raises(Asked) as asked:
@@ -604,7 +605,9 @@ def test_the_picture_shows_the_objects_that_changed_most(tmp_path, monkeypatch):
 
 
 def test_the_scorer_it_trains_is_of_its_own_objects_and_sampler(tmp_path, monkeypatch):
-    same = dict(negatives="n", data="toys", num_references=7, num_steps=6, bf16="on", device="cpu", seed=3)
+    same: dict[str, Any] = dict(
+        negatives="n", data="toys", num_references=7, num_steps=6, bf16="on", device="cpu", seed=3
+    )
     cfg = config(tmp_path, feedback="contrastive", **same)
     monkeypatch.setattr(train_scorer, "main", lambda cfg: {"folder": cfg})
     asked = D.find_scorer(cfg, load(cfg.model).cfg)
