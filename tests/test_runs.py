@@ -1,17 +1,20 @@
 """The experiments' scripts, tiny: what is measured, what there is to gain, all through the command line."""
 
+import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import random_model
+from matplotlib.axes import Axes
 
 import bench
-from common import InputError, load_json
+from common import InputError, key_seed, load_json
 from runs import diagram, headroom, table1, theory_extra
 from scorer import small_scorer
 
@@ -65,6 +68,54 @@ def test_bench_refuses_forms_that_differ(tiny_folder, monkeypatch):
         bench.main(bench.Config(tiny_folder, groups=(2,), repeats=1, device="cpu"))
 
 
+def test_bench_times_each_form_by_itself_and_scales_the_one_it_cut_short(tiny_folder, monkeypatch):
+    cpu, took = torch.device("cpu"), iter([5.0, 4.0, 8.0, 100.0, 100.0, 6.0, 2.0])
+    monkeypatch.setattr(bench, "seconds_of", lambda run, device: next(took))
+    assert bench.peak_flops(cpu, False, 8) == 2 * 8**3 / 4  # multiply and add, in the least time
+    monkeypatch.setattr(bench, "peak_flops", lambda *_: 1e3)
+    network, x = torch.nn.Module(), torch.ones(3, 4)
+    network.unet = torch.nn.Linear(4, 2)
+
+    def form(bf16: bool) -> torch.Tensor:
+        (loss := network.unet(x).sum()).backward()
+        return loss.detach()
+
+    row = bench.compare(
+        bench.Config(repeats=1, device="cpu"), [network], "", form, form, scale=5
+    )  # one warms up
+    assert row["times faster"] == 5 * 6 / 2 and row["seconds"] == (5 * 6, 2)
+    assert row["share of peak"] == pytest.approx(1e9 * row["GFLOP"][1] / 2 / 1e3)
+    monkeypatch.setattr(bench, "compare", lambda *a, quick=None, scale=1: (a[2].split(",")[0], scale))
+    scales = dict(bench.measure(bench.Config(tiny_folder, groups=(2, 7)), cpu))
+    assert (scales["pair step"], scales["21 pairs of 7"]) == (1, 21 / bench.TIMED_PAIRS)
+
+
+def test_the_error_of_bfloat16_is_that_of_differences_of_log_ratios(monkeypatch):
+    ratios = {("policy", False): [1.0, 3, 8], ("policy", True): [1.0, 4, 8]}
+    ratios |= {("pre", False): [0.0, 0, 0], ("pre", True): [0.0, -2, 1]}
+
+    def train(job):
+        (Path(job.out) / "candidates-0").mkdir()
+        return {"folder": "policy"}
+
+    ratio = lambda p, schedule, batch, old, bf16: (torch.tensor([ratios[p.name, bf16]]), None)  # noqa: E731
+    network = lambda name, device: SimpleNamespace(name=name, cfg=None)  # noqa: E731
+    fakes = {"load": network, "Schedule": lambda cfg: None, "make_batch": lambda *_: None}
+    fakes["read_rollouts"] = lambda folder: SimpleNamespace(call=torch.tensor([[4]]))
+    for name, fake in fakes.items():
+        monkeypatch.setattr(bench, name, fake)
+    for name, fake in (
+        ("main", train),
+        ("batch_means", lambda *_: torch.zeros(1, 1)),
+        ("step_log_ratio", ratio),
+    ):
+        monkeypatch.setattr(bench.D, name, fake)
+    (row,) = bench.precision(bench.Config("pre"), torch.device("cpu"))
+    exact, rounded = torch.tensor([-2.0, -7, -5]), torch.tensor([-3.0, -7, -4])  # all pairs
+    assert row["deviation, nats"] == exact.std() and row["equal weights"] == 2
+    assert row["error of bfloat16"] == pytest.approx((rounded - exact).abs().mean().item())
+
+
 @pytest.mark.parametrize("cross_view", [True])
 @torch.no_grad()
 def test_the_published_reference_attention_is_ours_in_two_passes(cross_view):
@@ -94,6 +145,36 @@ def test_headroom_finds_the_better_candidates(tmp_path, monkeypatch):
     assert (
         all(s["contrastive"] > 0 for s in result["spread"]) and "branch at call 1" in Path("h.md").read_text()
     )
+
+
+def test_headroom_is_the_best_minus_the_mean_of_each_reference(monkeypatch):
+    """Shades stand for pictures, and the darkest is rated best."""
+    shades, drawn, splits = torch.tensor([[0.2, 0.1, 0.6], [0.9, 0.5, 0.1], [0.4, 0.3, 0.2]]), [], []
+
+    def draw(model, ref, seeds, call, options, bf16):
+        rows = shades[[len(drawn) % 3 + i for i in range(len(seeds))]]
+        drawn.extend(seeds)
+        return None, rows[..., None, None, None, None].expand(*rows.shape, 5, 3, 4, 4)
+
+    truth = torch.zeros(3, 5, 3, 4, 4, dtype=torch.uint8)
+    shade = lambda x, *_: x.mean((1, 2, 3, 4))  # noqa: E731
+    fakes = {"draw_candidates": draw, "load_split": lambda *a: splits.append(a) or truth}
+    fakes["measure"] = lambda x, *_: {name: shade(x).double() for name in headroom.METRICS}
+    fakes["load"] = lambda *_: SimpleNamespace(cfg=SimpleNamespace(image_size=4))
+    fakes |= {"Scorer": SimpleNamespace(load=lambda *_: None)}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(headroom, name, fake)
+    monkeypatch.setattr(headroom.D, "check", lambda cfg: None)
+    monkeypatch.setitem(headroom.D.FEEDBACKS, "hull", lambda ref, x, y, options: -shade(x))
+    result = headroom.main(
+        headroom.Config(feedbacks=("hull",), n=3, num_candidates=3, branch_calls=(1,), seed=7)
+    )
+    gain = (shades.amin(1) - shades.mean(1)).mean().item()
+    for row, spread in zip(result["rows"], result["spread"], strict=True):
+        assert all(row[k]["difference"] == pytest.approx(gain) for k in headroom.METRICS)
+        assert spread["hull"] == pytest.approx(shades.std(1).mean().item())
+    assert drawn == [key_seed(7, 8, i) for i in range(3)] * 3  # every design from the same noise
+    assert splits == [("furniture", "validation", 3, 4)]  # held-out objects are for table 1
 
 
 @pytest.mark.parametrize(
@@ -172,14 +253,23 @@ def test_table_1_on_tiny_numbers(tmp_path, monkeypatch):
         table1, "make_scorers", lambda cfg: {n: n for n in ("contrastive", "contrastive_pre", "judge")}
     )
     train, runs, after = table1.D.main, [], {1e-4: 1.0, 2e-4: 3.0, 3e-4: 2.0}
+    split, draw, splits, drawn, kls = table1.load_split, table1.draw, [], {}, {}
 
     def spy(cfg):
         runs.append(cfg)
         result = train(cfg)
+        last = (Path(result["folder"]) / "log.jsonl").read_text().splitlines()[-1]
+        kls[cfg.feedback, cfg.seed] = json.loads(last)["kl"]
         result["table"]["psnr_unseen"]["after"] = after[cfg.lr]
         return result
 
+    def keep(row, model, seed, *rest):
+        drawn[row, seed] = draw(row, model, seed, *rest), rest
+        return drawn[row, seed][0]
+
     monkeypatch.setattr(table1.D, "main", spy)
+    monkeypatch.setattr(table1, "load_split", lambda *asked: splits.append(asked) or split(*asked))
+    monkeypatch.setattr(table1, "draw", keep)
     rows = ("pre", "sft", "noised_random", "c", "best", "truth")
     result = table1.main(
         table1.Config(seeds=(3, 4), rows=rows, rates=tuple(after), n=4, out="o", results="r")
@@ -195,10 +285,18 @@ def test_table_1_on_tiny_numbers(tmp_path, monkeypatch):
     for base, other in (("pre", "pre"), ("sft", "sft"), ("random", "noised_random")):
         found = result["minus"][base]["c"]["contrastive"]["mean"]
         assert found == pytest.approx(mean("c", "contrastive") - mean(other, "contrastive"), abs=1e-6)
-    assert {*result["minus"]["random"]} == {"c"} and {row: len(kl) for row, kl in result["kl"].items()} == {
-        "noised_random": 2,
-        "c": 2,
+    assert {*result["minus"]["random"]} == {"c"} and result["sft_rate"] == 2e-4
+    trained = {"noised_random": "random", "c": "contrastive"}
+    assert result["kl"] == {
+        row: [kls[feedback, seed] for seed in (3, 4)] for row, feedback in trained.items()
     }
+    assert all(v["low"] <= v["mean"] <= v["high"] for row in result["rows"].values() for v in row.values())
+    assert splits == [("furniture", "heldout", 4, 64)]
+    for row in ("pre", "best"):  # every seed has samples of its own
+        assert not torch.equal(drawn[row, 3][0], drawn[row, 4][0])
+    truth, scorers, cfg = drawn["best", 3][1]
+    other = draw("best", Path("model"), 3, truth, scorers | {"contrastive": "judge"}, cfg)
+    assert not torch.equal(other, drawn["best", 3][0])  # another scorer takes others of the five
     assert f"| MV-D3PO-C | {mean('c', 'psnr_unseen'):.2f} [" in Path("r/table.md").read_text()
     assert Path("r/curves.png").stat().st_size > 0 and Path("r/grid.png").stat().st_size > 0
 
@@ -211,3 +309,62 @@ def test_the_rows_of_table_1_are_the_recipes_of_the_command_line():
             made = replace(table1.base_config(table1.Config()), **changes)
             plain = table1.D.Config(feedback=made.feedback, loss=made.loss)
             assert [getattr(made, name) for name in told] == [getattr(plain, name) for name in told], row
+
+
+FEEDBACK = dict(sft="none", noised_random="random", least_noise="least_noise", m="matching")
+FEEDBACK |= dict(c_pre="contrastive", c="contrastive", random="random", geometry="geometry")
+FEEDBACK |= dict(forward_random="random", forward_larger="larger", forward_c="contrastive")
+FEEDBACK |= dict(forward_hull="hull", forward_lean="lean", forward_geometry="geometry")
+
+
+def test_each_row_of_table_1_has_its_feedback_and_its_scorer(monkeypatch):
+    told = {"folder": "x", "table": {"psnr_unseen": {"after": 0.0}}}
+    names, ran = ("contrastive", "contrastive_pre", "judge"), {}
+    assert FEEDBACK.keys() == {row for row, (_, changes) in table1.ROWS.items() if changes}
+    for row in FEEDBACK:
+        monkeypatch.setattr(table1.D, "main", lambda cfg, row=row: ran.update({row: cfg}) or told)
+        table1.train_row(row, 5, {name: name for name in names}, table1.Config())
+    assert {row: cfg.feedback for row, cfg in ran.items()} == FEEDBACK
+    assert {row for row, cfg in ran.items() if cfg.scorer != "contrastive"} == {"c_pre"}
+    assert ran["c_pre"].scorer == "contrastive_pre"
+    own = {row: cfg.scorer if cfg.feedback == "contrastive" else cfg.feedback for row, cfg in ran.items()}
+    columns = {"contrastive", "contrastive_pre", "geometry", "hull"}
+    own = {row: reward for row, reward in own.items() if reward in columns}
+    assert own | {"best": "contrastive"} == table1.OWN  # which the table marks
+
+
+def test_a_control_of_table_1_differs_in_its_feedback_alone():
+    trained = {row: changes for row, (_, changes) in table1.ROWS.items() if changes and row != "sft"}
+    random = {row for row, changes in trained.items() if changes["feedback"] == "random"}
+    assert table1.CONTROL.keys() == trained.keys() - random
+    for row, control in table1.CONTROL.items():
+        assert control in random and trained[control] == trained[row] | {"feedback": "random"}, row
+
+
+def test_the_scorers_of_table_1_differ_as_their_columns_say(monkeypatch):
+    made, plain, model = [], table1.S.Config(), table1.base_config(table1.Config()).model
+    monkeypatch.setattr(table1.S, "main", lambda cfg: made.append(cfg) or {"folder": cfg.out})
+    folders = table1.make_scorers(table1.Config(out="o"))
+    assert folders == dict(contrastive="o/scorer", contrastive_pre="o/scorer_pre", judge="o/scorer_judge")
+    told = [(cfg.negatives, cfg.seed, cfg.patch_size, cfg.twins) for cfg in made]
+    usual = (plain.seed, plain.patch_size, True)
+    assert told == [(plain.negatives, *usual), (model, *usual), (plain.negatives, 1, 16, False)]
+
+
+def test_table_1_prints_percentages_and_marks_differences_and_own_rewards():
+    above, below, across = ([0.25, 0.125, 0.5], [-0.5, -0.75, -0.25], [0.25, -0.25, 0.5])
+    numbers = {"contradiction": above, "hull": below, "contrastive": across}
+    rows = {"c": {c: dict(zip(("mean", "low", "high"), v)) for c, v in numbers.items()}}
+    plain, signed = (table1.markdown(rows, list(numbers), sign)[2].split(" | ")[1:] for sign in ("", "+"))
+    assert plain == ["25.0 [12.5, 50.0]", "-0.500 [-0.750, -0.250]", "0.25 [-0.25, 0.50] * |"]
+    assert signed[0] == "**+25.00 [+12.50, +50.00]**" and signed[1].startswith("**-0.5")
+    assert signed[2] == "+0.250 [-0.250, +0.500] * |"  # its interval holds 0
+
+
+def test_the_curves_of_table_1_show_what_rose_and_at_which_kl(monkeypatch):
+    drawn, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: drawn.append(a) or plot(self, *a, **k))
+    old, new = torch.tensor([[0.25, 0.25], [0.0, 0.5]]), torch.tensor([[0.5, 0.5], [1.0, 0.5]])
+    measured = {"pre": {"contradiction": old}, "c": {"contradiction": new}}
+    table1.curves(Path("curves.png"), {"c": [4.0, 9.0]}, measured)
+    assert drawn == [([2.0, 3.0], [25.0, 50.0], "x")]  # percent, one point a seed
