@@ -23,7 +23,7 @@ from common import ROOT, InputError, key_seed, keyed_generator, load_json
 from metrics import hull_iou
 from render import LIGHT, project, render_primitives
 from runs import diagram
-from toys import KINDS, ball, box, make_toy, pack, rotation, toy_kind, tube
+from toys import KINDS, ball, box, make_toy, pack, reach, rotation, toy_kind, tube
 
 torch.set_num_threads(1)
 SHOWN = ROOT / "results" / "method.svg"
@@ -151,7 +151,7 @@ def test_names_and_lazy_reading_agree_with_the_split(source, tmp_path, monkeypat
         data.load_split(source, "test", 2, 8)
 
 
-def test_references_show_a_side_drawn_by_their_number_and_come_again_changed(tmp_path, toys):
+def test_references_show_a_side_drawn_by_their_number_and_come_again_changed(tmp_path, toys, monkeypatch):
     for i in range(10):
         data.write_views(tmp_path / f"{i}", toys[i])
     objects = data.load_split(str(tmp_path), "preference", 99, SIZE)  # 6 of them
@@ -161,6 +161,12 @@ def test_references_show_a_side_drawn_by_their_number_and_come_again_changed(tmp
     assert all(map(any, shown[:6])) and len({tuple(sides) for sides in shown[:6]}) > 1
     assert not any(map(any, shown[6:]))
     assert not torch.equal(references, data.load_references(str(tmp_path), 8, SIZE, 4))
+    changes = set()
+    spy = lambda views, g: changes.add(torch.rand((), generator=g).item()) or views  # noqa: E731
+    monkeypatch.setattr(data, "augment", spy)
+    for seed in (3, 4):
+        data.load_references(str(tmp_path), 8, SIZE, seed)
+    assert len(changes) == 4  # two of each seed, all others
 
 
 def test_splits_share_no_object():
@@ -223,6 +229,21 @@ def test_every_kind_fits_the_frame_and_is_drawn():
     for s in seeds:
         p = pack(make_toy(s))
         assert (p["center"].abs().amax(0) < 0.9).all() and len(p["center"]) >= 3
+
+
+def test_reach_of_a_turned_body_is_where_it_ends():
+    points = torch.randn(100_000, 3, generator=torch.Generator().manual_seed(0))
+    corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1])] * 3)
+    for shape, surface in ((ball, torch.nn.functional.normalize(points, dim=-1)), (box, corners)):
+        body = pack([shape((0.1, 0.2, 0.3), (0.3, 0.6, 0.2), (1.0, 0.0, 0.0), turn=("z", 35))])
+        farthest = ((surface * body["half"]) @ body["turn"][0].T).abs().amax(0)
+        assert torch.allclose(reach(body)[0], farthest, atol=1e-3), shape
+
+
+def test_the_toys_are_those_that_the_shipped_models_saw():
+    """Means of 24 toys' views. checkpoints/toy learned such toys: after any change they want training anew."""
+    means = data.make_toys(24, 16, 0).double().mean((0, 2, 3, 4)).tolist()
+    assert means == pytest.approx([202.673, 198.960, 194.977, 193.583, 200.635], abs=0.01)
 
 
 # --- augmentation ---
@@ -403,6 +424,22 @@ def test_alpha_is_tested_before_depth(tmp_path):
     assert torch.allclose(front[1, 1], torch.tensor(BLUE) * SHADE[0], atol=2)
 
 
+def test_a_mask_cuts_at_the_cutoff_of_its_file(tmp_path):
+    for cutoff in (0.6, 0.9):
+        mesh = textured_box(alphaMode="MASK", alphaCutoff=cutoff)
+        mesh.visual.material.baseColorTexture = Image.new("RGBA", (2, 2), RED + (200,))  # alpha 0.78
+        mesh.export(tmp_path / f"{cutoff}.glb")
+    assert mask(render_mesh(tmp_path / "0.6.glb")).any()
+    with pytest.raises(InputError, match="nothing of it is seen"):
+        render_mesh(tmp_path / "0.9.glb")
+
+
+def test_srgb_of_linear_light_undoes_what_a_screen_does():
+    levels = torch.arange(256) / 255
+    light = torch.where(levels <= 0.04045, levels / 12.92, ((levels + 0.055) / 1.055) ** 2.4)
+    assert torch.allclose(meshes.to_srgb(light), levels, atol=1e-4)
+
+
 @pytest.mark.parametrize("old, new", [(b"\x89PNG", b"\x89XXX"), (b'Factor":[1.0', b'Factor":[NaN')])
 def test_a_broken_texture_or_colour_inside_a_glb_is_noticed(old, new, tmp_path):
     textured_box(baseColorFactor=[1.0, 0.0, 0.0, 1.0]).export(tmp_path / "box.glb")
@@ -491,6 +528,15 @@ def write_obj(path: Path, color: tuple = RED, shape: str = TRIANGLE + UV) -> Pat
     path.with_suffix(".mtl").write_text(f"newmtl m\nKd 1 1 1\nmap_Kd {path.stem}.jpg\n")
     path.write_text(f"mtllib {path.stem}.mtl\n{shape}usemtl m\n{FACE}")
     return path
+
+
+def test_tr_of_a_material_is_the_rest_of_d(tmp_path):
+    drawn = []
+    for line in ("", "d 0.25", "Tr 0.75"):
+        path = write_obj(tmp_path / "a.obj")
+        path.with_suffix(".mtl").write_text(f"newmtl m\nKd 1 0 0\n{line}\n")
+        drawn.append(render_mesh(path))
+    assert torch.equal(drawn[1], drawn[2]) and (drawn[1].float().mean() > drawn[0].float().mean() + 1)
 
 
 def pictures_of(folder: Path) -> dict[str, bytes]:
@@ -629,12 +675,18 @@ def pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
+def above(path: Path) -> None:
+    Image.new("RGB", (8, 8), RED).save(path.parent.parent / "x.jpg")
+    path.with_suffix(".mtl").write_text("newmtl m\nmap_Kd ../x.jpg\n")
+
+
 FAULTS = {
     "texture cut off": lambda p: cut(p.with_suffix(".jpg")),
     "texture is no picture": lambda p: p.with_suffix(".jpg").write_text("hello"),
     "texture missing": lambda p: p.with_suffix(".jpg").unlink(),
     "texture is a pipe": lambda p: pipe(p.with_suffix(".jpg")),
     "texture outside": lambda p: p.with_suffix(".mtl").write_text("newmtl m\nmap_Kd ../x\\0.jpg\n"),
+    "texture above its folder": above,
     "NaN in a texture coordinate": lambda p: write_obj(p, shape=TRIANGLE + UV.replace("1 0", "nan 0")),
     "NaN in a colour": lambda p: p.with_suffix(".mtl").write_text("newmtl m\nKd nan 1 1\n"),
     "NaN in a vertex colour": lambda p: p.write_text(TRIANGLE.replace("\n", " nan 1 1\n") + "f 1 2 3\n"),

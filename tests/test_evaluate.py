@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import evaluate
 import metrics
@@ -111,8 +111,10 @@ def test_markdown_hides_columns_with_view_0() -> None:
     assert len({line.count("|") for line in text.splitlines()}) == 1
 
 
-def test_grid_shows_each_image_where_it_belongs(tmp_path) -> None:
-    images = rand(3, 5, 3, 64, 64)
+def test_grid_shows_each_image_where_it_belongs(tmp_path, monkeypatch) -> None:
+    images, labels, write = rand(3, 5, 3, 64, 64), [], ImageDraw.ImageDraw.text
+    spy = lambda draw, at, label, **k: labels.append((at[0], label)) or write(draw, at, label, **k)  # noqa: E731
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", spy)
     grid(tmp_path / "grid.png", {"truth": images, "ours": images.flip(0)[:2]}, images[:, 0])
     picture = np.asarray(Image.open(tmp_path / "grid.png")).astype(float) / 255
     assert picture.shape == (64 + 3 * 128, 128 + 2 * (12 + 5 * 128), 3)
@@ -123,6 +125,8 @@ def test_grid_shows_each_image_where_it_belongs(tmp_path) -> None:
     torch.testing.assert_close(at(1, 0), images[1, 0], atol=0.003, rtol=0)  # the reference
     torch.testing.assert_close(at(1, 128 + 12 + 3 * 128), images[1, 3], atol=0.003, rtol=0)  # truth, left
     torch.testing.assert_close(at(0, picture.shape[1] - 128), images[2, 4], atol=0.003, rtol=0)  # ours, top
+    written = [label for _, label in sorted(labels)]  # from left to right
+    assert written == ["input", "front", "truth", *VIEWS, "ours", *VIEWS]
     assert picture[:64].min() < 0.1 and picture[64 + 2 * 128 :, -640:].min() == 1  # labels; a shorter column
 
 
@@ -160,6 +164,39 @@ def test_folder_of_views(folder, capsys) -> None:
     written = json.loads((folder / "b.json").read_text())
     assert written["ids"] == ["object0", "object1", "object2"] and written["size"] == 64  # the pictures' own
     assert np.mean(written["objects"]["psnr"]) == pytest.approx(own)
+
+
+def test_the_picture_shows_the_truth_and_beside_it_the_views(folder, toys, monkeypatch) -> None:
+    shown: dict[str, torch.Tensor] = {}
+    monkeypatch.setattr(evaluate, "grid", lambda path, columns, ref: shown.update(columns))
+    evaluate.main(config(folder, images=str(folder / "pale"), grid=str(folder / "a.png")))
+    assert list(shown) == ["truth", "pale"] and torch.allclose(shown["truth"], toys[:3], atol=1e-3)
+    assert torch.allclose(shown["pale"], toys[:3] * 0.9 + 0.1, atol=3e-3)
+
+
+def test_a_column_of_scores_is_by_the_scorer_it_names(folder) -> None:
+    for name in ("one", "two"):
+        scorer = small_scorer("bilinear", 64, 16, 32, 1, 2)
+        torch.nn.init.normal_(scorer.linear.weight)
+        scorer.save(folder / name)
+    one, two = str(folder / "one"), str(folder / "two")
+    both, alone = (evaluate.main(config(folder, scorer=s))["objects"] for s in ((one, two), (two,)))
+    assert both["contrastive"] != both["contrastive_two"] == alone["contrastive"]
+
+
+def test_lpips_of_other_weights_is_not_compared(folder, monkeypatch) -> None:
+    class StandIn(torch.nn.Linear):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return (x - y).abs().mean((1, 2, 3))
+
+    first, network = config(folder, lpips="hub"), StandIn(2, 2)
+    monkeypatch.setattr(evaluate.Lpips, "load", lambda *_: network)
+    evaluate.main(first)
+    again = replace(first, against=first.out, out=str(folder / "b.json"))
+    assert "lpips" in evaluate.main(again)["difference"]
+    network.reset_parameters()
+    with pytest.raises(InputError, match="column lpips is by other weights"):
+        evaluate.main(again)
 
 
 def test_a_single_object_has_no_other(folder) -> None:
@@ -219,6 +256,18 @@ def test_model_over_seeds(tmp_path) -> None:
     for change in ({"seed": 1}, {"seeds": 1}, {"num_steps": 3}):
         with pytest.raises(InputError, match="sampled by"):
             evaluate.main(replace(again, **change))
+
+
+@pytest.mark.parametrize("bf16", ["on", "off"])
+def test_views_are_sampled_with_the_options_named(bf16, tmp_path, monkeypatch) -> None:
+    asked, views, folder = [], rand(2, 5, 3, 64, 64), str(tmp_path / "model")
+    monkeypatch.setattr(
+        evaluate, "sample_images", lambda *a, label, **how: asked.append((a[2], how)) or views
+    )
+    MultiViewUNet(ModelConfig(channels=32)).save(folder)
+    options = dict(num_steps=3, batch_size=5, bf16=bf16)
+    evaluate.main(evaluate.Config(folder, data="toys", n=2, seed=6, known_rows=False, **options))
+    assert asked == [(6, options | {"bf16": bf16 == "on"})]
 
 
 def test_nothing_is_overwritten(folder) -> None:

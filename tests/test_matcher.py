@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import data
 import matcher
@@ -48,6 +49,23 @@ def test_reward_leaves_out_the_references_own_view() -> None:
     assert (
         reward > matcher.matching_reward(toys()[:, 0], views.roll(1, 0))
     ).all()  # truth beats another object
+
+
+def test_grey_weighs_the_colours_as_the_eye_does() -> None:
+    """Against PIL's, which rounds: what is bright, green, is not what a mean or another order makes bright."""
+    for color in ((255, 0, 0), (0, 255, 0), (0, 0, 255), (20, 90, 200)):
+        image = torch.tensor(color).view(1, 3, 1, 1).expand(1, 3, 8, 8) / 255
+        grey = Image.new("RGB", (1, 1), color).convert("L").getpixel((0, 0))
+        assert torch.allclose(matcher.to_grey(image) * 255, torch.tensor(float(grey)), atol=0.51)
+
+
+@pytest.mark.parametrize(("second", "matched"), [(12.0, 1), (11.0, 0)])
+def test_a_match_is_plainly_nearer_than_the_second_nearest(second, matched, monkeypatch) -> None:
+    """The nearest is 10 away: 10 / 12 is below the ratio of 0.85, 10 / 11 above it."""
+    on_a_line = lambda *x: F.pad(torch.tensor(x)[:, None], (0, 127))  # noqa: E731
+    monkeypatch.setattr(matcher, "describe", lambda view: on_a_line(10.0, -second))
+    counts = matcher.sift_counts(on_a_line(0.0, 1000.0), torch.zeros(2, 1, 8, 8))
+    assert counts.tolist() == [matched] * 2
 
 
 def test_batch_equals_one_by_one() -> None:

@@ -21,6 +21,11 @@ from scorer import small_scorer
 ROOT = Path(__file__).parent.parent
 
 
+def stand_in(monkeypatch, module, **fakes) -> None:
+    for name, fake in fakes.items():
+        monkeypatch.setattr(module, name, fake)
+
+
 def test_bench_counts_and_measures_both_forms(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "peak_flops", lambda *_: 1e12)
     monkeypatch.setattr(bench, "JOB", {"num_references": 8, "num_candidates": 3, "min_gap": 0.0, "steps": 3})
@@ -73,43 +78,38 @@ def test_bench_times_each_form_by_itself_and_scales_the_one_it_cut_short(tiny_fo
     monkeypatch.setattr(bench, "seconds_of", lambda run, device: next(took))
     assert bench.peak_flops(cpu, False, 8) == 2 * 8**3 / 4  # multiply and add, in the least time
     monkeypatch.setattr(bench, "peak_flops", lambda *_: 1e3)
-    network, x = torch.nn.Module(), torch.ones(3, 4)
+    network, cfg = torch.nn.Module(), bench.Config(tiny_folder, (2, 7), repeats=1, device="cpu")
     network.unet = torch.nn.Linear(4, 2)
 
     def form(bf16: bool) -> torch.Tensor:
-        (loss := network.unet(x).sum()).backward()
+        (loss := network.unet(torch.ones(3, 4)).sum()).backward()
         return loss.detach()
 
-    row = bench.compare(
-        bench.Config(repeats=1, device="cpu"), [network], "", form, form, scale=5
-    )  # one warms up
+    row = bench.compare(cfg, [network], "", form, form, scale=5)  # the first turn warms up
     assert row["times faster"] == 5 * 6 / 2 and row["seconds"] == (5 * 6, 2)
     assert row["share of peak"] == pytest.approx(1e9 * row["GFLOP"][1] / 2 / 1e3)
     monkeypatch.setattr(bench, "compare", lambda *a, quick=None, scale=1: (a[2].split(",")[0], scale))
-    scales = dict(bench.measure(bench.Config(tiny_folder, groups=(2, 7)), cpu))
+    scales = dict(bench.measure(cfg, cpu))
     assert (scales["pair step"], scales["21 pairs of 7"]) == (1, 21 / bench.TIMED_PAIRS)
 
 
 def test_the_error_of_bfloat16_is_that_of_differences_of_log_ratios(monkeypatch):
-    ratios = {("policy", False): [1.0, 3, 8], ("policy", True): [1.0, 4, 8]}
-    ratios |= {("pre", False): [0.0, 0, 0], ("pre", True): [0.0, -2, 1]}
-
-    def train(job):
-        (Path(job.out) / "candidates-0").mkdir()
-        return {"folder": "policy"}
-
-    ratio = lambda p, schedule, batch, old, bf16: (torch.tensor([ratios[p.name, bf16]]), None)  # noqa: E731
-    network = lambda name, device: SimpleNamespace(name=name, cfg=None)  # noqa: E731
-    fakes = {"load": network, "Schedule": lambda cfg: None, "make_batch": lambda *_: None}
-    fakes["read_rollouts"] = lambda folder: SimpleNamespace(call=torch.tensor([[4]]))
-    for name, fake in fakes.items():
-        monkeypatch.setattr(bench, name, fake)
-    for name, fake in (
-        ("main", train),
-        ("batch_means", lambda *_: torch.zeros(1, 1)),
-        ("step_log_ratio", ratio),
-    ):
-        monkeypatch.setattr(bench.D, name, fake)
+    ratios = {("policy", False): [1.0, 3, 8], ("policy", True): [1.0, 4, 8], ("pre", True): [0.0, -2, 1]}
+    stand_in(
+        monkeypatch,
+        bench,
+        load=lambda name, device: SimpleNamespace(name=name, cfg=None),
+        read_rollouts=lambda folder: SimpleNamespace(call=torch.tensor([[4]])),
+        make_batch=lambda *_: None,
+        Schedule=lambda cfg: None,
+    )
+    stand_in(
+        monkeypatch,
+        bench.D,
+        main=lambda job: (Path(job.out) / "candidates-0").mkdir() or {"folder": "policy"},
+        batch_means=lambda *_: torch.zeros(1, 1),
+        step_log_ratio=lambda p, s, b, old, bf16: (torch.tensor([ratios.get((p.name, bf16), [0.0] * 3)]), 0),
+    )
     (row,) = bench.precision(bench.Config("pre"), torch.device("cpu"))
     exact, rounded = torch.tensor([-2.0, -7, -5]), torch.tensor([-3.0, -7, -4])  # all pairs
     assert row["deviation, nats"] == exact.std() and row["equal weights"] == 2
@@ -149,31 +149,32 @@ def test_headroom_finds_the_better_candidates(tmp_path, monkeypatch):
 
 def test_headroom_is_the_best_minus_the_mean_of_each_reference(monkeypatch):
     """Shades stand for pictures, and the darkest is rated best."""
-    shades, drawn, splits = torch.tensor([[0.2, 0.1, 0.6], [0.9, 0.5, 0.1], [0.4, 0.3, 0.2]]), [], []
-
-    def draw(model, ref, seeds, call, options, bf16):
-        rows = shades[[len(drawn) % 3 + i for i in range(len(seeds))]]
-        drawn.extend(seeds)
-        return None, rows[..., None, None, None, None].expand(*rows.shape, 5, 3, 4, 4)
-
-    truth = torch.zeros(3, 5, 3, 4, 4, dtype=torch.uint8)
+    shades = torch.tensor([[0.2, 0.1, 0.6], [0.9, 0.5, 0.1], [0.4, 0.3, 0.2]])
+    truth, seen, splits = torch.arange(3).byte().view(3, 1, 1, 1, 1).expand(3, 5, 3, 4, 4), [], []
     shade = lambda x, *_: x.mean((1, 2, 3, 4))  # noqa: E731
-    fakes = {"draw_candidates": draw, "load_split": lambda *a: splits.append(a) or truth}
-    fakes["measure"] = lambda x, *_: {name: shade(x).double() for name in headroom.METRICS}
-    fakes["load"] = lambda *_: SimpleNamespace(cfg=SimpleNamespace(image_size=4))
-    fakes |= {"Scorer": SimpleNamespace(load=lambda *_: None)}
-    for name, fake in fakes.items():
-        monkeypatch.setattr(headroom, name, fake)
+
+    def draw(model, ref, seeds, *_):
+        seen.extend(seeds)
+        rows = shades[(ref[:, 0, 0, 0] * 255).round().long()]
+        return None, rows.view(-1, 3, 1, 1, 1, 1).expand(-1, 3, 5, 3, 4, 4)
+
+    stand_in(
+        monkeypatch,
+        headroom,
+        draw_candidates=draw,
+        load=lambda *_: SimpleNamespace(cfg=SimpleNamespace(image_size=4)),
+        load_split=lambda *asked: splits.append(asked) or truth,
+        measure=lambda x, *_: {name: shade(x).double() for name in headroom.METRICS},
+        Scorer=SimpleNamespace(load=lambda *_: None),
+    )
     monkeypatch.setattr(headroom.D, "check", lambda cfg: None)
     monkeypatch.setitem(headroom.D.FEEDBACKS, "hull", lambda ref, x, y, options: -shade(x))
-    result = headroom.main(
-        headroom.Config(feedbacks=("hull",), n=3, num_candidates=3, branch_calls=(1,), seed=7)
-    )
-    gain = (shades.amin(1) - shades.mean(1)).mean().item()
+    cfg = headroom.Config(feedbacks=("hull",), n=3, num_candidates=3, branch_calls=(1,), seed=7)
+    result, gain = headroom.main(cfg), (shades.amin(1) - shades.mean(1)).mean().item()
     for row, spread in zip(result["rows"], result["spread"], strict=True):
         assert all(row[k]["difference"] == pytest.approx(gain) for k in headroom.METRICS)
         assert spread["hull"] == pytest.approx(shades.std(1).mean().item())
-    assert drawn == [key_seed(7, 8, i) for i in range(3)] * 3  # every design from the same noise
+    assert seen == [key_seed(7, 8, i) for i in range(3)] * 3  # every design from the same noise
     assert splits == [("furniture", "validation", 3, 4)]  # held-out objects are for table 1
 
 
@@ -259,7 +260,7 @@ def test_table_1_on_tiny_numbers(tmp_path, monkeypatch):
         runs.append(cfg)
         result = train(cfg)
         last = (Path(result["folder"]) / "log.jsonl").read_text().splitlines()[-1]
-        kls[cfg.feedback, cfg.seed] = json.loads(last)["kl"]
+        kls[cfg.feedback, cfg.seed] = json.loads(last).get("kl")  # SFT has none
         result["table"]["psnr_unseen"]["after"] = after[cfg.lr]
         return result
 
@@ -287,9 +288,7 @@ def test_table_1_on_tiny_numbers(tmp_path, monkeypatch):
         assert found == pytest.approx(mean("c", "contrastive") - mean(other, "contrastive"), abs=1e-6)
     assert {*result["minus"]["random"]} == {"c"} and result["sft_rate"] == 2e-4
     trained = {"noised_random": "random", "c": "contrastive"}
-    assert result["kl"] == {
-        row: [kls[feedback, seed] for seed in (3, 4)] for row, feedback in trained.items()
-    }
+    assert result["kl"] == {row: [kls[name, seed] for seed in (3, 4)] for row, name in trained.items()}
     assert all(v["low"] <= v["mean"] <= v["high"] for row in result["rows"].values() for v in row.values())
     assert splits == [("furniture", "heldout", 4, 64)]
     for row in ("pre", "best"):  # every seed has samples of its own
@@ -318,19 +317,15 @@ FEEDBACK |= dict(forward_hull="hull", forward_lean="lean", forward_geometry="geo
 
 
 def test_each_row_of_table_1_has_its_feedback_and_its_scorer(monkeypatch):
-    told = {"folder": "x", "table": {"psnr_unseen": {"after": 0.0}}}
-    names, ran = ("contrastive", "contrastive_pre", "judge"), {}
+    told, ran = {"folder": "x", "table": {"psnr_unseen": {"after": 0.0}}}, {}
     assert FEEDBACK.keys() == {row for row, (_, changes) in table1.ROWS.items() if changes}
-    for row in FEEDBACK:
+    for row, feedback in FEEDBACK.items():
         monkeypatch.setattr(table1.D, "main", lambda cfg, row=row: ran.update({row: cfg}) or told)
-        table1.train_row(row, 5, {name: name for name in names}, table1.Config())
-    assert {row: cfg.feedback for row, cfg in ran.items()} == FEEDBACK
-    assert {row for row, cfg in ran.items() if cfg.scorer != "contrastive"} == {"c_pre"}
-    assert ran["c_pre"].scorer == "contrastive_pre"
-    own = {row: cfg.scorer if cfg.feedback == "contrastive" else cfg.feedback for row, cfg in ran.items()}
-    columns = {"contrastive", "contrastive_pre", "geometry", "hull"}
-    own = {row: reward for row, reward in own.items() if reward in columns}
-    assert own | {"best": "contrastive"} == table1.OWN  # which the table marks
+        table1.train_row(row, 5, {"contrastive": "c", "contrastive_pre": "p"}, table1.Config())
+        assert (ran[row].feedback, ran[row].scorer) == (feedback, "p" if row == "c_pre" else "c"), row
+    judges = {"geometry": "geometry", "hull": "hull", "contrastive": "contrastive"}
+    own = {row: judges[f] for row, f in FEEDBACK.items() if f in judges} | {"best": "contrastive"}
+    assert table1.OWN == own | {"c_pre": "contrastive_pre"}  # which the table marks
 
 
 def test_a_control_of_table_1_differs_in_its_feedback_alone():

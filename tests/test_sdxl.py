@@ -263,6 +263,7 @@ def test_memory_is_counted(base):
     assert full["weights"] == pytest.approx((2 * every + 2 * trained) / 1e9)
     assert full["Adam"] == pytest.approx(8 * trained / 1e9)
     assert full["rest"] > 4 * trained / 1e9
+    assert full["seconds"] == pytest.approx(full["TFLOP"] / (0.4 * 312))  # 40 % of an A100
     assert full["total GB"] > lora["total GB"] and kept["rest"] > full["rest"]
 
 
