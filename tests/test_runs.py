@@ -21,11 +21,6 @@ from scorer import small_scorer
 ROOT = Path(__file__).parent.parent
 
 
-def stand_in(monkeypatch, module, **fakes) -> None:
-    for name, fake in fakes.items():
-        monkeypatch.setattr(module, name, fake)
-
-
 def test_bench_counts_and_measures_both_forms(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "peak_flops", lambda *_: 1e12)
     monkeypatch.setattr(bench, "JOB", {"num_references": 8, "num_candidates": 3, "min_gap": 0.0, "steps": 3})
@@ -95,24 +90,18 @@ def test_bench_times_each_form_by_itself_and_scales_the_one_it_cut_short(tiny_fo
 
 def test_the_error_of_bfloat16_is_that_of_differences_of_log_ratios(monkeypatch):
     ratios = {("policy", False): [1.0, 3, 8], ("policy", True): [1.0, 4, 8], ("pre", True): [0.0, -2, 1]}
-    stand_in(
-        monkeypatch,
-        bench,
-        load=lambda name, device: SimpleNamespace(name=name, cfg=None),
-        read_rollouts=lambda folder: SimpleNamespace(call=torch.tensor([[4]])),
-        make_batch=lambda *_: None,
-        Schedule=lambda cfg: None,
-    )
-    stand_in(
-        monkeypatch,
-        bench.D,
-        main=lambda job: (Path(job.out) / "candidates-0").mkdir() or {"folder": "policy"},
-        batch_means=lambda *_: torch.zeros(1, 1),
-        step_log_ratio=lambda p, s, b, old, bf16: (torch.tensor([ratios.get((p.name, bf16), [0.0] * 3)]), 0),
-    )
+    ratio = lambda p, s, b, old, bf16: (torch.tensor([ratios.get((p.name, bf16), [0.0] * 3)]), 0)  # noqa: E731
+    trained = lambda job: (Path(job.out) / "candidates-0").mkdir() or {"folder": "policy"}  # noqa: E731
+    monkeypatch.setattr(bench, "load", lambda name, device: SimpleNamespace(name=name, cfg=None))
+    monkeypatch.setattr(bench, "read_rollouts", lambda folder: SimpleNamespace(call=torch.tensor([[4]])))
+    monkeypatch.setattr(bench, "make_batch", lambda *_: None)
+    monkeypatch.setattr(bench, "Schedule", lambda cfg: None)
+    monkeypatch.setattr(bench.D, "main", trained)
+    monkeypatch.setattr(bench.D, "batch_means", lambda *_: torch.zeros(1, 1))
+    monkeypatch.setattr(bench.D, "step_log_ratio", ratio)
     (row,) = bench.precision(bench.Config("pre"), torch.device("cpu"))
     exact, rounded = torch.tensor([-2.0, -7, -5]), torch.tensor([-3.0, -7, -4])  # all pairs
-    assert row["deviation, nats"] == exact.std() and row["equal weights"] == 2
+    assert row["deviation, nats"] == exact.std().item() and row["equal weights"] == 2
     assert row["error of bfloat16"] == pytest.approx((rounded - exact).abs().mean().item())
 
 
@@ -158,15 +147,12 @@ def test_headroom_is_the_best_minus_the_mean_of_each_reference(monkeypatch):
         rows = shades[(ref[:, 0, 0, 0] * 255).round().long()]
         return None, rows.view(-1, 3, 1, 1, 1, 1).expand(-1, 3, 5, 3, 4, 4)
 
-    stand_in(
-        monkeypatch,
-        headroom,
-        draw_candidates=draw,
-        load=lambda *_: SimpleNamespace(cfg=SimpleNamespace(image_size=4)),
-        load_split=lambda *asked: splits.append(asked) or truth,
-        measure=lambda x, *_: {name: shade(x).double() for name in headroom.METRICS},
-        Scorer=SimpleNamespace(load=lambda *_: None),
-    )
+    numbers = lambda x, *_: dict.fromkeys(headroom.METRICS, shade(x).double())  # noqa: E731
+    monkeypatch.setattr(headroom, "draw_candidates", draw)
+    monkeypatch.setattr(headroom, "measure", numbers)
+    monkeypatch.setattr(headroom, "load_split", lambda *asked: splits.append(asked) or truth)
+    monkeypatch.setattr(headroom, "load", lambda *_: SimpleNamespace(cfg=SimpleNamespace(image_size=4)))
+    monkeypatch.setattr(headroom.Scorer, "load", lambda *_: None)
     monkeypatch.setattr(headroom.D, "check", lambda cfg: None)
     monkeypatch.setitem(headroom.D.FEEDBACKS, "hull", lambda ref, x, y, options: -shade(x))
     cfg = headroom.Config(feedbacks=("hull",), n=3, num_candidates=3, branch_calls=(1,), seed=7)
