@@ -113,7 +113,7 @@ def test_markdown_hides_columns_with_view_0() -> None:
 
 def test_grid_shows_each_image_where_it_belongs(tmp_path, monkeypatch) -> None:
     images, labels, write = rand(3, 5, 3, 64, 64), [], ImageDraw.ImageDraw.text
-    spy = lambda draw, at, label, **k: labels.append((at[0], label)) or write(draw, at, label, **k)  # noqa: E731
+    spy = lambda d, at, text, **k: labels.append((at[0], text)) or write(d, at, text, **k)  # noqa: E731
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", spy)
     grid(tmp_path / "grid.png", {"truth": images, "ours": images.flip(0)[:2]}, images[:, 0])
     picture = np.asarray(Image.open(tmp_path / "grid.png")).astype(float) / 255

@@ -52,7 +52,7 @@ def test_reward_leaves_out_the_references_own_view() -> None:
 
 
 def test_grey_weighs_the_colours_as_the_eye_does() -> None:
-    """Against PIL's, which rounds: what is bright, green, is not what a mean or another order makes bright."""
+    """Against PIL's, which rounds: green is the brightest, blue the darkest."""
     for color in ((255, 0, 0), (0, 255, 0), (0, 0, 255), (20, 90, 200)):
         image = torch.tensor(color).view(1, 3, 1, 1).expand(1, 3, 8, 8) / 255
         grey = Image.new("RGB", (1, 1), color).convert("L").getpixel((0, 0))

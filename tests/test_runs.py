@@ -90,7 +90,7 @@ def test_bench_times_each_form_by_itself_and_scales_the_one_it_cut_short(tiny_fo
 
 def test_the_error_of_bfloat16_is_that_of_differences_of_log_ratios(monkeypatch):
     ratios = {("policy", False): [1.0, 3, 8], ("policy", True): [1.0, 4, 8], ("pre", True): [0.0, -2, 1]}
-    ratio = lambda p, s, b, old, bf16: (torch.tensor([ratios.get((p.name, bf16), [0.0] * 3)]), 0)  # noqa: E731
+    ratio = lambda p, *a: (torch.tensor([ratios.get((p.name, a[-1]), [0.0] * 3)]), 0)  # noqa: E731
     trained = lambda job: (Path(job.out) / "candidates-0").mkdir() or {"folder": "policy"}  # noqa: E731
     monkeypatch.setattr(bench, "load", lambda name, device: SimpleNamespace(name=name, cfg=None))
     monkeypatch.setattr(bench, "read_rollouts", lambda folder: SimpleNamespace(call=torch.tensor([[4]])))
