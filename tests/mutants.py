@@ -9,6 +9,7 @@ Not collected by default, for its name is not test_*.py. An hour of two cores fo
 # ruff: noqa: E501  (the table of faults quotes lines whole)
 
 import argparse
+import ast
 import random
 import shutil
 import subprocess
@@ -213,7 +214,7 @@ FAULTS: list[tuple[str, str, str, str]] = [
     ("cache", "-{digest(made_by)[:8]}", "-{digest(list(made_by))[:8]}", COMMON),
     (COMMON, "if hashlib.sha256(content[32:]).digest() != content[:32]:", "if False:", COMMON),
     (COMMON, "temporary.unlink(missing_ok=True)\n        try", "path.unlink(missing_ok=True)\n        try", COMMON),
-    (COMMON, 'get("text", ""), dict(', '"", dict(', COMMON),
+    (COMMON, '(state or {}).get("text", ""), dict(', '"", dict(', COMMON),
     (COMMON, "what.__kwdefaults__, held]", "what.__kwdefaults__]", COMMON),
     (COMMON, "[what.func, what.args, what.keywords]", "[what.func]", COMMON),
     ("cache", "key=lambda p: p == note", "key=str", COMMON),
@@ -350,9 +351,17 @@ def survives(fault: tuple[str, str, str, str]) -> bool:
 
 
 def misplaced() -> list[str]:
-    """Faults whose old text is not exactly once in its file."""
-    counts = [((ROOT / f"{name}.py").read_text().count(old), name, old) for name, old, *_ in FAULTS]
-    return [f"{name}: {count} times {old!r}" for count, name, old in counts if count != 1]
+    """Faults whose old text is not exactly once in its file, or that leave no Python behind."""
+    wrong = []
+    for name, old, new, _ in FAULTS:
+        source = (ROOT / f"{name}.py").read_text()
+        try:
+            ast.parse(source.replace(old, new))
+            if (count := source.count(old)) != 1:
+                wrong.append(f"{name}: {count} times {old!r}")
+        except SyntaxError:
+            wrong.append(f"{name}: {new!r} is no Python")
+    return wrong
 
 
 def survivors(faults: list[tuple[str, str, str, str]]) -> list[str]:
