@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from common import ROOT, STATE, InputError, digest, explained, hardware, load_json, save_json
+from common import ROOT, STATE, InputError, body, digest, explained, hardware, load_json, save_json
 
 SOURCES = {p.stem: p.read_text() for p in ROOT.glob("*.py")}  # as this program started: files may change
 
@@ -75,7 +75,7 @@ def cached(root: str | Path, name: str, made_by: dict[str, Any], make: Callable[
     folder is unfinished and `make` goes on with it; if a file differs from it, the folder is made again. The
     link root/name points to the folder that was asked for last."""
     always = {"torch": torch.__version__, "common": code("common")}
-    always |= {"make": digest(getattr(make, "func", make).__code__)}  # of a partial: its function
+    always |= {"make": digest(body(getattr(make, "func", make)))}  # of a partial: its function
     made_by = json.loads(json.dumps({**made_by, **always}, default=str))  # as in the file
     folder = Path(root) / f"{name}-{digest(made_by)[:8]}"
     note, link = folder / "made_by.json", check_link(Path(root) / name)

@@ -366,13 +366,19 @@ def digest(what: Any) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
+def body(function: Any) -> CodeType:
+    """The code of a function without what its docstring says."""
+    code, said = function.__code__, function.__doc__
+    return code.replace(co_consts=tuple(c for c in code.co_consts if c is None or c is not said))
+
+
 def parts(what: Any) -> Any:
     """What JSON cannot say, in parts that it can."""
     if isinstance(what, functools.partial):
         return [what.func, what.args, what.keywords]
     if isinstance(what, FunctionType):
         held = [cell.cell_contents for cell in what.__closure__ or ()]
-        return [what.__code__, what.__defaults__, what.__kwdefaults__, held]
+        return [body(what), what.__defaults__, what.__kwdefaults__, held]
     if isinstance(what, CodeType):
         return [what.co_code.hex(), what.co_names, what.co_consts]
     if isinstance(what, set | frozenset):  # their order differs from process to process

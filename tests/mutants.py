@@ -222,7 +222,7 @@ FAULTS: list[tuple[str, str, str, str]] = [
     (D3PO, '"candidates", made_by | machine(cfg)', '"candidates", made_by', "damage"),
     ("cache", ', "bf16": bf16}', "}", "damage"),
     ("cache", '"common": code("common")', '"common": ""', COMMON),
-    ("cache", "digest(getattr(make, \"func\", make).__code__)", "0", COMMON),
+    ("cache", "digest(body(getattr(make, \"func\", make)))", "0", COMMON),
     ("cache", "and ast.get_docstring(node)", "and not node", COMMON),
     (D3PO, '"views": [digest(z) for z in (before, after, truth)]', '"views": [digest(truth)]', D3PO),
     (D3PO, "    check_link(link)\n", "", D3PO),

@@ -314,14 +314,22 @@ def test_the_stage_and_the_plumbing_always_count(tmp_path, monkeypatch):
     """Also where made_by does not name them: another make, or another common.py, is another result."""
 
     def write(folder, what):
+        """Once."""
         (folder / "result").write_text(what)
 
     def write_twice(folder, what):
+        """Once."""
         (folder / "result").write_text(2 * what)
 
+    def write_as_said(folder, what):
+        """The same in other words."""
+        (folder / "result").write_text(what)
+
     one, same, other = (
-        K.cached(tmp_path, "x", {}, functools.partial(f, what="a")) for f in (write, write, write_twice)
+        K.cached(tmp_path, "x", {}, functools.partial(f, what="a"))
+        for f in (write, write_as_said, write_twice)
     )
+    assert C.digest(write) == C.digest(write_as_said) != C.digest(write_twice)
     assert one == same != other and (other / "result").read_text() == "aa"
     monkeypatch.setitem(
         K.SOURCES, "common", K.SOURCES["common"].replace("clip: float = 1.0", "clip: float = 0.1")
