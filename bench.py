@@ -62,7 +62,7 @@ from train_sft import simple_loss
 
 TIMED_PAIRS = 12
 BETA = 0.1
-JOB: dict[str, Any] = {"num_references": 24, "num_candidates": 4, "min_gap": 0.0, "steps": 20}
+JOB: dict[str, Any] = {"num_references": 24, "num_candidates": 4, "pairs": "all", "steps": 20}
 SWEEPS = {  # what grows: its letters (S pixels), its values
     "views": ("V", (2, 3, 5, 8)),
     "pixels": ("S", (32, 64, 128)),

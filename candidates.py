@@ -78,6 +78,17 @@ def read_rollouts(folder: Path) -> Rollouts:
     return Rollouts(*(torch.cat([p.pop(name) for p in parts])[order] for name in Rollouts._fields))
 
 
+def keep(rollouts: Rollouts, which: Tensor) -> Rollouts:
+    """Of reference n only the candidates which[n], which (N, C)."""
+    n = torch.arange(len(which))[:, None]
+    kept = {"x0": rollouts.x0[n, which]}
+    for name in ("x_t", "action"):
+        z = getattr(rollouts, name)  # (N, J, G or 1, ...)
+        if z.shape[2] > 1:
+            kept[name] = z.transpose(1, 2)[n, which].transpose(1, 2)
+    return rollouts._replace(**kept)
+
+
 class Batch(NamedTuple):
     """B references of a step, each at one trained call."""
 

@@ -93,7 +93,12 @@ CONTROLS = (redder, random, least_noise, larger, oracle)
 FEEDBACKS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (*PAPERS, *OURS, *CONTROLS)}
 
 
-def preference_pairs(rewards: Tensor, min_gap: float) -> Tensor:  # (N, G) -> (N, G, G) bool
-    """[n, w, l]: candidate w of reference n beats l, by more than min_gap mean standard deviations."""
-    gap = rewards[:, :, None] - rewards[:, None]
-    return gap > min_gap * rewards.std(1).mean()
+def preference_pairs(rewards: Tensor, pairs: str) -> tuple[Tensor, Tensor]:  # of (N, G)
+    """Which candidates are compared, (N, C), and who wins: [n, w, l] of (N, C, C) bool, w beats l.
+
+    pairs: all, or extremes, the best against the worst alone (C = 2). Near ties are noise."""
+    compared = torch.arange(rewards.shape[1]).expand_as(rewards)
+    if pairs == "extremes":
+        compared = torch.stack([rewards.argmax(1), rewards.argmin(1)], 1)
+    rewards = rewards.gather(1, compared)
+    return compared, rewards[:, :, None] > rewards[:, None]

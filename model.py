@@ -225,6 +225,9 @@ def small_unet(cfg: ModelConfig) -> UNet2DConditionModel:
     for module in unet.modules():
         if hasattr(module, "attn2"):
             module.attn2 = module.norm2 = None
+    # A linear output. Behind the usual normalisation and SiLU, half of these channels would be left to say
+    # what a patch looks like, and a patch has more numbers (192) than there are channels.
+    unet.conv_norm_out = None
     return unet
 
 

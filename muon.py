@@ -27,12 +27,12 @@ class Muon(torch.optim.Optimizer):
                     self.state[p]["momentum"] = torch.zeros_like(p)
                 m = self.state[p]["momentum"]
                 m.lerp_(p.grad, 1 - group["momentum"])
-                g = p.grad.lerp(m, group["momentum"]).flatten(1).bfloat16()  # Nesterov's; (out, in)
+                g = p.grad.lerp(m, group["momentum"]).flatten(1)  # Nesterov's; (out, in)
                 tall = g.shape[0] > g.shape[1]
                 x = (g.T if tall else g) / (g.norm() + 1e-7)
                 # Newton-Schulz: x <- a x + b (x x^T) x + c (x x^T)^2 x brings all singular values near 1
                 for _ in range(5):
                     xxt = x @ x.T
                     x = 3.4445 * x + (-4.7750 * xxt + 2.0315 * xxt @ xxt) @ x
-                x = (x.T if tall else x).view_as(p).float()
+                x = (x.T if tall else x).view_as(p)
                 p.add_(x, alpha=-group["lr"] * max(1, g.shape[0] / g.shape[1]) ** 0.5)

@@ -7,14 +7,14 @@
 
 1. collect: for each reference the policy draws G candidates (candidates.py). For the paper's feedbacks they
    differ by noise on their reference (App. B), for the others by ONE action. (Diffusion-DPO: independent.)
-2. prefer: a feedback rates the finished images (feedback.py). Of two the better is the winner.
+2. prefer: a feedback rates the finished images (feedback.py). The best wins over the worst.
 3. train: Eq. (2), at calls of the first half of the chain, which decides the shape, moves the policy towards
    winners' actions. If candidates share a state, one forward serves all their pairs.
 4. report: validation objects before and after, from equal noise.
 
 Differences from D3PO's code (yk7333/d3po, which the paper builds on): the action is joint over the views; its
-log-ratio is a sum, not a mean, without clip; all pairs share one forward. Differences from the paper: early
-calls are trained, not late ones; the KL term; near ties are left out, but not of App. B's candidates.
+log-ratio is a sum, not a mean, without clip. Differences from the paper: early calls are trained, not late
+ones; the KL term; of a reference's candidates only the best and the worst are compared.
 
 Run:
     python train_d3po.py --feedback contrastive --loss both     # the main job: Eq. (2), then Diffusion-DPO
@@ -36,8 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import train_scorer
-from candidates import NOISE_SCALES, Batch, Rollouts, draw_candidates, make_batch
-from candidates import read_rollouts
+from candidates import NOISE_SCALES, Batch, Rollouts, draw_candidates, keep, make_batch, read_rollouts
 from cache import cached, check_link, code, machine, settings
 from common import STATE, InputError, Log, check_at_least, cli, digest, get_device, hardware, key_seed
 from common import keyed_generator, load_json, load_state, load_tensors, located, optimizer_step, provenance
@@ -55,9 +54,9 @@ from scorer import Scorer
 from train_sft import simple_loss, trained_parameters, training_batch
 
 RECIPES: dict[str, dict[str, Any]] = {  # what an option at its default means, by candidates and by loss
-    "branch": {"num_candidates": 8, "min_gap": 1.0},
-    "noised": {"num_candidates": len(NOISE_SCALES), "min_gap": 0.0},
-    "independent": {"num_candidates": 5, "min_gap": 1.0},
+    "branch": {"num_candidates": 8},
+    "noised": {"num_candidates": len(NOISE_SCALES)},
+    "independent": {"num_candidates": 5},
     "d3po": {"beta_dpo": 1.0},
     "diffusion_dpo": {"beta_dpo": 0.02},
 }
@@ -85,7 +84,7 @@ class Config:
     num_steps: int = 10  # network calls K of the sampler (paper: 50)
     trained_calls: tuple[int, int] = (0, 4)  # first and last call that Eq. (2) trains (paper: last 40 of 50)
     lambda_simple: float = 1.0  # weight of L_simple-MV (paper: 1)
-    min_gap: float = -1.0  # only pairs whose rewards differ by more than this many deviations; -1: RECIPES
+    pairs: Literal["extremes", "all"] = "extremes"  # extremes: the best candidate against the worst alone
     rounds: int = 1  # collect, prefer, train again with the policy of the round before
     anchor: Literal["pre", "last"] = "pre"  # log-ratio and KL are to pi_pre, or to the last round's policy
 
@@ -175,11 +174,12 @@ def prefer(candidates: Path, references: Tensor, cfg: Config) -> Tensor:  # (N, 
 
     folder = cached(cfg.out, f"rewards_{cfg.feedback}", made_by, make)
     kept = load_tensors(folder / "rewards.safetensors")
-    wins = preference_pairs(kept["rewards"], cfg.min_gap)
+    compared, wins = preference_pairs(kept["rewards"], cfg.pairs)
     if not wins.any():
         raise InputError(f"--feedback {cfg.feedback}: all candidates tie, expected a winner.")
-    nearer = (kept["psnr"][:, :, None] > kept["psnr"][:, None])[wins].float().mean()
-    less = f", {wins.triu(1).sum() / wins.sum():.0%} less noised" if cfg.candidates == "noised" else ""
+    psnr = kept["psnr"].gather(1, compared)
+    nearer, p = ((z[:, :, None] > z[:, None])[wins].float().mean() for z in (psnr, -compared))
+    less = f", {p:.0%} less noised" if cfg.candidates == "noised" else ""  # they are in order of noise
     print(f"{int(wins.sum())} pairs of {len(wins)} references; winners: {nearer:.0%} nearer to truth{less}")
     return kept["rewards"]
 
@@ -312,7 +312,7 @@ def run_name(cfg: Config) -> str:
 def train(start: Path, pre: Path, preferences: Preferences, objects: Tensor, cfg: Config, round: int) -> Path:
     """Fine-tune the policy in `start`; returns the folder of the run. No preferences: the SFT baseline."""
     options = "lambda_simple steps batch_objects lr attention_only lora seed checkpointing".split()
-    options += "loss beta_dpo kl min_gap num_steps".split() if preferences else []
+    options += "loss beta_dpo kl pairs num_steps".split() if preferences else []
     made_by = {name: getattr(cfg, name) for name in options} | {"start": digest(start)}
     made_by |= {"objects": digest(objects)} | machine(cfg)
     yours = (d3po_loss, step_log_ratio, forward_log_ratio, batch_means, preference_pairs, simple_loss)
@@ -332,7 +332,8 @@ def run(
     policy, parameters = prepare(start, cfg, device)
     schedule = Schedule(policy.cfg)
     if preferences:
-        rollouts, wins = read_rollouts(preferences[0]), preference_pairs(preferences[1], cfg.min_gap)
+        compared, wins = preference_pairs(preferences[1], cfg.pairs)
+        rollouts = keep(read_rollouts(preferences[0]), compared)
         usable = wins.flatten(1).any(1).nonzero()[:, 0]  # references whose candidates do not all tie
         frozen = policy if digest(pre) == digest(start) else prepare(pre, cfg, device)[0]
         drawn = draw_states(usable, rollouts.call.shape[1], cfg, round)
@@ -421,8 +422,8 @@ def report(pre: Path, policy: Path, size: int, cfg: Config, clock: float) -> dic
         most = (after - before).abs().flatten(1).mean(1).argsort(descending=True)[:8]
         columns = {"ground truth": truth, "before": before, "after": after}
         grid(folder / "grid.png", {k: v[most] for k, v in columns.items()}, truth[most, 0])
-        took = round(time.time() - clock)
-        save_json(folder / "results.json", {**provenance(cfg), "table": table, "seconds": took})
+        result = {**provenance(cfg), "table": table, "seconds": round(time.time() - clock)}
+        save_json(folder / "results.json", result)
 
     folder = cached(policy, "report", made_by, make)
     result = load_json(folder / "results.json")
@@ -462,7 +463,7 @@ def check(cfg: Config) -> ModelConfig:
     check_link(link)
     check_at_least(cfg, 1, "steps", "batch_objects", "batch_size", "num_references", "eval_objects", "rounds")
     check_at_least(cfg, 2, "num_candidates")
-    check_at_least(cfg, 0, "beta_dpo", "kl", "lambda_simple", "min_gap", "lr", "lora")
+    check_at_least(cfg, 0, "beta_dpo", "kl", "lambda_simple", "lr", "lora")
     model = load(cfg.model)
     if cfg.lora:
         model.add_lora(cfg.lora)  # is that rank possible?

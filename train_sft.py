@@ -10,10 +10,8 @@ It starts from nothing, with --preset sdxl from published weights, with --init f
 1's SFT row is not made here but by `train_d3po.py --feedback none`, with all else equal.)
 
 Run:
-    python train_sft.py                                                    # toy, from nothing
-    python train_sft.py --cross_view False --out out/sft_independent       # the Zero123-style baseline
-    python train_sft.py --init checkpoints/toy --data furniture furniture toys --augment True --steps 5000 \
-        --optimizer muon --muon_lr .01 --lr 5e-4 --out out/objects         # checkpoints/objects
+    python train_sft.py                                                      # checkpoints/objects
+    python train_sft.py --cross_view False --steps 6000 --out out/independent     # objects_independent
 
     Writes out/sft-<content>/{config.json, model.safetensors, log.jsonl, results.json, grid.png}
 """
@@ -43,7 +41,7 @@ from sample import Schedule, forward_noise, noised_reference, sample_images, spl
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults train the toy model from nothing. checkpoints/README.md: how the shipped ones were made."""
+    """Defaults train checkpoints/objects from nothing."""
 
     preset: Literal["toy", "small", "sdxl"] = "toy"  # sdxl starts from published weights
     base: str = ""  # hub id or folder of the SDXL pipeline to start from; empty: the preset's
@@ -53,16 +51,17 @@ class Config:
     attention_only: bool = False  # train the attention layers only, and a fresh SDXL's view embedding
     lora: int = 0  # train a change of this rank of the attention projections only: less memory; 0: no
 
-    data: tuple[str, ...] = ("toys",)  # toys, furniture, folders of renders; a batch takes of each in turn
-    augment: bool = False  # mirror, stretch and recolour every object at random (data.augment)
+    # toys, furniture, folders of renders; a batch takes of each in turn, the first one validates
+    data: tuple[str, ...] = ("furniture", "furniture", "toys")
+    augment: bool = True  # mirror, stretch and recolour every object at random (data.augment)
     num_objects: int = 4096  # training objects of each source, at most
     out: str = "out/sft"  # where everything goes
 
-    steps: int = 6000  # optimizer steps
+    steps: int = 9000  # optimizer steps
     batch_size: int = 6  # objects a step, each with its V views
     optimizer: Literal["auto", "adamw", "muon"] = "auto"  # muon (for matrices) is auto's from nothing
-    lr: float = 1e-3  # peak learning rate of AdamW; linear warm-up, then cosine to 0
-    muon_lr: float = 0.02  # of Muon
+    lr: float = 5e-4  # peak learning rate of AdamW; linear warm-up, then cosine to 0
+    muon_lr: float = 0.01  # of Muon
     warmup: int = 200  # steps of warm-up
     ema: float = 0.999  # decay of the averaged weights, which are the ones saved and evaluated
     seed: int = 0  # of weights, batches and noise

@@ -42,7 +42,7 @@ if '$matching' != 'random': matcher.loftr_model('${LOFTR:-loftr}', torch.device(
 
 # Stage 1: the multi-view model, and the independent-view (Zero123-style) one that draws the negatives
 sft="--preset sdxl --base $base --image_size $size --data $data --lr 5e-5 $sft"
-sft="$sft --attention_only True --checkpointing True"
+sft="$sft --augment False --attention_only True --checkpointing True"
 python train_sft.py $sft $memory --out $out/base
 python train_sft.py $sft $memory --cross_view False --out $out/zero123
 

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 out=${OUT:-out/small}
 
 # Stage 1: pre-training from nothing. Stage 2: the contrastive scorer
-python train_sft.py --data furniture toys --augment True --num_objects 8 --eval_objects 2 --steps 3 \
+python train_sft.py --data furniture toys --num_objects 8 --eval_objects 2 --steps 3 \
     --batch_size 2 --num_steps 3 --out $out/sft
 python train_scorer.py --num_references 4 --num_val 2 --steps 4 --batch_size 4 --eval_every 4 --num_steps 3 \
     --out $out/scorer

@@ -128,7 +128,9 @@ def test_what_was_found_at_the_start_is_meant_at_the_end(tmp_path):
     found = C.located(tmp_path / "link")
     (tmp_path / "link").unlink()
     (tmp_path / "link").symlink_to(tmp_path / "two")
-    assert found == tmp_path / "one" and C.located("checkpoints/toy") == C.ROOT / "checkpoints" / "toy"
+    assert (
+        found == tmp_path / "one" and C.located("checkpoints/objects") == C.ROOT / "checkpoints" / "objects"
+    )
 
 
 def test_digest_tells_contents_apart(tmp_path):

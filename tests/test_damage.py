@@ -30,7 +30,7 @@ STAGES = {
     "scorer": (S, dict(data="renders", negatives="init", num_references=2, num_val=2, image_size=16, hidden_size=16, num_layers=1,
                        num_heads=2, twins=False, num_steps=2, out="out/scorer")),
     "d3po": (D, dict(model="init", scorer="judge", data="renders", num_references=3, eval_objects=2, num_steps=3, trained_calls=(0, 1),
-                     candidates="branch", num_candidates=2, min_gap=0.0, batch_objects=2, lr=1e-3, out="out")),
+                     candidates="branch", num_candidates=2, pairs="all", batch_objects=2, lr=1e-3, out="out")),
 }  # fmt: skip
 WRITTEN = {
     "sft": ["sft/model.safetensors", "sft/config.json", "sft/made_by.json", "sft/log.jsonl", "sft/results.json", "sft/grid.png"],

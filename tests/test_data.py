@@ -241,7 +241,7 @@ def test_reach_of_a_turned_body_is_where_it_ends():
 
 
 def test_the_toys_are_those_that_the_shipped_models_saw():
-    """Means of 24 toys' views. checkpoints/toy learned these: after a change, train it anew."""
+    """Means of 24 toys' views. checkpoints/objects learned these: after a change, train it anew."""
     means = data.make_toys(24, 16, 0).double().mean((0, 2, 3, 4)).tolist()
     assert means == pytest.approx([202.673, 198.960, 194.977, 193.583, 200.635], abs=0.01)
 

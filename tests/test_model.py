@@ -398,6 +398,6 @@ def test_sdxl_keeps_its_prediction_and_schedule_and_is_shown_a_louder_reference(
 
 
 def test_the_shipped_models_are_of_the_toy_preset():
-    for name, cross_view in (("toy", True), ("toy_independent", False)):
+    for name, cross_view in (("objects", True), ("objects_independent", False)):
         model = load(f"checkpoints/{name}")
         assert model.cfg == replace(PRESETS["toy"], cross_view=cross_view)

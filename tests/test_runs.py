@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 
 def test_bench_counts_and_measures_both_forms(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "peak_flops", lambda *_: 1e12)
-    monkeypatch.setattr(bench, "JOB", {"num_references": 8, "num_candidates": 3, "min_gap": 0.0, "steps": 3})
+    monkeypatch.setattr(bench, "JOB", {"num_references": 8, "num_candidates": 3, "pairs": "all", "steps": 3})
     out = tmp_path / "bench"
     cfg = bench.Config(tiny_folder, groups=(2, 3), repeats=1, bf16="off", device="cpu", out=str(out))
     tables = bench.main(cfg)
@@ -288,7 +288,7 @@ def test_table_1_on_tiny_numbers(tmp_path, monkeypatch):
 
 def test_the_rows_of_table_1_are_the_recipes_of_the_command_line():
     """A row changes a config that its own feedback has filled: what it does not name would be another row's."""
-    told = ("feedback", "loss", "candidates", "num_candidates", "beta_dpo", "min_gap")
+    told = ("feedback", "loss", "candidates", "num_candidates", "beta_dpo", "pairs")
     for row, (_, changes) in table1.ROWS.items():
         if changes and row not in ("sft", "noised_random"):
             made = replace(table1.base_config(table1.Config()), **changes)

@@ -31,7 +31,7 @@ SMALL = dict(
     trained_calls=(0, 2),
     num_candidates=3,
     batch_size=2,
-    min_gap=0.0,
+    pairs="all",
 )
 
 
@@ -88,12 +88,13 @@ def test_loss_of_a_hand_computed_value():
 
 def test_pairs_by_hand():
     rewards = torch.tensor([[1.0, 3.0, 2.0], [5.0, 5.0, 4.0]])
-    wins = D.preference_pairs(rewards, 0.0)
+    compared, wins = D.preference_pairs(rewards, "all")
+    assert compared.tolist() == [[0, 1, 2]] * 2
     assert wins[0].nonzero().tolist() == [[1, 0], [1, 2], [2, 0]]  # winner, loser
     assert wins[1].nonzero().tolist() == [[0, 2], [1, 2]]  # ties are no pairs
-    # standard deviations 1 and .577, mean .79: a gap of 1 counts at 1.2 of them (.95), one of 2 only at 2 of them
-    assert D.preference_pairs(rewards, 1.2)[0].nonzero().tolist() == [[1, 0], [1, 2], [2, 0]]
-    assert D.preference_pairs(rewards, 2.0)[0].nonzero().tolist() == [[1, 0]]
+    compared, wins = D.preference_pairs(torch.cat([rewards, torch.ones(1, 3)]), "extremes")
+    assert compared[:2].tolist() == [[1, 0], [0, 2]]  # the best, the worst
+    assert wins.tolist() == [[[False, True], [False, False]]] * 2 + [[[False, False]] * 2]
 
 
 # --- log-ratios of candidates ---
@@ -287,15 +288,48 @@ def test_candidates_depend_on_seed_round_and_object_alone(tmp_path):
 def test_prefer_says_what_its_winners_are(tmp_path, monkeypatch, capsys):
     cfg, references, folder, _ = collected(tmp_path, candidates="noised")
 
-    def said(rate):
+    def said(rate, pairs="all"):
         monkeypatch.setitem(D.FEEDBACKS, "mine", rate)
-        D.prefer(folder, references, replace(cfg, feedback="mine"))
+        D.prefer(folder, references, replace(cfg, feedback="mine", pairs=pairs))
         return capsys.readouterr().out.splitlines()[-1]
 
     assert "winners: 100% nearer to truth, " in said(feedback.oracle)
     assert "winners: 0% nearer to truth, " in said(lambda *args: -feedback.oracle(*args))
     assert said(feedback.least_noise).startswith("50 pairs of 5 references; ")
     assert said(lambda *args: -torch.tensor([0.0, 1, 3, 2, 4])).endswith(", 90% less noised")
+    # the best against the worst alone
+    assert "winners: 100% nearer to truth, " in said(feedback.oracle, "extremes")
+    assert "winners: 0% nearer to truth, " in said(lambda *args: -feedback.oracle(*args), "extremes")
+    told = said(lambda *args: -torch.tensor([1.0, 0, 3, 2, 4]), "extremes")
+    assert told.startswith("5 pairs of 5 references; ") and told.endswith(", 100% less noised")
+    assert said(lambda *args: torch.tensor([1.0, 0, 3, 2, 2]), "extremes").endswith(", 0% less noised")
+
+
+@pytest.mark.parametrize("candidates", ["branch", "noised"])
+def test_of_the_extremes_training_sees_the_best_and_the_worst_alone(tmp_path, monkeypatch, candidates):
+    cfg, references, folder, rollouts = collected(tmp_path, candidates=candidates)
+    G, seen = rollouts.action.shape[2], []
+    rewards = torch.rand(5, G, generator=torch.Generator().manual_seed(0))
+
+    def no_ratio(policy, schedule, batch, mean_pre, bf16):
+        seen.append((batch, mean_pre))
+        zero = 0 * sum(p.sum() for p in policy.parameters())
+        return zero + torch.zeros(2, 2), torch.zeros(2)
+
+    monkeypatch.setattr(D, "step_log_ratio", no_ratio)
+    cfg, pre = replace(cfg, pairs="extremes"), Path(cfg.model)
+    D.train(pre, pre, (folder, rewards), references, cfg, 0)
+    for step, (batch, mean_pre) in enumerate(seen):
+        g = D.keyed_generator(0, 6, step)
+        chosen = torch.randint(5, (2,), generator=g).tolist()
+        js = torch.randint(rollouts.call.shape[1], (2,), generator=g).tolist()
+        for row, (n, j) in enumerate(zip(chosen, js)):
+            two = [int(rewards[n].argmax()), int(rewards[n].argmin())]
+            states = rollouts.x_t[n, j] if candidates == "branch" else rollouts.x_t[n, j, two]
+            assert torch.equal(batch.x_t[row], states) and len(mean_pre[row]) == len(states)
+            assert torch.equal(batch.action[row], rollouts.action[n, j, two])
+            assert torch.equal(batch.x0[row], rollouts.x0[n, two])
+    assert len(seen) == 2
 
 
 def test_rollouts_are_in_the_order_of_the_references(tmp_path):
@@ -436,7 +470,7 @@ def test_the_gradient_is_that_of_the_sum(tmp_path, monkeypatch, kl, lambda_simpl
     policy, parameters = D.prepare(cfg.model, cfg, CPU)
     references = load_references("toys", 5, 16, 0)
     folder = D.collect(Path(cfg.model), references, cfg, 0)
-    rollouts, wins = D.read_rollouts(folder), D.preference_pairs(D.prefer(folder, references, cfg), 0)
+    rollouts, wins = D.read_rollouts(folder), D.preference_pairs(D.prefer(folder, references, cfg), "all")[1]
     means = D.frozen_means(policy, rollouts, every_state(rollouts), cfg, False, CPU)
     schedule = Schedule(policy.cfg)
     policy.load_state_dict(states[0], strict=False)
@@ -506,18 +540,18 @@ def test_diffusion_dpo_draws_by_seed_and_step(tmp_path, monkeypatch):
 def test_recipes_fill_what_is_not_said():
     def recipe(**options):
         cfg = D.Config(**options)
-        return cfg.candidates, cfg.num_candidates, cfg.beta_dpo, cfg.min_gap
+        return cfg.candidates, cfg.num_candidates, cfg.beta_dpo
 
     for name in ("geometry", "redder"):
-        assert recipe(feedback=name) == ("branch", 8, 1.0, 1.0)
+        assert recipe(feedback=name) == ("branch", 8, 1.0)
     for name in ("contrastive", "matching", "least_noise"):
-        assert recipe(feedback=name) == ("noised", 5, 1.0, 0.0)
-    assert recipe(feedback="geometry", min_gap=0.0) == ("branch", 8, 1.0, 0.0)
-    assert recipe(loss="diffusion_dpo", num_candidates=3) == ("independent", 3, 0.02, 1.0)
-    # candidates that are said bring their own number and gap
-    assert recipe(feedback="contrastive", candidates="branch") == ("branch", 8, 1.0, 1.0)
-    assert recipe(candidates="noised", loss="diffusion_dpo", min_gap=0.5) == ("noised", 5, 0.02, 0.5)
-    assert recipe(loss="both") == ("auto", 0, 0.0, -1.0)  # filled for each of the two
+        assert recipe(feedback=name) == ("noised", 5, 1.0)
+    assert recipe(feedback="geometry", beta_dpo=0.5) == ("branch", 8, 0.5)
+    assert recipe(loss="diffusion_dpo", num_candidates=3) == ("independent", 3, 0.02)
+    # candidates that are said bring their own number
+    assert recipe(feedback="contrastive", candidates="branch") == ("branch", 8, 1.0)
+    assert recipe(candidates="noised", loss="diffusion_dpo", beta_dpo=0.5) == ("noised", 5, 0.5)
+    assert recipe(loss="both") == ("auto", 0, 0.0)  # filled for each of the two
 
 
 @pytest.mark.parametrize(("seed", "round"), [(0, 0), (3, 0), (3, 2)])
@@ -664,7 +698,7 @@ NOTED = {  # stage: the options, inputs and files that its result depends on
     "rewards": RATED,
     "rewards, contrastive": RATED + "scorer",
     "rewards, matching": RATED + "matcher",
-    "run": TUNED + "loss beta_dpo kl min_gap num_steps pre collected rewards",
+    "run": TUNED + "loss beta_dpo kl pairs num_steps pre collected rewards",
     "baseline": TUNED,
     "images": DRAWN,
     "report": "scorer policy pre objects evaluate.py grid.py metrics.py scorer.py",
@@ -718,7 +752,7 @@ def test_a_result_is_known_by_all_that_it_depends_on_and_by_nothing_else(tmp_pat
     )
     new = dict(feedback="redder", model="m", data="furniture", out="o", scorer=str(tmp_path / "b"))
     new |= dict(negatives="n", matcher="loftr", loss="diffusion_dpo", candidates="noised", bf16="on")
-    new |= dict(trained_calls=(0, 1), anchor="last", device="cuda")
+    new |= dict(trained_calls=(0, 1), anchor="last", device="cuda", pairs="extremes")
     feedback = "none" if stage == "baseline" else stage.partition(", ")[2] or "oracle"
     cfg = config(tmp_path, device="cpu", scorer=str(tmp_path / "a"), feedback=feedback)
     new |= {name: value + 1 for name, value in vars(cfg).items() if name not in new}

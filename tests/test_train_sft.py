@@ -28,6 +28,7 @@ def config(tmp_path, **changes) -> T.Config:
     small = dict(
         init=str(tmp_path / "init"), out=str(tmp_path / "out" / "sft"), num_objects=4, eval_objects=2
     )
+    small |= dict(data=("toys",), augment=False)
     small |= dict(steps=2, batch_size=2, warmup=1, eval_every=1, num_steps=2, bf16="off")
     return T.Config(**{**small, **changes})
 
