@@ -29,7 +29,7 @@ HEADINGS = {  # title: middle of its column, and what stands below
     "G actions": (372, "a step's own noise each"),
     "finished views": (590, "equal noises after the action"),
     "feedback": (758, "rates views"),
-    "all pairs": (896, "winner, loser"),
+    "the pair": (896, "best, worst"),
 }
 FOOT = "Shown: --candidates branch, three of its G = 8.   π_p: pi_pre, frozen.   κ: --kl times β."
 
@@ -105,12 +105,11 @@ def main(cfg: Config) -> None:
         parts += [picture(470, y, x, 48), box(469, y - 1, 242, 50), arrow(716, y + 24, 732, y + 24)]
         parts += [text(758, y + 29, f"{reward:.2f}", 15, (GREEN, GREY, RED)[g])]
 
-    # pairs, the loss, and the way back
+    # the pair, the loss, and the way back
     bracket = f"780,{rows[0] + 10} 786,{rows[0] + 10} 786,{rows[2] + 38} 780,{rows[2] + 38}"
     parts += [f'<polyline points="{bracket}" fill="none" stroke="{GREY}" stroke-width="1.6"/>']
     parts += [arrow(786, 100, 846, 100)]
-    pairs = ("a_1 ≻ a_2", "a_1 ≻ a_3", "a_2 ≻ a_3")
-    parts += [text(896, rows[0] + 14 + 26 * i, pair, 15) for i, pair in enumerate(pairs)]
+    parts += [text(896, rows[0] + 40, "a_1 ≻ a_3", 15)]
     parts += [arrow(896, 142, 896, 172), box(800, 176, 192, 140, BLUE, "#f3f7fc")]
     parts += [text(896, 196, "Eq. (2)", 15, BLUE), text(896, 222, "−log σ( β [ r_w − r_l ] )", 15)]
     terms = {246: "r = log π_θ / π_p (a | x_t)", 276: "+ λ L(simple-MV)", 300: "+ κ KL(π_θ ‖ π_p)"}
