@@ -51,7 +51,7 @@ class ModelConfig:
     cross_view: bool = True  # False: a view sees itself and the reference only (the Zero123-style baseline)
     prediction: Literal["x0", "epsilon", "v"] = "x0"  # what the network predicts
     schedule_shift: float = 4.0  # s in ab / (ab + s^2 (1 - ab)): moves the noise schedule towards noise
-    ref_scale: float = 20.0  # factor on the reference latent before it is noised: it shows before the views
+    ref_scale: float = 100.0  # factor on the reference latent before it is noised: it shows before the views
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch", "channels", "head_dim", "schedule_shift", "ref_scale"):
@@ -93,6 +93,17 @@ PRESETS = {
 }
 
 
+def unmirrored(latents: Tensor, patch: int) -> Tensor:  # (B, V, 3 p^2, h, w) -> the same; its own inverse
+    """Mirror the views whose columns run against a world axis: back and right.
+
+    Back then shows a point where front shows it, in the same order of pixels. One linear map of patches,
+    which is all that attention has, could not copy into the front view and turn over for the back."""
+    against = [v for v in range(latents.shape[1]) if CAMERAS[v, 0].sum() < 0]
+    images = F.pixel_shuffle(latents, patch)
+    images[:, against] = images[:, against].flip(-1)
+    return F.pixel_unshuffle(images, patch)
+
+
 def position_table(size: int, channels: int) -> Tensor:  # (V + 1, size^2, channels)
     """What the position embedding starts from: the two world coordinates that a token's ray fixes.
 
@@ -101,7 +112,8 @@ def position_table(size: int, channels: int) -> Tensor:  # (V + 1, size^2, chann
     attention finds the pair early in training. The reference counts as a front view."""
     centre = (torch.arange(size) + 0.5) / size * 2 - 1
     up, right = torch.meshgrid(-centre, centre, indexing="ij")  # rows run downwards
-    axes = CAMERAS[[*range(NUM_VIEWS), 0]]  # (V + 1, 3, 3): image right, image up, towards the camera
+    axes = CAMERAS[[*range(NUM_VIEWS), 0]].clone()  # (V + 1, 3, 3): image right, image up, towards the camera
+    axes[:, 0] = axes[:, 0].abs()  # after `unmirrored`
     world = torch.stack([right, up], -1).flatten(0, 1) @ axes[:, :2]  # (V + 1, size^2, 3)
     known = axes[:, :2].abs().sum(1)[:, None, :]  # (V + 1, 1, 3)
     angles = world[..., None] * torch.pi / 2 * 2 ** torch.arange(4)  # four octaves
@@ -318,6 +330,8 @@ class MultiViewUNet(nn.Module):
     ) -> Tensor:  # (B, V, c, h, w) prediction of x0, epsilon or v, in float32
         """Predict an object's views jointly. No reference, no row: a blank one would still be seen."""
         batch, views = x_t.shape[:2]
+        if not self.cfg.is_sdxl:
+            x_t = unmirrored(x_t, self.cfg.patch)
         rows, labels = x_t, torch.arange(views, device=x_t.device)
         if ref_t is not None:
             rows = torch.cat([x_t, ref_t[:, None]], dim=1)  # (B, R, c, h, w)
@@ -330,7 +344,8 @@ class MultiViewUNet(nn.Module):
             cross_attention_kwargs={"layout": (views, ref_t is not None)},  # reaches every MultiViewAttention
             **self.conditions(rows),
         ).sample
-        return rearrange(output, "(B R) c h w -> B R c h w", B=batch)[:, :views].float()
+        output = rearrange(output, "(B R) c h w -> B R c h w", B=batch)[:, :views].float()
+        return output if self.cfg.is_sdxl else unmirrored(output, self.cfg.patch)
 
     def conditions(self, rows: Tensor) -> dict[str, Any]:
         """SDXL's conditioning without a text: zero embeddings, as in its own pipeline, and the pixels.

@@ -11,8 +11,8 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from common import InputError
-from data import VIEWS
-from model import NUM_VIEWS, PRESETS, LoRALinear, ModelConfig, load, position_table
+from data import VIEWS, make_toys
+from model import NUM_VIEWS, PRESETS, LoRALinear, ModelConfig, load, position_table, unmirrored
 
 B, V, c, h = 2, NUM_VIEWS, 48, 4
 
@@ -23,12 +23,35 @@ def inputs(seed: int = 0):
     return x, torch.tensor([300, 700]), ref
 
 
+def turned(x):
+    """(B, V, c, h, w) with the pictures of right and back mirrored, as the network sees them."""
+    images = torch.nn.functional.pixel_shuffle(x, 4).clone()
+    for name in ("right", "back"):
+        images[:, VIEWS.index(name)] = images[:, VIEWS.index(name)].flip(-1)
+    return torch.nn.functional.pixel_unshuffle(images, 4)
+
+
+def test_what_front_and_back_show_at_one_place_is_at_one_place():
+    """A toy's silhouettes from front and back, and from the two sides, are each other's mirror images."""
+    views = make_toys(1, 16, 0).float() / 255
+    seen = torch.nn.functional.pixel_shuffle(unmirrored(random_model().encode(views), 4), 4)
+    mask = (seen[0].amin(1) < 0.8).float()
+    front, right, back, left, _ = mask.flatten(1)
+    for a, b in ((front, back), (right, left)):
+        assert (a * b).sum() / (a + b).clamp(max=1).sum() > 0.9
+    assert torch.equal(seen[:, [0, 3, 4]], views[:, [0, 3, 4]] * 2 - 1)
+    assert torch.equal(seen[:, 1:3], views[:, 1:3].flip(-1) * 2 - 1)
+    x = inputs()[0]
+    assert torch.equal(unmirrored(x, 4), turned(x)) and torch.equal(unmirrored(unmirrored(x, 4), 4), x)
+
+
 def stock_unet(model):
     """The unmodified diffusers UNet with our model's weights."""
     unet = UNet2DConditionModel.from_config(model.unet.config, num_class_embeds=NUM_VIEWS + 1)
     for module in unet.modules():
         if hasattr(module, "attn2"):
             module.attn2 = module.norm2 = None
+    unet.conv_norm_out = None  # ours is linear
     ours = {k: v for k, v in model.unet.state_dict().items() if not k.endswith(".position")}
     unet.load_state_dict(ours)  # strict: our attention keeps every name
     return unet.to(model.unet.dtype).eval()
@@ -95,18 +118,19 @@ def test_one_pass_equals_two_pass(cross_view, position):
     for i, attn in enumerate(layers):
         attn.forward = second_pass(attn, i)
     labels = torch.arange(V).repeat(B)
-    theirs = unet(x.flatten(0, 1), t.repeat_interleave(V), None, class_labels=labels).sample
-    torch.testing.assert_close(model(x, t, ref).flatten(0, 1), theirs.float(), rtol=0, atol=1e-6)
+    theirs = unet(turned(x).flatten(0, 1), t.repeat_interleave(V), None, class_labels=labels).sample
+    theirs = turned(theirs.float().unflatten(0, (B, V)))
+    torch.testing.assert_close(model(x, t, ref), theirs, rtol=0, atol=1e-6)
 
 
 @torch.no_grad()
 def test_permuting_views_with_their_labels_permutes_the_output(tiny):
     x, t, ref = inputs()
-    before = tiny(x, t, ref)
+    before = turned(tiny(turned(x), t, ref))
     order = torch.arange(V).roll(2)
     for weight in (tiny.unet.class_embedding.weight, *(m.position for m in tiny.attention_layers())):
         weight[:V] = weight[order].clone()
-    after = tiny(x[:, order], t, ref)
+    after = turned(tiny(turned(x[:, order]), t, ref))
     torch.testing.assert_close(after, before[:, order], rtol=0, atol=2e-6)
     assert (after - before).abs().max() > 1e-3  # and the labels do tell views apart
 
@@ -184,8 +208,8 @@ def features(monkeypatch, size):  # (V + 1, size, size, 3 axes, 8)
 
 def test_tokens_that_can_see_one_point_share_features(monkeypatch):
     table = features(monkeypatch, 4)
-    # Each view shows the point (x, y, z) = (0.25, 0.75, -0.75) at this (row, column).
-    seen_at = {"front": (0, 2), "right": (0, 3), "back": (0, 1), "left": (0, 0), "top": (0, 2)}
+    # Each view shows the point (x, y, z) = (0.25, 0.75, -0.75) at this (row, column), right and back mirrored.
+    seen_at = {"front": (0, 2), "right": (0, 0), "back": (0, 2), "left": (0, 0), "top": (0, 2)}
     tokens = {view: table[(i, *seen_at[view])] for i, view in enumerate(VIEWS)}
     unknown = {"front": 2, "right": 0, "back": 2, "left": 0, "top": 1}  # the axis along the view's rays
     octaves = torch.pi / 2 * torch.tensor([1.0, 2, 4, 8])
