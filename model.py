@@ -98,7 +98,7 @@ def unmirrored(latents: Tensor, patch: int) -> Tensor:  # (B, V, 3 p^2, h, w) ->
 
     Back then shows a point where front shows it, in the same order of pixels. One linear map of patches,
     which is all that attention has, could not copy into the front view and turn over for the back."""
-    against = [v for v in range(latents.shape[1]) if CAMERAS[v, 0].sum() < 0]
+    against = [v for v, axes in enumerate(CAMERAS[: latents.shape[1]]) if axes[0].sum() < 0]
     images = F.pixel_shuffle(latents, patch)
     images[:, against] = images[:, against].flip(-1)
     return F.pixel_unshuffle(images, patch)

@@ -12,9 +12,8 @@
    winners' actions. If candidates share a state, one forward serves all their pairs.
 4. report: validation objects before and after, from equal noise.
 
-Differences from D3PO's code (yk7333/d3po, which the paper builds on): the action is joint over the views; its
-log-ratio is a sum, not a mean, without clip. Differences from the paper: early calls are trained, not late
-ones; the KL term; of a reference's candidates only the best and the worst are compared.
+D3PO's own code (yk7333/d3po, which the paper builds on) takes means for log-ratios, and clips them. Unlike in
+the paper, the trained calls are early, the best is compared with the worst alone, and a KL holds the policy.
 
 Run:
     python train_d3po.py --feedback contrastive --loss both     # the main job: Eq. (2), then Diffusion-DPO

@@ -129,7 +129,7 @@ def test_six_views(tmp_path):
 from pathlib import Path
 import model, train_sft, train_d3po
 model.PRESETS["toy"] = model.ModelConfig(image_size=32, channels=32, head_dim=8)
-tiny = dict(num_objects=4, eval_objects=2, num_steps=3, steps=1, batch_size=2, bf16="off")
+tiny = dict(num_objects=4, eval_objects=2, num_steps=3, steps=1, batch_size=2, bf16="off", data=("toys",))
 train_sft.main(train_sft.Config(out="out/sft", **tiny))
 result = train_d3po.main(train_d3po.Config(model="out/sft", **{options}))
 assert train_d3po.read_rollouts(next(Path("out").glob("candidates-*"))).x_t.shape[3] == 6
