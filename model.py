@@ -330,7 +330,7 @@ class MultiViewUNet(nn.Module):
     ) -> Tensor:  # (B, V, c, h, w) prediction of x0, epsilon or v, in float32
         """Predict an object's views jointly. No reference, no row: a blank one would still be seen."""
         batch, views = x_t.shape[:2]
-        if not self.cfg.is_sdxl:
+        if not self.cfg.is_sdxl:  # a VAE's latent, turned over, is not the latent of a mirrored view
             x_t = unmirrored(x_t, self.cfg.patch)
         rows, labels = x_t, torch.arange(views, device=x_t.device)
         if ref_t is not None:
