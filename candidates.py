@@ -66,27 +66,27 @@ def draw_candidates(
     return Rollouts(*(z.cpu().contiguous() for z in rollouts)), chain.images.unflatten(0, (len(ref), G))
 
 
-def read_rollouts(folder: Path) -> Rollouts:
-    """All rollouts of `collect`, in the order of the references. The images stay on disk."""
+def read_rollouts(folder: Path, which: Tensor | None = None) -> Rollouts:
+    """All rollouts of `collect`, in the order of the references. The images stay on disk.
+
+    which (N, C): of reference n, only the candidates which[n]."""
     parts = []
     for path in folder.glob("*.safetensors"):
-        parts.append({name: z for name, z in load_tensors(path).items() if name != "images"})
+        part = load_tensors(path)
+        del part["images"]
+        if which is not None:
+            chosen = which[part["reference"]]  # (B, C)
+            b = torch.arange(len(chosen))[:, None]
+            part["x0"] = part["x0"][b, chosen]
+            for name in ("x_t", "action"):
+                if part[name].shape[2] > 1:  # (B, J, G or 1, ...): candidates of one state share it
+                    part[name] = part[name].transpose(1, 2)[b, chosen].transpose(1, 2)
+        parts.append(part)
     reference = torch.cat([p["reference"] for p in parts])
     if not torch.equal(reference.sort().values, torch.arange(len(reference))):  # a copy beside a file
         raise InputError(f"{folder}: not one part for each reference, expected that. Delete it.")
     order = reference.argsort()
     return Rollouts(*(torch.cat([p.pop(name) for p in parts])[order] for name in Rollouts._fields))
-
-
-def keep(rollouts: Rollouts, which: Tensor) -> Rollouts:
-    """Of reference n only the candidates which[n], which (N, C)."""
-    n = torch.arange(len(which))[:, None]
-    kept = {"x0": rollouts.x0[n, which]}
-    for name in ("x_t", "action"):
-        z = getattr(rollouts, name)  # (N, J, G or 1, ...)
-        if z.shape[2] > 1:
-            kept[name] = z.transpose(1, 2)[n, which].transpose(1, 2)
-    return rollouts._replace(**kept)
 
 
 class Batch(NamedTuple):

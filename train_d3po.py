@@ -35,7 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import train_scorer
-from candidates import NOISE_SCALES, Batch, Rollouts, draw_candidates, keep, make_batch, read_rollouts
+from candidates import NOISE_SCALES, Batch, Rollouts, draw_candidates, make_batch, read_rollouts
 from cache import cached, check_link, code, machine, settings
 from common import STATE, InputError, Log, check_at_least, cli, digest, get_device, hardware, key_seed
 from common import keyed_generator, load_json, load_state, load_tensors, located, optimizer_step, provenance
@@ -332,7 +332,7 @@ def run(
     schedule = Schedule(policy.cfg)
     if preferences:
         compared, wins = preference_pairs(preferences[1], cfg.pairs)
-        rollouts = keep(read_rollouts(preferences[0]), compared)
+        rollouts = read_rollouts(preferences[0], compared)
         usable = wins.flatten(1).any(1).nonzero()[:, 0]  # references whose candidates do not all tie
         frozen = policy if digest(pre) == digest(start) else prepare(pre, cfg, device)[0]
         drawn = draw_states(usable, rollouts.call.shape[1], cfg, round)

@@ -18,7 +18,7 @@ scorer="--num_references 240 --num_steps 50"
 # The paper's setting (App. B): references noised by five scales, one object a step, the last 40 of 50 calls.
 # The last call has no density: 39 are left. (results/README.md, 3: how little that teaches. Ours:
 # D3PO="--loss diffusion_dpo --batch_objects 8")
-# States, actions and frozen means of 240 references take 12 GB of main memory at 256 px, 46 GB at 512.
+# States, actions and frozen means of 240 references take 5 GB of main memory at 256 px, 18 GB at 512.
 setting="--trained_calls 10 48 --candidates noised --beta_dpo 0.1 --kl 0 --lambda_simple 1 --batch_objects 1"
 d3po="--num_references 240 --steps 1800 --num_steps 50 --batch_size 1 --eval_objects 16"
 table="--n 200 --seeds 3 --num_steps 50"
