@@ -92,6 +92,7 @@ def measure(
         part |= {name: check(x) for name, check in metrics.GEOMETRY.items()}
         part["geometry"] = metrics.geometry(x, reference)
         part["contradiction"] = metrics.contradicts(x, thresholds)
+        part["covered"] = metrics.covered(x)
         for name, scorer in (scorers or {}).items():
             part[name] = contrastive_reward(scorer, reference, x)
         parts.append({k: v.double().cpu() for k, v in part.items()})

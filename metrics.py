@@ -137,6 +137,11 @@ def silhouette_iou(x: Tensor, y: Tensor) -> Tensor:  # (B, 3, S, S), the same or
     return iou(torch.stack(torch.broadcast_tensors(silhouettes(x), silhouettes(y))), (-2, -1))
 
 
+def covered(views: Tensor) -> Tensor:  # (B, V, 3, S, S) -> (B,)
+    """Share of the unseen views that is object, not background. Fat views fit each other: look here, too."""
+    return silhouettes(views[:, 1:]).float().mean((1, 2, 3))
+
+
 def world_masks(views: Tensor) -> dict[tuple[int, int], Tensor]:  # (B, V, 3, S, S) -> (M, B, S, S) each
     """The silhouettes by the plane that they lie in: opposite views share one. Its two world axes are i < j,
     and a mask is [along i, along j] in rising order.

@@ -73,6 +73,7 @@ METRICS = {  # column -> heading, digits, whether it is a percentage
     "contradiction": ("contradictions, % (lower)", 1, 100),
     "geometry": ("geometry", 3, 1),
     "hull": ("hull IoU", 3, 1),
+    "covered": ("silhouettes cover, %", 1, 100),
     "contrastive": ("contrastive score", 2, 1),
     "contrastive_pre": ("score of C (pre)", 2, 1),
     "judge": ("score of a third scorer", 2, 1),

@@ -47,7 +47,8 @@ def test_measure_by_view_and_by_part(toys) -> None:
     got = evaluate.measure(images, toys, toys[:, 0], JUDGES, lambda x, y: (x - y).abs().mean((1, 2, 3)))  # pyright: ignore
     plain = ["psnr", "psnr_unseen", "ssim", "ssim_unseen", "lpips", "lpips_unseen"]
     plain += ["silhouette", "silhouette_unseen"]
-    assert list(got) == [*plain, "row", "mirror", "width", "hull", "geometry", "contradiction", "contrastive"]
+    geometry = ["row", "mirror", "width", "hull", "geometry", "contradiction", "covered"]
+    assert list(got) == [*plain, *geometry, "contrastive"]
     white = metrics.psnr(torch.ones(4, 3, 64, 64), toys[17, 1:])
     exact = metrics.psnr(toys[:1], toys[:1]).item()
     assert got["psnr_unseen"][17].item() == pytest.approx(white.mean().item())
@@ -56,6 +57,7 @@ def test_measure_by_view_and_by_part(toys) -> None:
     assert got["silhouette_unseen"].tolist() == [0.0] * 3 + [1.0] + [0.0] * 14
     assert got["silhouette"].tolist() == pytest.approx([0.2] * 3 + [1.0] + [0.2] * 14)
     assert got["contradiction"].tolist() == [1.0] * 3 + [0.0] + [1.0] * 14
+    assert got["covered"].nonzero().tolist() == [[3]]
     assert torch.equal(got["hull"], metrics.hull_iou(images).double())
     assert got["geometry"][3] > 0.99 and got["geometry"].sum() < 1.01
     want = (images - toys[:, :1]).square().mean((2, 3, 4))[:, 1:].sum(1)
