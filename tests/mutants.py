@@ -67,7 +67,7 @@ FAULTS: list[tuple[str, str, str, str]] = [
     ("feedback", "images[:, :, 0] - images[:, :, 1:].mean(2)", "images[:, :, 2] - images[:, :, 1:].mean(2)", D3PO),
     ("feedback", "return -torch.arange(len(images)).float()", "return torch.arange(len(images)).float()", D3PO),
     ("feedback", "keyed_generator(cfg.seed, int(digest(x), 16)", "keyed_generator(0, int(digest(x), 16)", D3PO),
-    ("feedback", "- 0.48 * larger", "+ 0.48 * larger", D3PO),
+    ("feedback", "- 0.32 * larger", "+ 0.32 * larger", D3PO),
     ("feedback", "silhouettes(images[:, 1:])", "silhouettes(images)", D3PO),
     (D3PO, '"code": [digest(feedback), ', '"code": [', D3PO),
     (D3PO, '"code": code("candidates", "model", "sample")', '"code": 0', D3PO),

@@ -403,7 +403,7 @@ def test_controls_by_hand(tmp_path):
     torch.testing.assert_close(larger, torch.tensor([1, 2]) * 16 / 256)
     truth = make_toys(1, 64, 1)[0].float() / 255
     pair, lean = torch.stack([truth, stretch(truth, torch.tensor([0.5, 0.9, 0.7]))]), D.FEEDBACKS["lean"]
-    sized = lean(truth[0], pair, truth, cfg) + 0.48 * D.FEEDBACKS["larger"](truth[0], pair, truth, cfg)
+    sized = lean(truth[0], pair, truth, cfg) + 0.32 * D.FEEDBACKS["larger"](truth[0], pair, truth, cfg)
     torch.testing.assert_close(sized, D.FEEDBACKS["geometry"](truth[0], pair, truth, cfg))
     draw = D.FEEDBACKS["random"](*args)
     assert len(draw.unique()) == 3 and torch.equal(draw, D.FEEDBACKS["random"](*args))
