@@ -15,8 +15,9 @@ to thank. Under the others the whole chain differs, and a trained call is praise
 "independent" shows the most different shapes. Diffusion-DPO, which asks for no action, can use them.
 results/README.md shows what the best of G gains under each, and what training makes of it.
 
-Letters: N references, B of them at a time, G candidates of each, J trained calls, R states of a reference
-(1 if its candidates share it, otherwise G), V views, c h w latent sizes.
+Letters: N references, B of them at a time, G candidates of each (from `read_rollouts` on: those compared),
+J trained calls, R states of a reference (1 if its candidates share it, otherwise G), V views, c h w latent
+sizes.
 """
 
 from pathlib import Path
@@ -46,7 +47,8 @@ class Rollouts(NamedTuple):
 def draw_candidates(
     model: MultiViewUNet, ref: Tensor, seeds: list[int], call: int, cfg: Any, bf16: bool
 ) -> tuple[Rollouts, Tensor]:  # of B references (B, 3, S, S); images (B, G, V, 3, S, S)
-    """By the design cfg.candidates. Branches part at `call`; the others keep all of cfg.trained_calls."""
+    """By the design cfg.candidates. Branches part at `call`; the others keep all of cfg.trained_calls,
+    or one call if the loss reads finished candidates."""
     first, last = cfg.trained_calls
     if cfg.candidates == "branch":
         b = branch(model, ref, seeds, call, cfg.num_candidates, cfg.num_steps, bf16)
@@ -67,7 +69,7 @@ def draw_candidates(
 
 
 def read_rollouts(folder: Path, which: Tensor | None = None) -> Rollouts:
-    """All rollouts of `collect`, in the order of the references. The images stay on disk.
+    """All rollouts of `collect`, in the order of the references, without the images.
 
     which (N, C): of reference n, only the candidates which[n]."""
     parts = []

@@ -96,7 +96,8 @@ FEEDBACKS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (*PAPERS, 
 def preference_pairs(rewards: Tensor, pairs: str) -> tuple[Tensor, Tensor]:  # of (N, G)
     """Which candidates are compared, (N, C), and who wins: [n, w, l] of (N, C, C) bool, w beats l.
 
-    pairs: all, or extremes, the best against the worst alone (C = 2). Near ties are noise."""
+    pairs: all (C = G), or extremes, the best against the worst alone (C = 2), because near ties are noise. Of
+    equal rewards the first is taken."""
     compared = torch.arange(rewards.shape[1]).expand_as(rewards)
     if pairs == "extremes":
         compared = torch.stack([rewards.argmax(1), rewards.argmin(1)], 1)

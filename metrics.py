@@ -138,7 +138,8 @@ def silhouette_iou(x: Tensor, y: Tensor) -> Tensor:  # (B, 3, S, S), the same or
 
 
 def covered(views: Tensor) -> Tensor:  # (B, V, 3, S, S) -> (B,)
-    """Share of the unseen views that is object, not background. Fat views fit each other: look here, too."""
+    """Share of the unseen views that is object, not background. Fat views fit each other: read a
+    contradiction rate beside it."""
     return silhouettes(views[:, 1:]).float().mean((1, 2, 3))
 
 

@@ -96,8 +96,8 @@ PRESETS = {
 def unmirrored(latents: Tensor, patch: int) -> Tensor:  # (B, V, 3 p^2, h, w) -> the same; its own inverse
     """Mirror the views whose columns run against a world axis: back and right.
 
-    Back then shows a point where front shows it, in the same order of pixels. One linear map of patches,
-    which is all that attention has, could not copy into the front view and turn over for the back."""
+    Back then shows a point where front shows it, in the same order of pixels. Attention has one linear map of
+    patches for all views: it cannot keep a patch for the front and reverse it for the back."""
     against = [v for v, axes in enumerate(CAMERAS[: latents.shape[1]]) if axes[0].sum() < 0]
     images = F.pixel_shuffle(latents, patch)
     images[:, against] = images[:, against].flip(-1)
@@ -133,7 +133,7 @@ class MultiViewAttention(nn.Module):
         super().__init__()
         self.to_q, self.to_k, self.to_v, self.to_out = stock.to_q, stock.to_k, stock.to_v, stock.to_out
         self.heads, self.cross_view = stock.heads, cross_view
-        # Attention looks views up by place: "my mirror image in the back view". A network from nothing learns
+        # Attention looks views up by place: "the same place in the back view". A network from nothing learns
         # this far sooner when queries and keys carry their place. What to look up differs by view: each kind
         # of row has its own table.
         self.position = nn.Parameter(position_table(size, stock.to_q.in_features)) if size else None
@@ -212,8 +212,8 @@ class LoRALinear(nn.Linear):
 #   1. Self-attention layers that are told the layout. `MultiViewUNet.__init__` replaces every `attn1`, and
 #      diffusers hands those `cross_attention_kwargs`.
 #   2. A label for each row: `class_embedding`, which a diffusers UNet adds to its embedding of t.
-#   3. A map between images and latents (`encode`, `decode`, `latent_channels`), and what else the network
-#      takes (`conditions`).
+#   3. A map between images and latents (`encode`, `decode`, `latent_channels`; where those are no unshuffled
+#      pixels, no `unmirrored` in `forward`), and what else the network takes (`conditions`).
 #   4. What it predicts, at which noise: `prediction`, `schedule_shift`, and the betas in sample.Schedule.
 
 
@@ -237,8 +237,8 @@ def small_unet(cfg: ModelConfig) -> UNet2DConditionModel:
     for module in unet.modules():
         if hasattr(module, "attn2"):
             module.attn2 = module.norm2 = None
-    # A linear output. Behind the usual normalisation and SiLU, half of these channels would be left to say
-    # what a patch looks like, and a patch has more numbers (192) than there are channels.
+    # A linear output. The usual SiLU before it cuts off negative values, so a number of either sign would
+    # take two channels; and of 160 channels there are fewer than numbers in a patch (192) as it is.
     unet.conv_norm_out = None
     return unet
 

@@ -12,8 +12,9 @@
    winners' actions. If candidates share a state, one forward serves all their pairs.
 4. report: validation objects before and after, from equal noise.
 
-D3PO's own code (yk7333/d3po, which the paper builds on) takes means for log-ratios, and clips them. Unlike in
-the paper, the trained calls are early, the best is compared with the worst alone, and a KL holds the policy.
+D3PO's own code (yk7333/d3po, which the paper builds on) averages log-ratios over elements, where Eq. (2)
+sums, and clips them. Unlike in the paper, the trained calls are early and a KL holds the policy. Which
+candidates make a pair the paper leaves open: here the best and the worst.
 
 Run:
     python train_d3po.py --feedback contrastive --loss both     # the main job: Eq. (2), then Diffusion-DPO
@@ -76,7 +77,9 @@ class Config:
     negatives: str = "checkpoints/objects_independent"  # that scorer's: train_scorer.py --negatives
     matcher: str = "sift"  # sift, loftr, or a file of LoFTR weights, for --feedback matching
     loss: Literal["d3po", "diffusion_dpo", "both"] = "d3po"  # which log-ratio Eq. (2) compares; both: in turn
-    candidates: Literal["auto", "branch", "noised", "independent"] = "auto"  # candidates.py; auto: by loss
+    candidates: Literal["auto", "branch", "noised", "independent"] = (
+        "auto"  # candidates.py; auto: by feedback and loss
+    )
     num_candidates: int = 0  # G (noised: one for each scale of App. B); 0: RECIPES
     beta_dpo: float = 0.0  # beta of Eq. 2 on the log-ratio SUMMED over V c h w; 0: RECIPES
     kl: float = 0.05  # weight of KL(pi_theta || pi_pre), in betas (paper: 0)
@@ -246,8 +249,8 @@ def forward_log_ratio(
         w_t [ |x0 - x0_pre(x_t)|^2 - |x0 - x0_theta(x_t)|^2 ],     w_t as in L_simple-MV, halved
 
     at one draw of t and noise, the same for all candidates of a reference. Eq. (2) then asks: whose picture
-    does the policy denoise better than pi_pre? No action is needed, but pi_pre's network. Second in place of
-    a KL: w_t |x0_theta - x0_pre|^2."""
+    does the policy denoise better than pi_pre? No action is needed, but pi_pre's network. The second number
+    is w_t |x0_theta - x0_pre|^2, in place of a KL."""
     schedule, (B, G), g = Schedule(policy.cfg), batch.x0.shape[:2], keyed_generator(seed, 11, step)
     t = torch.randint(100, 951, (B,), generator=g).to(batch.t)
     noise, ref_noise = (torch.randn(z.shape, generator=g).to(t.device) for z in (batch.x0[:, 0], batch.y))

@@ -65,7 +65,7 @@ CONTROL = {"geometry": "random"}  # row -> random preferences with its loss and 
 CONTROL |= {row: "noised_random" for row in ("least_noise", "m", "c_pre", "c")}
 FORWARDS = ("forward_larger", "forward_c", "forward_hull", "forward_lean", "forward_geometry")
 CONTROL |= {row: "forward_random" for row in FORWARDS}
-METRICS = {  # column -> heading, digits, whether it is a percentage
+METRICS = {  # column -> heading, digits, factor
     "psnr_unseen": ("PSNR, dB", 2, 1),
     "ssim_unseen": ("SSIM", 3, 1),
     "lpips_unseen": ("LPIPS (lower)", 3, 1),
@@ -83,6 +83,7 @@ BASES = {"pre": "pre-trained", "sft": "SFT", "random": "random preferences, same
 SCORE = "contrastive"
 OWN = {"geometry": "geometry", "c": SCORE, "best": SCORE, "c_pre": "contrastive_pre"}  # row -> its own reward
 OWN |= {"forward_geometry": "geometry", "forward_hull": "hull", "forward_c": SCORE}
+OWN |= {"forward_larger": "covered"}
 
 
 @dataclass(frozen=True)

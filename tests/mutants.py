@@ -68,7 +68,7 @@ FAULTS: list[tuple[str, str, str, str]] = [
     ("feedback", "return -torch.arange(len(images)).float()", "return torch.arange(len(images)).float()", D3PO),
     ("feedback", "keyed_generator(cfg.seed, int(digest(x), 16)", "keyed_generator(0, int(digest(x), 16)", D3PO),
     ("feedback", "- 0.32 * larger", "+ 0.32 * larger", D3PO),
-    ("feedback", "silhouettes(images[:, 1:])", "silhouettes(images)", D3PO),
+    ("metrics", "silhouettes(views[:, 1:]).float()", "silhouettes(views).float()", "train_d3po evaluate metrics"),
     (D3PO, '"code": [digest(feedback), ', '"code": [', D3PO),
     (D3PO, '"code": code("candidates", "model", "sample")', '"code": 0', D3PO),
     (D3PO, '"code": [ours, *map(', '"code": [*map(', D3PO),

@@ -46,7 +46,7 @@ def test_what_front_and_back_show_at_one_place_is_at_one_place():
 
 
 def stock_unet(model):
-    """The unmodified diffusers UNet with our model's weights."""
+    """A UNet of unmodified diffusers layers with our model's weights."""
     unet = UNet2DConditionModel.from_config(model.unet.config, num_class_embeds=NUM_VIEWS + 1)
     for module in unet.modules():
         if hasattr(module, "attn2"):
@@ -64,6 +64,15 @@ def test_one_view_without_reference_is_the_stock_unet():
     ours = model(x[:, :1], t, None)[:, 0]
     theirs = stock_unet(model)(x[:, 0], t, None, class_labels=torch.zeros(B, dtype=torch.long)).sample
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_the_output_layer_is_linear():
+    """It sees negative numbers as they are: SiLU's smallest is -.28."""
+    model, seen = random_model(), []
+    model.unet.conv_out.register_forward_hook(lambda _, given, __: seen.append(given[0].min().item()))
+    model(*inputs())
+    assert min(seen) < -0.5
 
 
 @torch.no_grad()

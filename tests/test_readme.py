@@ -98,7 +98,7 @@ def test_the_backbone(small, monkeypatch):
     run_block("deeper", small)
     made = model.load(next((small / "out").glob("deeper-*")))  # while small_unet is the example's
     layers = [m for m in made.modules() if isinstance(m, model.MultiViewAttention)]
-    assert made.cfg.prediction == "v"
+    assert made.cfg.prediction == "v" and made.unet.conv_norm_out is None
     assert len(layers) == 2 + 3  # down, up; with one block a resolution it is 1 + 2
     del model.PRESETS["deeper"]
 
@@ -194,6 +194,21 @@ def test_the_numbers_shown_are_those_of_the_defaults(file):
     how = {} if "scorer" in file else {"feedback": then["feedback"], "loss": then["loss"]}
     now = json.loads(json.dumps(asdict((train_scorer if "scorer" in file else D).Config(**how))))
     assert {k: v for k, v in now.items() if k not in ("out", "scorer")}.items() <= then.items()
+
+
+@pytest.mark.parametrize(
+    "name, says", [("sft", {}), ("sft_independent", {"cross_view": False, "steps": 6000})]
+)
+def test_the_models_that_come_along_are_those_of_the_defaults(name, says):
+    then = json.loads((ROOT / "results" / "objects" / f"{name}_run.json").read_text())
+    now = json.loads(json.dumps(asdict(train_sft.Config(**says))))
+    how = ("out", "eval_every", "eval_objects")  # what does not change the weights
+    assert {k: v for k, v in now.items() if k not in how} == {
+        k: v for k, v in then["config"].items() if k not in how
+    }
+    last = (ROOT / "results" / "objects" / f"{name}.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["step"] == now["steps"]
+    assert json.loads(last)["val_psnr_unseen"] == then["metrics"]["psnr_unseen"]
 
 
 def test_nothing_is_left_to_fill_in():

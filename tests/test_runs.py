@@ -272,6 +272,7 @@ def test_table_1_on_tiny_numbers(tmp_path, monkeypatch):
     for base, other in (("pre", "pre"), ("sft", "sft"), ("random", "noised_random")):
         found = result["minus"][base]["c"]["contrastive"]["mean"]
         assert found == pytest.approx(mean("c", "contrastive") - mean(other, "contrastive"), abs=1e-6)
+    assert {*result["rows"]["pre"]} == {*table1.METRICS} - {"lpips_unseen"}  # none is misspelt
     assert {*result["minus"]["random"]} == {"c"} and result["sft_rate"] == 2e-4
     trained = {"noised_random": "random", "c": "contrastive"}
     assert result["kl"] == {row: [kls[name, seed] for seed in (3, 4)] for row, name in trained.items()}
@@ -309,7 +310,7 @@ def test_each_row_of_table_1_has_its_feedback_and_its_scorer(monkeypatch):
         monkeypatch.setattr(table1.D, "main", lambda cfg, row=row: ran.update({row: cfg}) or told)
         table1.train_row(row, 5, {"contrastive": "c", "contrastive_pre": "p"}, table1.Config())
         assert (ran[row].feedback, ran[row].scorer) == (feedback, "p" if row == "c_pre" else "c"), row
-    judges = {"geometry": "geometry", "hull": "hull", "contrastive": "contrastive"}
+    judges = {"geometry": "geometry", "hull": "hull", "contrastive": "contrastive", "larger": "covered"}
     own = {row: judges[f] for row, f in FEEDBACK.items() if f in judges} | {"best": "contrastive"}
     assert table1.OWN == own | {"c_pre": "contrastive_pre"}  # which the table marks
 

@@ -95,6 +95,8 @@ def test_pairs_by_hand():
     compared, wins = D.preference_pairs(torch.cat([rewards, torch.ones(1, 3)]), "extremes")
     assert compared[:2].tolist() == [[1, 0], [0, 2]]  # the best, the worst
     assert wins.tolist() == [[[False, True], [False, False]]] * 2 + [[[False, False]] * 2]
+    compared, _ = D.preference_pairs(torch.tensor([[3.0, 5.0, 5.0, 3.0]]), "extremes")
+    assert compared.tolist() == [[1, 0]]  # of equals the first
 
 
 # --- log-ratios of candidates ---
