@@ -9,7 +9,7 @@ Expect PASS on every line (or exit status 1), after about a second of one CPU co
     refuted    A sentence of the paper (in quotes) is false as written. The number says by how much a
                counterexample violates it and must exceed the margin. What is true ends the line.
 
-Letters (some differ from the other files', of which only the command line is used):
+Letters (some differ from the other files', of which only common.cli is used):
     D, M        dimension of the 3-D data, number of views; A (D, M) = [a_1 ... a_M], A^T A = I
     z, x0, x    latent (M,), z ~ N(mu, Sigma); clean data x0 = A z (D,); noised data (D,)
     tau         noise level, int_0^t beta(s) ds: the schedule beta only relabels time

@@ -1,4 +1,5 @@
-"""What the guidances of Section 4 do to samples, and when contrast helps. All of it is ours but Figure 3.
+"""What the guidances of Section 4 do to samples, and when contrast helps. All of it is ours but Figure 3
+and the check of Eq. (1).
 
 The paper looks at directions; theory.py checks those. Here the guided sampler of Gaussian models is solved:
 its laws, the exact condition under which the negative term helps, a comparison at equal similarity, and
