@@ -1,10 +1,11 @@
 """Candidates of one reference: what a feedback chooses from (paper App. B).
 
-Preferences can only teach what candidates differ in. Three designs:
+Preferences can only teach what candidates differ in. They share x_T and the reference's forward noise, and
+have of their own
 
-    noised       equal noise, but each sees the reference through noise of its own scale (the paper's)
-    branch       one state x_t at a call k of the chain, one action each, equal noise afterwards
-    independent  one x_T and one reference noise, all step noises of their own
+    noised       noise on the reference, of a scale each (the paper's); all step noises are shared
+    branch       the step noise of one call k: one state x_t, an action each, equal noise afterwards
+    independent  all step noises
 
 "noised" contrasts conditions: whoever wins, the loser tends to be what a blurred reference gives. That is
 Section 4's guidance, and it raises the contrastive score most, but no object's shape is at stake.
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from common import InputError, load_tensors
 from model import MultiViewUNet
-from sample import Schedule, branch, sample
+from sample import Schedule, sample
 
 NOISE_SCALES = (0.0, 0.1, 0.3, 0.5, 0.8)  # of the references of "noised" (App. B)
 
@@ -47,24 +48,27 @@ class Rollouts(NamedTuple):
 def draw_candidates(
     model: MultiViewUNet, ref: Tensor, seeds: list[int], call: int, cfg: Any, bf16: bool
 ) -> tuple[Rollouts, Tensor]:  # of B references (B, 3, S, S); images (B, G, V, 3, S, S)
-    """By the design cfg.candidates. Branches part at `call`; the others keep all of cfg.trained_calls,
-    or one call if the loss reads finished candidates."""
+    """By the design cfg.candidates: what is each candidate's own?"""
     first, last = cfg.trained_calls
-    if cfg.candidates == "branch":
-        b = branch(model, ref, seeds, call, cfg.num_candidates, cfg.num_steps, bf16)
-        at = torch.full((len(ref), 1), call)
-        rollouts = Rollouts(at, b.x_t[:, None, None], b.actions[:, None], b.y, b.ref_noise, b.x0)
-        return Rollouts(*(z.cpu() for z in rollouts)), b.images
-    last = first if cfg.loss == "diffusion_dpo" else last  # it reads finished candidates, one state is enough
-    G = len(NOISE_SCALES) if cfg.candidates == "noised" else cfg.num_candidates
+    scales, G, every, trained = None, cfg.num_candidates, range(cfg.num_steps), range(first, last + 1)
+    if cfg.candidates == "noised":  # its reference's noise, and no step noise
+        scales, G, own = list(NOISE_SCALES) * len(ref), len(NOISE_SCALES), every[:0]
+    elif cfg.candidates == "branch":  # the noise of one call, which is the one to train
+        own = trained = every[call : call + 1]
+    else:  # all step noises
+        own = every
+    if cfg.loss == "diffusion_dpo":  # it reads finished candidates, one state is enough
+        trained = trained[:1]
     rows = torch.arange(len(ref)).repeat_interleave(G)
-    scales = list(NOISE_SCALES) * len(ref) if cfg.candidates == "noised" else None
-    own = None if cfg.candidates == "noised" else list(range(G)) * len(ref)
-    chain = sample(model, ref[rows], [seeds[i] for i in rows], cfg.num_steps, own, scales, bf16)
+    each = ([seeds[i] for i in rows], cfg.num_steps, list(range(G)) * len(ref), own, scales, bf16)
+    chain = sample(model, ref[rows], *each)
     states = chain.states.unflatten(0, (len(ref), G)).transpose(1, 2)  # (B, K + 1, G, V, c, h, w)
-    calls = torch.arange(first, last + 1).expand(len(ref), -1)
-    states_of = (calls, states[:, first : last + 1], states[:, first + 1 : last + 2])
-    rollouts = Rollouts(*states_of, chain.y[::G], chain.ref_noise[::G], states[:, -1])
+    calls = torch.tensor(trained)
+    x_t, action = states[:, calls], states[:, calls + 1]
+    if cfg.candidates == "branch":  # up to its call all candidates are one chain
+        x_t = x_t[:, :, :1]
+    made = (x_t, action, chain.y[::G], chain.ref_noise[::G], states[:, -1])
+    rollouts = Rollouts(calls.expand(len(ref), -1), *made)
     return Rollouts(*(z.cpu().contiguous() for z in rollouts)), chain.images.unflatten(0, (len(ref), G))
 
 

@@ -21,6 +21,7 @@ Run:
     python sample.py --image photo.png --out views.png
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -193,12 +194,14 @@ def sample(
     seeds: list[int],  # one a row: x_T and epsilon_Y depend on it alone
     num_steps: int = 10,  # K
     candidates: list[int] | None = None,  # one a row: step noises depend on (seed, call, candidate)
+    own: Sequence[int]
+    | None = None,  # at these calls; at others candidates share candidate 0's. None: at all
     noise_scales: list[float] | None = None,  # one a row: a of App. B, scale of noise on the reference latent
     bf16: bool = False,  # run the network in bfloat16; states and steps stay float32
 ) -> Trajectory:
     """Run the chain for B rows. The images are in `.images` (B, V, 3, H, W)."""
     device, batch, schedule = ref.device, len(ref), Schedule(model.cfg)
-    candidates = candidates or [0] * batch
+    candidates, own = candidates or [0] * batch, range(num_steps) if own is None else own
     x, ref_noise, y = start(model, ref, seeds)
     seen = y
     if noise_scales:  # candidate g of an object sees its reference through a_g n_g
@@ -209,55 +212,10 @@ def sample(
     for call, (t_int, s_int) in enumerate(schedule.timesteps(num_steps)):
         t, s = (torch.full((batch,), z, device=device) for z in (t_int, s_int))
         mean, var = policy_mean(model, schedule, x, seen, ref_noise, t, s, bf16)
-        noise = draw(x.shape[1:], [(seed, 3, call, g) for seed, g in zip(seeds, candidates)]).to(device)
-        x = mean + var.sqrt() * noise
+        keys = [(seed, 3, call, g if call in own else 0) for seed, g in zip(seeds, candidates)]
+        x = mean + var.sqrt() * draw(x.shape[1:], keys).to(device)
         states.append(x)
     return Trajectory(torch.stack(states, 1), y, ref_noise, finished(model, x))
-
-
-@dataclass
-class Branches:
-    """G actions from ONE state, and where each of them led."""
-
-    x_t: Tensor  # (B, V, c, h, w) the state at the branching call
-    actions: Tensor  # (B, G, V, c, h, w) x_s of each branch
-    y: Tensor  # (B, c, h, w) clean reference latent
-    ref_noise: Tensor  # (B, c, h, w) epsilon_Y
-    x0: Tensor  # (B, G, V, c, h, w) the finished latents
-    images: Tensor  # (B, G, V, 3, H, W) in [0, 1]
-
-
-@torch.no_grad()
-def branch(
-    model: MultiViewUNet,
-    ref: Tensor,  # (B, 3, H, W) reference images in [0, 1]
-    seeds: list[int],  # one a row
-    call: int,  # k, the call whose noise the branches do not share
-    branches: int,  # G
-    num_steps: int = 10,  # K
-    bf16: bool = False,
-) -> Branches:
-    """Walk to call k once, take G actions there, and finish each with the SAME later noises.
-
-    What tells two branches apart in the end is then the effect of that one action, and its credit is certain.
-    The walk up to k is paid once for all branches. Branch 0 is what `sample` draws with the same seeds."""
-    B, G, schedule = len(ref), branches, Schedule(model.cfg)
-    x, ref_noise, y = start(model, ref, seeds)
-    rows = torch.arange(B, device=ref.device)  # row -> object
-    x_t, actions = x, x
-    for k, (t_int, s_int) in enumerate(schedule.timesteps(num_steps)):
-        t, s = (torch.full((len(rows),), z, device=ref.device) for z in (t_int, s_int))
-        mean, var = policy_mean(model, schedule, x, y[rows], ref_noise[rows], t, s, bf16)
-        if k == call:
-            x_t, rows = x, rows.repeat_interleave(G)
-            mean, var = mean.repeat_interleave(G, 0), var.repeat_interleave(G, 0)
-            own = draw(x.shape[1:], [(seed, 3, k, g) for seed in seeds for g in range(G)]).to(ref.device)
-            x = actions = mean + var.sqrt() * own
-        else:
-            noise = draw(x.shape[1:], [(seed, 3, k, 0) for seed in seeds]).to(ref.device)
-            x = mean + var.sqrt() * noise[rows]
-    x0 = x.unflatten(0, (B, G))
-    return Branches(x_t, actions.unflatten(0, (B, G)), y, ref_noise, x0, finished(model, x0))
 
 
 def sample_images(

@@ -167,9 +167,11 @@ def test_every_noise_has_a_key_of_its_own(monkeypatch, tiny):
     steps = [(seed, 3, call, g) for call in range(3) for seed, g in ((7, 0), (8, 1))]
     assert keys == [(7, 0), (8, 0), (7, 1), (8, 1), (7, 2, 100), (8, 2, 300), *steps]
     keys.clear()
-    S.branch(tiny, refs(2), [7, 8], call=1, branches=2, num_steps=3)
-    rest = ((0,), (1,), (3, 0, 0), (3, 1, 0), (3, 1, 1), (3, 2, 0))
-    assert sorted(keys) == sorted((seed, *key) for seed in (7, 8) for key in rest)
+    S.sample(tiny, refs(2), [7, 8], 3, candidates=[1, 2], own=[1])  # the others are shared
+    steps = [
+        (seed, 3, call, g) for call, gs in enumerate(((0, 0), (1, 2), (0, 0))) for seed, g in zip((7, 8), gs)
+    ]
+    assert keys == [(7, 0), (8, 0), (7, 1), (8, 1), *steps]
     chain = S.sample(tiny, refs(2), [7, 8], 2)  # nor do two views share one
     rows = torch.cat([chain.states[:, 0].flatten(0, 1), chain.ref_noise]).flatten(1)
     assert (torch.corrcoef(rows) - torch.eye(len(rows))).abs().max() < 0.25
@@ -195,19 +197,6 @@ def test_kl_is_that_of_two_gaussians_and_what_the_log_ratio_lacks_of_a_linear_pa
     torch.testing.assert_close(S.kl_divergence(theta, pre, var), want, rtol=1e-10, atol=0)
     linear = ((theta - pre) * (action - pre) / var).flatten(1).sum(1)
     torch.testing.assert_close(S.log_ratio(action, theta, pre, var), linear - want)
-
-
-@pytest.mark.parametrize("call", [0, 2])
-def test_a_branch_is_the_plain_chain_up_to_its_call(tiny, call):
-    """Objects keep their own noises, in the order of the references; a branch alone is as among others."""
-    b = S.branch(tiny, refs(3), [11, 12, 13], call, 2, 4)
-    plain = S.sample(tiny, refs(3), [11, 12, 13], 4)
-    assert torch.equal(b.x_t, plain.states[:, call])
-    alone = S.branch(tiny, refs(3)[1:2], [12], call, 2, 4)
-    for ours, theirs in zip(vars(alone).values(), vars(b).values()):
-        torch.testing.assert_close(ours[0], theirs[1], rtol=0, atol=1e-4)
-    assert b.actions.shape == b.x0.shape == (3, 2, 5, 48, 4, 4) and b.images.shape == (3, 2, 5, 3, 16, 16)
-    assert (b.x0[:, 0] - b.x0[:, 1]).abs().amax((1, 2, 3, 4)).gt(1e-3).all()
 
 
 def test_every_object_of_sample_images_has_its_own_noise(tiny):

@@ -17,10 +17,11 @@ import feedback
 import train_d3po as D
 import train_scorer
 from bench import random_batch
+from candidates import draw_candidates
 from common import InputError, load_json, load_tensors, located
 from data import load_references, make_toys, stretch
 from model import load
-from sample import Schedule, branch, log_prob, sample
+from sample import Schedule, log_prob, sample
 from scorer import small_scorer
 
 CPU = torch.device("cpu")
@@ -228,19 +229,32 @@ def test_diffusion_dpo_by_hand():
 # --- candidates ---
 
 
+def drawn(model, ref, seeds, call, **options):
+    """`draw_candidates` with few options said: rollouts, and images."""
+    cfg = D.Config(feedback="geometry", model="", num_steps=4, trained_calls=(0, 2), **options)
+    return draw_candidates(model, ref, seeds, call, cfg, False)
+
+
 def test_branches_share_all_but_one_action():
+    """Objects keep their own noises, in the order of the references; alone an object is as among others."""
     model, ref = random_model(), make_toys(2, 16, 1)[:, 0].float() / 255
-    b = branch(model, ref, [3, 4], call=1, branches=3, num_steps=4)
+    b, images = drawn(model, ref, [3, 4], 1, num_candidates=3)
     plain = sample(model, ref, [3, 4], num_steps=4)
-    torch.testing.assert_close(b.x_t, plain.states[:, 1])
-    torch.testing.assert_close(b.actions[:, 0], plain.states[:, 2])  # branch 0 is the plain chain
+    assert b.x_t.shape == (2, 1, 1, 5, 48, 4, 4) and b.action.shape == (2, 1, 3, 5, 48, 4, 4)
+    assert b.call.tolist() == [[1], [1]] and images.shape == (2, 3, 5, 3, 16, 16)
+    torch.testing.assert_close(b.x_t[:, 0, 0], plain.states[:, 1])
+    torch.testing.assert_close(b.action[:, 0, 0], plain.states[:, 2])  # branch 0 is the plain chain
     torch.testing.assert_close(b.x0[:, 0], plain.states[:, -1], rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(b.images[:, 0], plain.images, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(images[:, 0], plain.images, rtol=1e-3, atol=1e-3)
+    assert (b.x0[:, 0] - b.x0[:, 1]).abs().amax((1, 2, 3, 4)).gt(1e-3).all()
     assert torch.equal(b.ref_noise, plain.ref_noise) and torch.equal(b.y, plain.y)
+    alone, _ = drawn(model, ref[1:], [4], 1, num_candidates=3)
+    for ours, theirs in zip(alone, b):
+        torch.testing.assert_close(ours[0], theirs[1], rtol=0, atol=1e-3)
     t, s = (torch.full((2,), z) for z in Schedule(model.cfg).timesteps(4)[1])
     with torch.no_grad():
-        mean, var = D.policy_mean(model, Schedule(model.cfg), b.x_t, b.y, b.ref_noise, t, s)
-    z = (b.actions - mean[:, None]) / var.sqrt()[:, None]  # each action is the policy's own draw
+        mean, var = D.policy_mean(model, Schedule(model.cfg), b.x_t[:, 0, 0], b.y, b.ref_noise, t, s)
+    z = (b.action[:, 0] - mean[:, None]) / var.sqrt()[:, None]  # each action is the policy's own draw
     assert abs(z.mean()) < 0.05 and abs(z.std() - 1) < 0.05
     flat = z.flatten(0, 1).flatten(1)
     assert (torch.corrcoef(flat) - torch.eye(6)).abs().max() < 0.1  # six draws, none twice
@@ -248,21 +262,36 @@ def test_branches_share_all_but_one_action():
 
 def test_later_noises_are_shared(monkeypatch):
     """With a network that says 0 everywhere, the chain is linear: branches differ by the decayed difference of actions."""
-    model = random_model()
-    monkeypatch.setattr(type(model), "forward", lambda self, x_t, t, ref_t: torch.zeros_like(x_t))
-    b = branch(model, make_toys(1, 16, 1)[:, 0].float() / 255, [3], call=1, branches=2, num_steps=4)
+    model, states = random_model(), []
+    monkeypatch.setattr(
+        type(model), "forward", lambda self, x_t, t, ref_t: states.append(x_t) or torch.zeros_like(x_t)
+    )
+    b, _ = drawn(model, make_toys(1, 16, 1)[:, 0].float() / 255, [3], 1, num_candidates=2)
     schedule, factor = Schedule(model.cfg), 1.0
     for t, s in schedule.timesteps(4)[2:3]:  # the last call's mean is x0 = 0
         ab_t, ab_s = schedule.alpha_bar[t], schedule.alpha_bar[s]
         var = (1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s)
         factor *= ((1 - ab_s - var) / (1 - ab_t)).sqrt()
-    states = []
-    monkeypatch.setattr(
-        type(model), "forward", lambda self, x_t, t, ref_t: states.append(x_t) or torch.zeros_like(x_t)
-    )
-    branch(model, make_toys(1, 16, 1)[:, 0].float() / 255, [3], call=1, branches=2, num_steps=4)
-    difference = b.actions[0, 0] - b.actions[0, 1]
+    difference = b.action[0, 0, 0] - b.action[0, 0, 1]
     torch.testing.assert_close(states[3][0] - states[3][1], difference * factor.float(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("candidates", ["noised", "independent"])
+def test_what_candidates_have_of_their_own(candidates):
+    """Noise on the reference, or all step noises; never both, and never x_T or the reference's forward noise."""
+    model, ref = random_model(), make_toys(2, 16, 1)[:, 0].float() / 255
+    scales = [0.0, 0.1, 0.3, 0.5, 0.8]  # a of App. B
+    b, _ = drawn(model, ref, [3, 4], 2, candidates=candidates)
+    assert b.call.tolist() == [[0, 1, 2]] * 2 and b.x_t.shape[:3] == (2, 3, 5)
+    assert torch.equal(b.x_t[:, 0], b.x_t[:, 0, :1].expand_as(b.x_t[:, 0]))  # x_T
+    assert torch.equal(b.x_t[:, 1:], b.action[:, :-1])  # an action is the next state
+    for i, seed in enumerate((3, 4)):
+        for g in range(5):
+            own = [scales[g]] if candidates == "noised" else None
+            whose = [0 if own else g]
+            chain = sample(model, ref[i : i + 1], [seed], 4, candidates=whose, noise_scales=own)
+            torch.testing.assert_close(b.action[i, :, g], chain.states[0, 1:4], rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(b.x0[i, g], chain.states[0, -1], rtol=1e-3, atol=1e-3)
 
 
 def test_candidates_depend_on_seed_round_and_object_alone(tmp_path):
@@ -352,17 +381,6 @@ def test_rollouts_are_in_the_order_of_the_references(tmp_path):
         D.read_rollouts(folder)
     with pytest.raises(InputError, match="rewards are not finite"):
         D.prefer(folder, references, cfg)
-
-
-def test_noised_candidates_differ_by_their_reference_alone(tmp_path):
-    cfg, references, folder, rollouts = collected(tmp_path, candidates="noised")
-    assert rollouts.x_t.shape[1:3] == (3, 5) and rollouts.call.tolist() == [[0, 1, 2]] * 5
-    assert (rollouts.x_t[:, 0] == rollouts.x_t[:, 0, :1]).all()  # one x_T
-    assert torch.equal(rollouts.action[:, 0], rollouts.x_t[:, 1])  # an action is the next state
-    ref, seeds = references[:1, 0].expand(5, -1, -1, -1).float() / 255, [D.key_seed(cfg.seed, 8, 0, 0)] * 5
-    papers = sample(load(cfg.model), ref, seeds, 5, None, [0.0, 0.1, 0.3, 0.5, 0.8])  # a of App. B
-    torch.testing.assert_close(papers.states[:, -1], rollouts.x0[0], rtol=1e-3, atol=1e-3)
-    assert (rollouts.x0[0, 0] - rollouts.x0[0, 4]).abs().max() > 1e-3
 
 
 # --- preferences ---
