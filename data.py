@@ -189,8 +189,16 @@ def load_toys(split: str, n: int, size: int, cache: str | Path) -> Tensor:  # (n
     return load_tensors(cached(cache, f"toys_{split}", made_by, make) / "toys.safetensors")["views"]
 
 
-def read_split(source: str, split: str, n: int, size: int) -> tuple[list[str], Tensor | Views]:
-    """Names and views of the first n objects of a split of furniture or a folder."""
+def read_split(
+    source: str, split: str, n: int, size: int, cache: str | Path = "out/data"
+) -> tuple[list[str], Tensor | Views]:
+    """Names and views, (n, V, 3, size, size) uint8, of the first n objects, or fewer, of a split of toys,
+    furniture or a folder.
+
+    The four splits of toys, and of furniture, share no object; of a folder, train and preference are one
+    (split_of). A folder is left on disk until indexed: 100,000 objects of 512 pixels would be 390 GB."""
+    if source == "toys":
+        return [toy_name(SPLITS[known(split)], i) for i in range(n)], load_toys(split, n, size, cache)
     if source == "furniture":
         names, views = load_furniture(split, size)
         return names[:n], views[:n]
@@ -198,26 +206,15 @@ def read_split(source: str, split: str, n: int, size: int) -> tuple[list[str], T
     return [folder.name for folder in folders], Views(folders, size)
 
 
-def object_names(source: str, split: str, n: int) -> list[str]:
-    """The names of what `load_split` returns, in its order."""
-    if source == "toys":
-        return [toy_name(SPLITS[known(split)], i) for i in range(n)]
-    return read_split(source, split, n, FURNITURE_SIZE)[0]
-
-
-def lazy_split(source: str, split: str, n: int, size: int, cache: str | Path = "out/data") -> Tensor | Views:
-    """The first n objects, or fewer, of a split of toys, furniture or a folder: (n, V, 3, size, size) uint8.
-
-    The four splits of toys, and of furniture, share no object; of a folder, train and preference are one
-    (split_of). A folder is left on disk until indexed: 100,000 objects of 512 pixels would be 390 GB."""
-    return load_toys(split, n, size, cache) if source == "toys" else read_split(source, split, n, size)[1]
+def in_memory(views: Tensor | Views) -> Tensor:
+    """All of them, read now."""
+    bar = tqdm(range(len(views)), desc="read renders", leave=False, disable=None)
+    return views if isinstance(views, Tensor) else torch.stack([views[i] for i in bar])
 
 
 def load_split(source: str, split: str, n: int, size: int, cache: str | Path = "out/data") -> Tensor:
-    """The same, all in memory."""
-    views = lazy_split(source, split, n, size, cache)
-    bar = tqdm(range(len(views)), desc=f"read {split} renders", leave=False, disable=None)
-    return views if isinstance(views, Tensor) else torch.stack([views[i] for i in bar])
+    """The views of `read_split`, in memory."""
+    return in_memory(read_split(source, split, n, size, cache)[1])
 
 
 def load_references(source: str, n: int, size: int, seed: int) -> Tensor:  # (n, V, 3, size, size) uint8

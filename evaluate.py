@@ -32,7 +32,7 @@ from tqdm import tqdm
 import metrics
 from common import InputError, check_at_least, check_output, cli, digest, explained, hardware, load_json
 from common import located, provenance, save_json
-from data import VIEWS, load_split, load_views, object_names, open_image
+from data import VIEWS, in_memory, load_views, open_image, read_split
 from grid import grid
 from metrics import Lpips, bootstrap_interval, psnr, spoilt_views
 from model import load
@@ -172,8 +172,8 @@ def read_truth(cfg: Config, size: int) -> tuple[list[str], Tensor]:  # names, (N
     if cfg.split == "all":
         ids = load_views(cfg.data, size)[0][: cfg.n]
         return ids, read_views(cfg.data, ids, size)
-    ids = object_names(cfg.data, cfg.split, cfg.n)
-    return ids, load_split(cfg.data, cfg.split, cfg.n, size).float() / 255
+    ids, views = read_split(cfg.data, cfg.split, cfg.n, size)
+    return ids, in_memory(views).float() / 255
 
 
 def check_outputs(cfg: Config) -> None:

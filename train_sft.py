@@ -31,7 +31,7 @@ from tqdm import tqdm
 from cache import cached, check_link, code, machine, settings
 from common import STATE, InputError, Log, check_at_least, cli, digest, hardware, keyed_generator, load_json
 from common import load_state, optimizer_step, provenance, save_json, save_state, training_steps, use_bf16
-from data import NUM_SIDES, Views, augment, fingerprint, lazy_split, load_split, relative_views
+from data import NUM_SIDES, Views, augment, fingerprint, load_split, read_split, relative_views
 from grid import grid
 from metrics import hull_iou, psnr
 from model import PRESETS, MultiViewUNet, from_base, load
@@ -298,7 +298,7 @@ def main(cfg: Config) -> dict:
     model = new_model(cfg)
     Schedule(model.cfg).timesteps(cfg.num_steps)
     size = model.cfg.image_size
-    by_name = {source: lazy_split(source, "train", cfg.num_objects, size) for source in cfg.data}
+    by_name = {source: read_split(source, "train", cfg.num_objects, size)[1] for source in cfg.data}
     sources = [by_name[source] for source in cfg.data]  # one may take several turns
     val_views = load_split(cfg.data[0], "validation", cfg.eval_objects, size)
     weights = model.state_dict() | (model.vae.state_dict() if model.cfg.is_sdxl else {})

@@ -35,22 +35,19 @@ from model import load
 from sample import sample
 from scorer import Scorer, contrastive_reward
 
-# Recipes in full: the config that a row changes has been filled by its own already
-NOISED, BRANCH = ({"candidates": c, **D.RECIPES[c], **D.RECIPES["d3po"]} for c in ("noised", "branch"))
-FORWARD = {"loss": "diffusion_dpo", "candidates": "independent"}
-FORWARD |= D.RECIPES["independent"] | D.RECIPES["diffusion_dpo"]
-ROWS = {  # row -> label; what changes in the config of train_d3po.py, if it is trained at all
+FORWARD = {"loss": "diffusion_dpo"}
+ROWS = {  # row -> label; options of train_d3po.py that are not at their defaults, if it is trained at all
     "pre": ("pre-trained", None),
     "sft": ("SFT", {"feedback": "none"}),
     # Eq. (2) on App. B's candidates: noise on the reference
-    "noised_random": ("control: random preferences, noised", {"feedback": "random", **NOISED}),
-    "least_noise": ("control: least noise", {"feedback": "least_noise", **NOISED}),
-    "m": ("MV-D3PO-M", {"feedback": "matching", **NOISED}),
-    "c_pre": ("MV-D3PO-C (pre)", {"feedback": "contrastive", **NOISED}),
-    "c": ("MV-D3PO-C", {"feedback": "contrastive", **NOISED}),
+    "noised_random": ("control: random preferences, noised", {"feedback": "random", "candidates": "noised"}),
+    "least_noise": ("control: least noise", {"feedback": "least_noise"}),
+    "m": ("MV-D3PO-M", {"feedback": "matching"}),
+    "c_pre": ("MV-D3PO-C (pre)", {"feedback": "contrastive"}),
+    "c": ("MV-D3PO-C", {"feedback": "contrastive"}),
     # Eq. (2) on branches: one action
-    "random": ("control: random preferences, branches", {"feedback": "random", **BRANCH}),
-    "geometry": ("MV-D3PO, geometry (ours)", {"feedback": "geometry", **BRANCH}),
+    "random": ("control: random preferences, branches", {"feedback": "random"}),
+    "geometry": ("MV-D3PO, geometry (ours)", {"feedback": "geometry"}),
     # Diffusion-DPO on independent samples
     "forward_random": ("Diffusion-DPO, random preferences", {"feedback": "random", **FORWARD}),
     "forward_larger": ("control: larger silhouettes, Diffusion-DPO", {"feedback": "larger", **FORWARD}),
@@ -98,14 +95,14 @@ class Config:
     device: str = "auto"  # auto, cpu or cuda
 
 
-def base_config(cfg: Config) -> D.Config:
-    """The main job's."""
-    return D.Config(out=cfg.out, device=cfg.device)
+def job(cfg: Config, **options: Any) -> D.Config:
+    """The main job with some options."""
+    return D.Config(out=cfg.out, device=cfg.device, **options)
 
 
 def make_scorers(cfg: Config) -> dict[str, str]:
     """C's, C (pre)'s, and a judge that no row is trained on: other seed, larger patches, no twins."""
-    base = base_config(cfg)
+    base = job(cfg)
     kinds: dict[str, dict[str, Any]] = {
         "contrastive": {"out": f"{cfg.out}/scorer"},
         "contrastive_pre": {"out": f"{cfg.out}/scorer_pre", "negatives": base.model},
@@ -117,11 +114,11 @@ def make_scorers(cfg: Config) -> dict[str, str]:
 
 def train_row(row: str, seed: int, scorers: dict[str, str], cfg: Config) -> Path:
     """The model of a row."""
-    base, changes = base_config(cfg), ROWS[row][1]
+    changes = ROWS[row][1]
     if changes is None:
-        return located(base.model)
+        return located(job(cfg).model)
     scorer = scorers["contrastive_pre" if row == "c_pre" else "contrastive"]
-    options = replace(base, seed=seed, scorer=scorer, **changes)
+    options = job(cfg, seed=seed, scorer=scorer, **changes)
     if row == "sft":  # its rate is chosen once, on validation objects
         tried = {rate: D.main(replace(options, seed=cfg.seeds[0], lr=rate))["table"] for rate in cfg.rates}
         options = replace(options, lr=max(tried, key=lambda rate: tried[rate]["psnr_unseen"]["after"]))
@@ -132,7 +129,7 @@ def train_row(row: str, seed: int, scorers: dict[str, str], cfg: Config) -> Path
 
 def draw(row: str, model: Path, seed: int, truth: Tensor, scorers: dict[str, str], cfg: Config) -> Tensor:
     """The row's images of the held-out objects (N, V, 3, S, S), from the front view."""
-    base, ref = replace(base_config(cfg), seed=seed), truth[:, 0]
+    base, ref = job(cfg, seed=seed), truth[:, 0]
     if row == "truth":
         return truth
     if row != "best":
@@ -223,7 +220,7 @@ def main(cfg: Config) -> dict:
         for seed in cfg.seeds:
             model = train_row(row, seed, scorers, cfg)
             images = draw(row, model, seed, truth, scorers, cfg)
-            before = draw("pre", located(base_config(cfg).model), seed, truth, scorers, cfg)
+            before = draw("pre", located(job(cfg).model), seed, truth, scorers, cfg)
             values = measure(images, truth, truth[:, 0], judges, lpips)
             by_seed.append(values | {"grey_levels": grey_levels_changed(images, before).double()})
             first.setdefault(row, images)

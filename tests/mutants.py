@@ -326,7 +326,7 @@ FAULTS: list[tuple[str, str, str, str]] = [
     ("runs/table1", '"c": SCORE, "best": SCORE, "c_pre": "contrastive_pre"}', '"c": SCORE, "best": SCORE, "c_pre": SCORE}', "runs"),
     ("runs/table1", '"scorer": digest(Path(scorers["contrastive"])), "code"', '"code"', "runs"),
     ("runs/table1", '(measured[row][c] - measured["pre"][c])', '(measured["pre"][c] - measured[row][c])', "runs"),
-    ("runs/table1", "replace(base_config(cfg), seed=seed), truth[:, 0]", "replace(base_config(cfg), seed=0), truth[:, 0]", "runs"),
+    ("runs/table1", "job(cfg, seed=seed), truth[:, 0]", "job(cfg, seed=0), truth[:, 0]", "runs"),
     ("runs/headroom", "v.gather(1, best)[:, 0] - v.mean(1)", "v.gather(1, best)[:, 0] - v[:, 0]", "runs"),
     ("runs/headroom", 'load_split(cfg.data, "validation"', 'load_split(cfg.data, "heldout"', "runs"),
     ("runs/headroom", "key_seed(cfg.seed, 8, int(i)) for i in part", "key_seed(0, 8, int(i)) for i in part", "runs"),

@@ -140,8 +140,8 @@ def test_names_and_lazy_reading_agree_with_the_split(source, tmp_path, monkeypat
         for i in range(6):
             data.write_views(Path(source) / f"{i}", torch.full((5, 3, 8, 8), i, dtype=torch.uint8))
     for split in data.SPLITS:
-        names, views = data.object_names(source, split, 2), data.load_split(source, split, 2, 8)
-        lazy = data.lazy_split(source, split, 2, 8)
+        names, lazy = data.read_split(source, split, 2, 8)
+        views = data.load_split(source, split, 2, 8)
         assert len(names) == len(views) == 2 and torch.equal(torch.stack(list(lazy)), views)
         if source == "toys":
             assert names == [data.toy_name(data.SPLITS[split], i) for i in range(2)]
@@ -756,7 +756,7 @@ def test_furniture_is_split_as_its_readme_says():
         order = torch.randperm(len(names), generator=keyed_generator(0)).tolist()
         for split, rows in zip(splits, (order[:cut], order[cut:])):
             sizes[split] = len(rows)
-            assert data.object_names("furniture", split, 999) == [names[i] for i in rows]
+            assert data.read_split("furniture", split, 999, 8)[0] == [names[i] for i in rows]
             views = data.load_split("furniture", split, 999, 64)
             assert views.shape == (len(rows), 5, 3, 64, 64) and views.dtype == torch.uint8
             assert mask(views).flatten(2).sum(-1).min() >= 40
