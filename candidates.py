@@ -79,7 +79,6 @@ def read_rollouts(folder: Path, which: Tensor | None = None) -> Rollouts:
     parts = []
     for path in folder.glob("*.safetensors"):
         part = load_tensors(path)
-        del part["images"]
         if which is not None:
             chosen = which[part["reference"]]  # (B, C)
             b = torch.arange(len(chosen))[:, None]
@@ -87,7 +86,7 @@ def read_rollouts(folder: Path, which: Tensor | None = None) -> Rollouts:
             for name in ("x_t", "action"):
                 if part[name].shape[2] > 1:  # (B, J, G or 1, ...): candidates of one state share it
                     part[name] = part[name].transpose(1, 2)[b, chosen].transpose(1, 2)
-        parts.append(part)
+        parts.append({k: v.clone() for k, v in part.items() if k != "images"})  # the file is let go
     reference = torch.cat([p["reference"] for p in parts])
     if not torch.equal(reference.sort().values, torch.arange(len(reference))):  # a copy beside a file
         raise InputError(f"{folder}: not one part for each reference, expected that. Delete it.")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import metrics
-from common import digest, keyed_generator, located
+from common import InputError, digest, keyed_generator, located
 from matcher import matching_reward
 from scorer import Scorer, contrastive_reward
 
@@ -101,5 +101,7 @@ def preference_pairs(rewards: Tensor, pairs: str) -> tuple[Tensor, Tensor]:  # o
     compared = torch.arange(rewards.shape[1]).expand_as(rewards)
     if pairs == "extremes":
         compared = torch.stack([rewards.argmax(1), rewards.argmin(1)], 1)
+    elif pairs != "all":
+        raise InputError(f"--pairs {pairs}: unknown, expected extremes or all.")
     rewards = rewards.gather(1, compared)
     return compared, rewards[:, :, None] > rewards[:, None]

@@ -112,7 +112,7 @@ def position_table(size: int, channels: int) -> Tensor:  # (V + 1, size^2, chann
     attention finds the pair early in training. The reference counts as a front view."""
     centre = (torch.arange(size) + 0.5) / size * 2 - 1
     up, right = torch.meshgrid(-centre, centre, indexing="ij")  # rows run downwards
-    axes = CAMERAS[[*range(NUM_VIEWS), 0]].clone()  # (V + 1, 3, 3): image right, image up, towards the camera
+    axes = CAMERAS[[*range(NUM_VIEWS), 0]]  # (V + 1, 3, 3): image right, image up, towards the camera
     axes[:, 0] = axes[:, 0].abs()  # after `unmirrored`
     world = torch.stack([right, up], -1).flatten(0, 1) @ axes[:, :2]  # (V + 1, size^2, 3)
     known = axes[:, :2].abs().sum(1)[:, None, :]  # (V + 1, 1, 3)

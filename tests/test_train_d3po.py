@@ -98,6 +98,8 @@ def test_pairs_by_hand():
     assert wins.tolist() == [[[False, True], [False, False]]] * 2 + [[[False, False]] * 2]
     compared, _ = D.preference_pairs(torch.tensor([[3.0, 5.0, 5.0, 3.0]]), "extremes")
     assert compared.tolist() == [[1, 0]]  # of equals the first
+    with pytest.raises(InputError, match="--pairs extreme: unknown"):
+        D.preference_pairs(rewards, "extreme")
 
 
 # --- log-ratios of candidates ---
