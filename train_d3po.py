@@ -77,9 +77,7 @@ class Config:
     negatives: str = "checkpoints/objects_independent"  # that scorer's: train_scorer.py --negatives
     matcher: str = "sift"  # sift, loftr, or a file of LoFTR weights, for --feedback matching
     loss: Literal["d3po", "diffusion_dpo", "both"] = "d3po"  # which log-ratio Eq. (2) compares; both: in turn
-    candidates: Literal["auto", "branch", "noised", "independent"] = (
-        "auto"  # candidates.py; auto: by feedback and loss
-    )
+    candidates: Literal["auto", "branch", "noised", "independent"] = "auto"  # by feedback and loss
     num_candidates: int = 0  # G (noised: one for each scale of App. B); 0: RECIPES
     beta_dpo: float = 0.0  # beta of Eq. 2 on the log-ratio SUMMED over V c h w; 0: RECIPES
     kl: float = 0.05  # weight of KL(pi_theta || pi_pre), in betas (paper: 0)

@@ -51,11 +51,7 @@ class Config:
     attention_only: bool = False  # train the attention layers only, and a fresh SDXL's view embedding
     lora: int = 0  # train a change of this rank of the attention projections only: less memory; 0: no
 
-    data: tuple[str, ...] = (
-        "furniture",
-        "furniture",
-        "toys",
-    )  # or folders; they take turns; the first validates
+    data: tuple[str, ...] = ("furniture", "furniture", "toys")  # or folders, in turn; the first validates
     augment: bool = True  # mirror, stretch and recolour every object at random (data.augment)
     num_objects: int = 4096  # training objects of each source, at most
     out: str = "out/sft"  # where everything goes
