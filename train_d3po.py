@@ -12,9 +12,8 @@
    winners' actions. If candidates share a state, one forward serves all their pairs.
 4. report: validation objects before and after, from equal noise.
 
-D3PO's own code (yk7333/d3po, which the paper builds on) averages log-ratios over elements, where Eq. (2)
-sums, and clips them. Unlike in the paper, the trained calls are early and a KL holds the policy. Which
-candidates make a pair the paper leaves open: here the best and the worst.
+D3PO's own code (yk7333/d3po, which the paper builds on) takes the elements' mean for a log-ratio, and clips.
+Unlike in the paper the trained calls are early and a KL holds the policy. What makes a pair it leaves open.
 
 Run:
     python train_d3po.py --feedback contrastive --loss both     # the main job: Eq. (2), then Diffusion-DPO
