@@ -11,6 +11,7 @@ import pytest
 import torch
 import tyro
 
+import mutants
 from common import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -140,3 +141,8 @@ def test_the_shipped_models_load_and_are_small(name):
     model = load(folder)
     assert model.cfg.cross_view == ("independent" not in name)
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_every_planted_fault_fits():
+    """So that tests/mutants.py, which is slow, can be run on any day."""
+    assert len(mutants.FAULTS) >= 120 and not mutants.misplaced()
