@@ -7,7 +7,7 @@
 
 1. collect: for each reference the policy draws G candidates (candidates.py). For the paper's feedbacks they
    differ by noise on their reference (App. B), for the others by ONE action. (Diffusion-DPO: independent.)
-2. prefer: a feedback rates the finished images (feedback.py). The best wins over the worst.
+2. prefer: a feedback rates the finished images (feedback.py). The best wins over the worst, or in all pairs.
 3. train: Eq. (2), at calls of the first half of the chain, which decides the shape, moves the policy towards
    winners' actions. If candidates share a state, one forward serves all their pairs.
 4. report: validation objects before and after, from equal noise.
@@ -53,9 +53,9 @@ from scorer import Scorer
 from train_sft import simple_loss, trained_parameters, training_batch
 
 RECIPES: dict[str, dict[str, Any]] = {  # what an option at its default means, by candidates and by loss
-    "branch": {"num_candidates": 8},
-    "noised": {"num_candidates": len(NOISE_SCALES)},
-    "independent": {"num_candidates": 5},
+    "branch": {"num_candidates": 8, "pairs": "all"},  # one forward serves all pairs
+    "noised": {"num_candidates": len(NOISE_SCALES), "pairs": "extremes"},
+    "independent": {"num_candidates": 5, "pairs": "extremes"},
     "d3po": {"beta_dpo": 1.0},
     "diffusion_dpo": {"beta_dpo": 0.02},
 }
@@ -83,7 +83,7 @@ class Config:
     num_steps: int = 10  # network calls K of the sampler (paper: 50)
     trained_calls: tuple[int, int] = (0, 4)  # first and last call that Eq. (2) trains (paper: last 40 of 50)
     lambda_simple: float = 1.0  # weight of L_simple-MV (paper: 1)
-    pairs: Literal["extremes", "all"] = "extremes"  # extremes: the best candidate against the worst alone
+    pairs: Literal["auto", "extremes", "all"] = "auto"  # extremes: the best against the worst; auto: RECIPES
     rounds: int = 1  # collect, prefer, train again with the policy of the round before
     anchor: Literal["pre", "last"] = "pre"  # log-ratio and KL are to pi_pre, or to the last round's policy
 

@@ -562,18 +562,19 @@ def test_diffusion_dpo_draws_by_seed_and_step(tmp_path, monkeypatch):
 def test_recipes_fill_what_is_not_said():
     def recipe(**options):
         cfg = D.Config(**options)
-        return cfg.candidates, cfg.num_candidates, cfg.beta_dpo
+        return cfg.candidates, cfg.num_candidates, cfg.pairs, cfg.beta_dpo
 
     for name in ("geometry", "redder"):
-        assert recipe(feedback=name) == ("branch", 8, 1.0)
+        assert recipe(feedback=name) == ("branch", 8, "all", 1.0)
     for name in ("contrastive", "matching", "least_noise"):
-        assert recipe(feedback=name) == ("noised", 5, 1.0)
-    assert recipe(feedback="geometry", beta_dpo=0.5) == ("branch", 8, 0.5)
-    assert recipe(loss="diffusion_dpo", num_candidates=3) == ("independent", 3, 0.02)
+        assert recipe(feedback=name) == ("noised", 5, "extremes", 1.0)
+    assert recipe(feedback="geometry", beta_dpo=0.5) == ("branch", 8, "all", 0.5)
+    assert recipe(loss="diffusion_dpo", num_candidates=3) == ("independent", 3, "extremes", 0.02)
     # candidates that are said bring their own number
-    assert recipe(feedback="contrastive", candidates="branch") == ("branch", 8, 1.0)
-    assert recipe(candidates="noised", loss="diffusion_dpo", beta_dpo=0.5) == ("noised", 5, 0.5)
-    assert recipe(loss="both") == ("auto", 0, 0.0)  # filled for each of the two
+    assert recipe(feedback="contrastive", candidates="branch") == ("branch", 8, "all", 1.0)
+    assert recipe(candidates="noised", loss="diffusion_dpo", beta_dpo=0.5) == ("noised", 5, "extremes", 0.5)
+    assert recipe(feedback="geometry", pairs="extremes")[2] == "extremes"
+    assert recipe(loss="both") == ("auto", 0, "auto", 0.0)  # filled for each of the two
 
 
 @pytest.mark.parametrize(("seed", "round"), [(0, 0), (3, 0), (3, 2)])
