@@ -8,7 +8,8 @@ have of their own
     independent  all step noises
 
 "noised" contrasts conditions: whoever wins, the loser tends to be what a blurred reference gives. That is
-Section 4's guidance, and it raises the contrastive score most, but no object's shape is at stake.
+Section 4's guidance, and it raises the contrastive score most, but little of an object's shape is at
+stake.
 
 Under "branch" two candidates differ by ONE action: what came of it is its own doing, and Eq. (2) knows whom
 to thank. Under the others the whole chain differs, and a trained call is praised for what other calls did.

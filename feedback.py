@@ -78,8 +78,8 @@ def least_noise(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
 
 
 def larger(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
-    """Control: the larger silhouettes win. Fat views fit each other: this lowers the contradiction rate
-    further than `geometry`, and pays in PSNR and SSIM (results/README.md)."""
+    """Control: the larger silhouettes win. Fat views fit each other: this, too, lowers the contradiction
+    rate, and pays in SSIM and LPIPS (results/README.md)."""
     return metrics.covered(images)
 
 

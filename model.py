@@ -238,7 +238,7 @@ def small_unet(cfg: ModelConfig) -> UNet2DConditionModel:
         if hasattr(module, "attn2"):
             module.attn2 = module.norm2 = None
     # A linear output. The usual SiLU before it cuts off negative values, so a number of either sign would
-    # take two channels; and of 160 channels there are fewer than numbers in a patch (192) as it is.
+    # take two channels; and toy's 160 channels are fewer than the numbers in a patch (192) as it is.
     unet.conv_norm_out = None
     return unet
 

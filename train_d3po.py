@@ -7,13 +7,13 @@
 
 1. collect: for each reference the policy draws G candidates (candidates.py). For the paper's feedbacks they
    differ by noise on their reference (App. B), for the others by ONE action. (Diffusion-DPO: independent.)
-2. prefer: a feedback rates the finished images (feedback.py). The best wins over the worst, or in all pairs.
+2. prefer: a feedback rates the finished images (feedback.py). The best beats the worst; or all pairs count.
 3. train: Eq. (2), at calls of the first half of the chain, which decides the shape, moves the policy towards
    winners' actions. If candidates share a state, one forward serves all their pairs.
 4. report: validation objects before and after, from equal noise.
 
 D3PO's own code (yk7333/d3po, which the paper builds on) takes the elements' mean for a log-ratio, and clips.
-Unlike in the paper the trained calls are early and a KL holds the policy. What makes a pair it leaves open.
+Unlike in the paper the trained calls are early and a KL holds the policy. It does not say who is compared.
 
 Run:
     python train_d3po.py --feedback contrastive --loss both     # the main job: Eq. (2), then Diffusion-DPO
