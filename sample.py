@@ -59,7 +59,7 @@ class Schedule:
         """K pairs (t, s) from noise to clean: "leading" spacing, offset 1; s = -1 (clean) at the last call.
 
         Stable Diffusion's own habit. The first t is below the last of training (901 of 999 if K = 10), where
-        pure noise is close to right: sqrt(ab) is .03 on toys, .12 for SDXL."""
+        pure noise is close to right: sqrt(ab) is .03 for the small models, .12 for SDXL."""
         if not 2 <= num_steps <= 500:  # 1 would start pure noise at t = 1; above 500 the stride is 1
             raise InputError(f"--num_steps {num_steps}: expected 2 to 500.")
         stride = self.num_train // num_steps
