@@ -51,13 +51,13 @@ def draw_candidates(
 ) -> tuple[Rollouts, Tensor]:  # of B references (B, 3, S, S); images (B, G, V, 3, S, S)
     """By the design cfg.candidates: what is each candidate's own?"""
     first, last = cfg.trained_calls
-    scales, G, every, trained = None, cfg.num_candidates, range(cfg.num_steps), range(first, last + 1)
+    scales, G, trained = None, cfg.num_candidates, range(first, last + 1)
     if cfg.candidates == "noised":  # its reference's noise, and no step noise
-        scales, G, own = list(NOISE_SCALES) * len(ref), len(NOISE_SCALES), every[:0]
+        scales, G, own = list(NOISE_SCALES) * len(ref), len(NOISE_SCALES), range(0)
     elif cfg.candidates == "branch":  # the noise of one call, which is the one to train
-        own = trained = every[call : call + 1]
+        own = trained = range(call, call + 1)
     else:  # all step noises
-        own = every
+        own = range(cfg.num_steps)
     if cfg.loss == "diffusion_dpo":  # it reads finished candidates, one state is enough
         trained = trained[:1]
     rows = torch.arange(len(ref)).repeat_interleave(G)

@@ -25,6 +25,7 @@ from torch import Tensor
 import train_d3po as D
 import train_scorer as S
 from cache import cached, code, machine
+from candidates import draw_candidates
 from common import InputError, check_at_least, check_output, cli, digest, get_device, hardware, key_seed
 from common import load_json, load_tensors, located, provenance, save_json, save_tensors, write_atomic
 from data import load_split
@@ -32,7 +33,6 @@ from evaluate import measure
 from grid import grid
 from metrics import Lpips, bootstrap_interval, grey_levels_changed
 from model import load
-from sample import sample
 from scorer import Scorer, contrastive_reward
 
 FORWARD = {"loss": "diffusion_dpo"}
@@ -135,19 +135,23 @@ def draw(row: str, model: Path, seed: int, truth: Tensor, scorers: dict[str, str
     if row != "best":
         return D.draw_images(model, (ref * 255).round().to(torch.uint8), base)
 
-    def make(folder: Path) -> None:  # five samples that share x_T only; the scorer takes one
+    def make(folder: Path) -> None:  # of the five candidates of Diffusion-DPO the scorer takes one
         device, bf16 = hardware(base)
+        five = job(cfg, seed=seed, **FORWARD)
         policy, scorer = load(model, device, half=bf16), Scorer.load(scorers["contrastive"], device)
         chosen = []
         for i, y in enumerate(ref.to(device)):
-            five, own = y.expand(5, -1, -1, -1), ([key_seed(seed, i)] * 5, base.num_steps, list(range(5)))
-            drawn = sample(policy, five, *own, bf16=bf16).images
-            chosen.append(drawn[contrastive_reward(scorer, five, drawn).argmax()].cpu())
+            _, drawn = draw_candidates(
+                policy, y[None], [key_seed(seed, i)], 0, five, bf16
+            )  # (1, G, V, 3, S, S)
+            rewards = contrastive_reward(scorer, y.expand(drawn.shape[1], -1, -1, -1), drawn[0])
+            chosen.append(drawn[0, rewards.argmax()].cpu())
         images = (torch.stack(chosen) * 255).round().to(torch.uint8)
         save_tensors(folder / "images.safetensors", {"images": images})
 
     made_by = {"model": digest(model), "ref": digest(ref), "seed": seed, "num_steps": base.num_steps}
-    made_by |= {"scorer": digest(Path(scorers["contrastive"])), "code": code("model", "sample", "scorer")}
+    made_by |= {"scorer": digest(Path(scorers["contrastive"]))}
+    made_by |= {"code": code("candidates", "model", "sample", "scorer")}
     folder = cached(cfg.out, "heldout_best", made_by | machine(base), make)
     return load_tensors(folder / "images.safetensors")["images"].float() / 255
 
