@@ -10,7 +10,7 @@ losses and gradients must be equal to 1e-4. Then they take turns, in bfloat16 wh
     reference     published: the reference alone, then the views with its stored tokens. Ours: one forward
     sampling      five views of one object, by either form of that
 
-A loop over more than 12 pairs is timed on 12 and scaled: it is linear in them. Seconds are the process's on a
+A loop over more than 4 pairs is timed on 4 and scaled: it is linear in them. Seconds are the process's on a
 CPU, so that other programs do not count, the clock's on CUDA. Peak: a product of two 2048 x 2048 matrices,
 measured anew at each turn. A second table says what bfloat16 does to the log-ratios of Eq. (2).
 
@@ -60,7 +60,7 @@ from model import NUM_VIEWS, PRESETS, ModelConfig, MultiViewAttention, MultiView
 from sample import Schedule, log_ratio, policy_mean, sample
 from train_sft import simple_loss
 
-TIMED_PAIRS = 12
+TIMED_PAIRS = 4
 BETA = 0.1
 JOB: dict[str, Any] = {"num_references": 24, "num_candidates": 4, "pairs": "all", "steps": 20}
 SWEEPS = {  # what grows: its letters (S pixels), its values

@@ -2,7 +2,7 @@
 
 In: a file with its textures and materials beside it. Out: its views, uint8 (V, 3, size, size) on white. A
 texture that is missing or a number that is not finite raises InputError. A missing .mtl file leaves its parts
-grey, missing texture coordinates leave a part plain: so are some of furniture/.
+grey, which is said; missing texture coordinates leave a part plain: so are some of furniture/.
 trimesh parses, the rest is here: no OpenGL, and the same pixels on every machine.
 """
 
@@ -307,5 +307,7 @@ def update_mesh(folder: Path, path: Path, size: int, up: str) -> str:
         with suppress(OSError):  # there is no folder, or a user's file in it
             folder.rmdir()
         return str(error)
+    if missing := [name for name in asked if not find_beside(path, name)]:  # of a texture it is an error
+        print(f"{path}: {missing[0]!r} is missing, its parts are grey")
     write_views(folder, views, mesh_made_by(path, asked, size, up))
     return ""

@@ -56,8 +56,8 @@ RECIPES: dict[str, dict[str, Any]] = {  # what an option at its default means, b
     "branch": {"num_candidates": 8, "pairs": "all"},  # one forward serves all pairs
     "noised": {"num_candidates": len(NOISE_SCALES), "pairs": "extremes"},
     "independent": {"num_candidates": 5, "pairs": "extremes"},
-    "d3po": {"beta_dpo": 1.0},
-    "diffusion_dpo": {"beta_dpo": 0.02},
+    "d3po": {"beta_dpo": 1.0, "kl": 0.05},
+    "diffusion_dpo": {"beta_dpo": 0.02, "kl": 0.2},
 }
 Preferences = tuple[Path, Tensor] | None  # what `collect` and `prefer` return; None: there are none, SFT
 
@@ -79,7 +79,7 @@ class Config:
     candidates: Literal["auto", "branch", "noised", "independent"] = "auto"  # by feedback and loss
     num_candidates: int = 0  # G (noised: one for each scale of App. B); 0: RECIPES
     beta_dpo: float = 0.0  # beta of Eq. 2 on the log-ratio SUMMED over V c h w; 0: RECIPES
-    kl: float = 0.05  # weight of KL(pi_theta || pi_pre), in betas (paper: 0)
+    kl: float = -1.0  # weight of KL(pi_theta || pi_pre), in betas (paper: 0); -1: RECIPES
     num_steps: int = 10  # network calls K of the sampler (paper: 50)
     trained_calls: tuple[int, int] = (0, 4)  # first and last call that Eq. (2) trains (paper: last 40 of 50)
     lambda_simple: float = 1.0  # weight of L_simple-MV (paper: 1)

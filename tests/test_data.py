@@ -539,6 +539,13 @@ def test_tr_of_a_material_is_the_rest_of_d(tmp_path):
     assert torch.equal(drawn[1], drawn[2]) and (drawn[1].float().mean() > drawn[0].float().mean() + 1)
 
 
+def test_a_lost_mtl_is_said(tmp_path, capsys):
+    whole, lost = write_obj(tmp_path / "whole.obj"), write_obj(tmp_path / "lost.obj")
+    lost.with_suffix(".mtl").unlink()
+    assert [meshes.update_mesh(tmp_path / path.stem, path, 16, "y") for path in (whole, lost)] == ["", ""]
+    assert re.fullmatch(".*lost.obj: 'lost.mtl' is missing, its parts are grey\n", capsys.readouterr().out)
+
+
 def pictures_of(folder: Path) -> dict[str, bytes]:
     """Every picture below a folder, by its path."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.png")}

@@ -562,19 +562,20 @@ def test_diffusion_dpo_draws_by_seed_and_step(tmp_path, monkeypatch):
 def test_recipes_fill_what_is_not_said():
     def recipe(**options):
         cfg = D.Config(**options)
-        return cfg.candidates, cfg.num_candidates, cfg.pairs, cfg.beta_dpo
+        return cfg.candidates, cfg.num_candidates, cfg.pairs, cfg.beta_dpo, cfg.kl
 
     for name in ("geometry", "redder"):
-        assert recipe(feedback=name) == ("branch", 8, "all", 1.0)
+        assert recipe(feedback=name) == ("branch", 8, "all", 1.0, 0.05)
     for name in ("contrastive", "matching", "least_noise"):
-        assert recipe(feedback=name) == ("noised", 5, "extremes", 1.0)
-    assert recipe(feedback="geometry", beta_dpo=0.5) == ("branch", 8, "all", 0.5)
-    assert recipe(loss="diffusion_dpo", num_candidates=3) == ("independent", 3, "extremes", 0.02)
+        assert recipe(feedback=name) == ("noised", 5, "extremes", 1.0, 0.05)
+    assert recipe(feedback="geometry", beta_dpo=0.5, kl=0.0) == ("branch", 8, "all", 0.5, 0.0)
+    assert recipe(loss="diffusion_dpo", num_candidates=3) == ("independent", 3, "extremes", 0.02, 0.2)
     # candidates that are said bring their own number
-    assert recipe(feedback="contrastive", candidates="branch") == ("branch", 8, "all", 1.0)
-    assert recipe(candidates="noised", loss="diffusion_dpo", beta_dpo=0.5) == ("noised", 5, "extremes", 0.5)
+    assert recipe(feedback="contrastive", candidates="branch") == ("branch", 8, "all", 1.0, 0.05)
+    said = recipe(candidates="noised", loss="diffusion_dpo", beta_dpo=0.5)
+    assert said == ("noised", 5, "extremes", 0.5, 0.2)
     assert recipe(feedback="geometry", pairs="extremes")[2] == "extremes"
-    assert recipe(loss="both") == ("auto", 0, "auto", 0.0)  # filled for each of the two
+    assert recipe(loss="both") == ("auto", 0, "auto", 0.0, -1.0)  # filled for each of the two
 
 
 @pytest.mark.parametrize(("seed", "round"), [(0, 0), (3, 0), (3, 2)])
@@ -1034,7 +1035,7 @@ def test_redder_makes_pictures_redder(tmp_path):
         ({"lora": 33}, "--lora 33: expected a rank of at most 32"),
         ({"feedback": "matching", "matcher": "nowhere.ckpt"}, "nowhere.ckpt"),
         ({"lr": math.nan}, "--lr"),
-        ({"kl": -1.0}, "--kl"),
+        ({"kl": -0.5}, "--kl"),
         ({"num_steps": 1000, "trained_calls": (0, 2)}, "--num_steps 1000"),
         ({"model": "nowhere"}, "no config.json"),
     ],
