@@ -87,7 +87,7 @@ OWN |= {"forward_larger": "covered"}
 class Config:
     seeds: tuple[int, ...] = (0, 1, 2)  # of candidates, batches and samples; scorers are shared
     rows: tuple[str, ...] = tuple(ROWS)  # which rows
-    rates: tuple[float, ...] = (5e-6, 2e-5, 5e-5, 1e-4)  # of SFT: the best on validation objects is in the table
+    rates: tuple[float, ...] = (5e-6, 2e-5, 5e-5, 1e-4)  # of SFT: the best on validation objects counts
     n: int = 96  # held-out objects
     lpips: str = ""  # "hub", or a folder with the two published files: adds that column
     out: str = "out/table1"  # where the runs go
@@ -141,9 +141,7 @@ def draw(row: str, model: Path, seed: int, truth: Tensor, scorers: dict[str, str
         policy, scorer = load(model, device, half=bf16), Scorer.load(scorers["contrastive"], device)
         chosen = []
         for i, y in enumerate(ref.to(device)):
-            _, drawn = draw_candidates(
-                policy, y[None], [key_seed(seed, i)], 0, five, bf16
-            )  # (1, G, V, 3, S, S)
+            _, drawn = draw_candidates(policy, y[None], [key_seed(seed, i)], 0, five, bf16)
             rewards = contrastive_reward(scorer, y.expand(drawn.shape[1], -1, -1, -1), drawn[0])
             chosen.append(drawn[0, rewards.argmax()].cpu())
         images = (torch.stack(chosen) * 255).round().to(torch.uint8)
