@@ -470,7 +470,7 @@ def main(cfg: Config) -> dict:
         if cfg.scaling:
             tables = {"scaling": scaling(cfg, device)}
         else:
-            tables = {"table": measure(cfg, device), "bf16": precision(cfg, device)}
+            tables = {"speed": measure(cfg, device), "bf16": precision(cfg, device)}
     for name, rows in tables.items():
         print(f"\n{table(rows)}")
         if cfg.out:

@@ -27,14 +27,14 @@ def test_bench_counts_and_measures_both_forms(tiny_folder, tmp_path, monkeypatch
     out = tmp_path / "bench"
     cfg = bench.Config(tiny_folder, groups=(2, 3), repeats=1, bf16="off", device="cpu", out=str(out))
     tables = bench.main(cfg)
-    rows = tables["table"]
+    rows = tables["speed"]
     assert [r["network calls"] for r in rows] == [(4, 1), (4, 1), (12, 1), (12, 1), (2, 1), (20, 10)]
     # in forwards of one object: 2 with gradient (3 each) and 2 without, against 1 with it for each state
     work = [r["GFLOP"][0] / r["GFLOP"][1] for r in rows]
     assert work[:4] == pytest.approx([8 / 6, 8 / 3, 24 / 9, 24 / 3], rel=0.05)
     assert all(r["min"] <= r["times faster"] <= r["max"] and 0 < r["share of peak"] < 1 for r in rows)
-    assert (out / "table.md").read_text().count("\n") == 2 + len(rows)
-    assert load_json(out / "table.json")["rows"]
+    assert (out / "speed.md").read_text().count("\n") == 2 + len(rows)
+    assert load_json(out / "speed.json")["rows"]
     # bfloat16: no log-ratio at equal weights; otherwise an error, and a small one
     assert 2 <= len(tables["bf16"]) <= 5
     for row in tables["bf16"]:
