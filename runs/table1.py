@@ -36,7 +36,8 @@ from model import load
 from scorer import Scorer, contrastive_reward
 
 FORWARD = {"loss": "diffusion_dpo"}
-ROWS = {  # row -> label; options of train_d3po.py that are not at their defaults, if it is trained at all
+# row -> label; options of train_d3po.py that are not at their defaults, if it is trained at all
+ROWS: dict[str, tuple[str, Any]] = {
     "pre": ("pre-trained", None),
     "sft": ("SFT", {"feedback": "none"}),
     # Eq. (2) on App. B's candidates: noise on the reference
@@ -48,20 +49,25 @@ ROWS = {  # row -> label; options of train_d3po.py that are not at their default
     # Eq. (2) on branches: one action
     "random": ("control: random preferences, branches", {"feedback": "random"}),
     "geometry": ("MV-D3PO, geometry (ours)", {"feedback": "geometry"}),
-    # Diffusion-DPO on independent samples
-    "forward_random": ("Diffusion-DPO, random preferences", {"feedback": "random", **FORWARD}),
-    "forward_larger": ("control: larger silhouettes, Diffusion-DPO", {"feedback": "larger", **FORWARD}),
-    "forward_c": ("Diffusion-DPO, C", {"feedback": "contrastive", **FORWARD}),
-    "forward_hull": ("Diffusion-DPO, hull (ours)", {"feedback": "hull", **FORWARD}),
-    "forward_lean": ("Diffusion-DPO, geometry at equal size (ours)", {"feedback": "lean", **FORWARD}),
-    "forward_geometry": ("Diffusion-DPO, geometry (ours)", {"feedback": "geometry", **FORWARD}),
-    "best": ("best of five by the scorer, no training", None),
-    "truth": ("ground truth", None),
 }
+FINISHED = {  # Diffusion-DPO on independent samples: name -> label, feedback, column of its reward
+    "random": ("random preferences", "random", ""),
+    "larger": ("larger silhouettes (control)", "larger", "covered"),
+    "c": ("C", "contrastive", "contrastive"),
+    "hull": ("hull (ours)", "hull", "hull"),
+    "lean": ("geometry at equal size (ours)", "lean", ""),
+    "geometry": ("geometry (ours)", "geometry", "geometry"),
+}
+KINDS = {"forward": {}, "loose": {"kl": 0.05}}  # a quarter of the default: further, at a higher price
+for kind, more in KINDS.items():
+    for name, (label, feedback, _) in FINISHED.items():
+        label = f"Diffusion-DPO{', --kl .05' * bool(more)}, {label}"
+        ROWS[f"{kind}_{name}"] = label, {"feedback": feedback, **FORWARD, **more}
+ROWS["best"] = "best of five by the scorer, no training", None
+ROWS["truth"] = "ground truth", None
 CONTROL = {"geometry": "random"}  # row -> random preferences with its loss and candidates
 CONTROL |= {row: "noised_random" for row in ("least_noise", "m", "c_pre", "c")}
-FORWARDS = ("forward_larger", "forward_c", "forward_hull", "forward_lean", "forward_geometry")
-CONTROL |= {row: "forward_random" for row in FORWARDS}
+CONTROL |= {f"{kind}_{name}": f"{kind}_random" for kind in KINDS for name in FINISHED if name != "random"}
 METRICS = {  # column -> heading, digits, factor
     "psnr_unseen": ("PSNR, dB", 2, 1),
     "ssim_unseen": ("SSIM", 3, 1),
@@ -77,10 +83,9 @@ METRICS = {  # column -> heading, digits, factor
     "grey_levels": ("changed, grey levels", 1, 1),
 }
 BASES = {"pre": "pre-trained", "sft": "SFT", "random": "random preferences, same loss and candidates"}
-SCORE = "contrastive"
-OWN = {"geometry": "geometry", "c": SCORE, "best": SCORE, "c_pre": "contrastive_pre"}  # row -> its own reward
-OWN |= {"forward_geometry": "geometry", "forward_hull": "hull", "forward_c": SCORE}
-OWN |= {"forward_larger": "covered"}
+OWN = {"geometry": "geometry", "c_pre": "contrastive_pre"}  # row -> the column of its own reward
+OWN |= dict.fromkeys(("c", "best"), "contrastive")
+OWN |= {f"{kind}_{name}": own for kind in KINDS for name, (*_, own) in FINISHED.items() if own}
 
 
 @dataclass(frozen=True)
@@ -187,7 +192,7 @@ def curves(path: Path, kls: dict[str, list[float]], measured: dict[str, dict[str
     for axis, c in zip(axes.flat, columns):
         for row, runs in kls.items():
             change = (measured[row][c] - measured["pre"][c]).mean(1) * METRICS[c][2]  # (seeds,)
-            mark = "o" if row.startswith("forward") else "x"
+            mark = {"forward": "o", "loose": "s"}.get(row.split("_")[0], "x")
             axis.plot([kl**0.5 for kl in runs], change.tolist(), mark, label=ROWS[row][0])
         axis.axhline(0, color="grey", lw=0.5)
         axis.set_xscale("log")

@@ -291,8 +291,12 @@ def test_table_1_on_tiny_numbers(tmp_path, monkeypatch):
 
 FEEDBACK = dict(sft="none", noised_random="random", least_noise="least_noise", m="matching")
 FEEDBACK |= dict(c_pre="contrastive", c="contrastive", random="random", geometry="geometry")
-FEEDBACK |= dict(forward_random="random", forward_larger="larger", forward_c="contrastive")
-FEEDBACK |= dict(forward_hull="hull", forward_lean="lean", forward_geometry="geometry")
+FORWARD = dict(
+    random="random", larger="larger", c="contrastive", hull="hull", lean="lean", geometry="geometry"
+)
+FEEDBACK |= {
+    f"{kind}_{name}": feedback for kind in ("forward", "loose") for name, feedback in FORWARD.items()
+}
 
 
 def test_each_row_of_table_1_has_its_feedback_and_its_scorer(monkeypatch):
@@ -302,6 +306,9 @@ def test_each_row_of_table_1_has_its_feedback_and_its_scorer(monkeypatch):
         monkeypatch.setattr(table1.D, "main", lambda cfg, row=row: ran.update({row: cfg}) or told)
         table1.train_row(row, 5, {"contrastive": "c", "contrastive_pre": "p"}, table1.Config())
         assert (ran[row].feedback, ran[row].scorer) == (feedback, "p" if row == "c_pre" else "c"), row
+        kind = row.split("_")[0]
+        assert ran[row].kl == (0.2 if kind == "forward" else 0.05), row
+        assert ran[row].loss == ("diffusion_dpo" if kind in ("forward", "loose") else "d3po"), row
     judges = {"geometry": "geometry", "hull": "hull", "contrastive": "contrastive", "larger": "covered"}
     own = {row: judges[f] for row, f in FEEDBACK.items() if f in judges} | {"best": "contrastive"}
     assert table1.OWN == own | {"c_pre": "contrastive_pre"}  # which the table marks
