@@ -38,7 +38,7 @@ from scorer import Scorer, contrastive_reward
 # Recipes in full: the config that a row changes has been filled by its own already
 NOISED, BRANCH = ({"candidates": c, **D.RECIPES[c], **D.RECIPES["d3po"]} for c in ("noised", "branch"))
 FORWARD = {"loss": "diffusion_dpo", "candidates": "independent"}
-FORWARD |= D.RECIPES["independent"] | D.RECIPES["diffusion_dpo"]
+FORWARD |= D.RECIPES["independent"] | D.RECIPES["diffusion_dpo"] | {"kl": 0.2}
 ROWS = {  # row -> label; what changes in the config of train_d3po.py, if it is trained at all
     "pre": ("pre-trained", None),
     "sft": ("SFT", {"feedback": "none"}),
@@ -90,7 +90,7 @@ OWN |= {"forward_larger": "covered"}
 class Config:
     seeds: tuple[int, ...] = (0, 1, 2)  # of candidates, batches and samples; scorers are shared
     rows: tuple[str, ...] = tuple(ROWS)  # which rows
-    rates: tuple[float, ...] = (2e-5, 5e-5, 1e-4)  # of SFT: the best on validation objects is in the table
+    rates: tuple[float, ...] = (5e-6, 2e-5, 5e-5, 1e-4)  # of SFT: the best on validation objects is in the table
     n: int = 96  # held-out objects
     lpips: str = ""  # "hub", or a folder with the two published files: adds that column
     out: str = "out/table1"  # where the runs go
