@@ -51,20 +51,24 @@ ROWS = {  # row -> label; what changes in the config of train_d3po.py, if it is 
     # Eq. (2) on branches: one action
     "random": ("control: random preferences, branches", {"feedback": "random", **BRANCH}),
     "geometry": ("MV-D3PO, geometry (ours)", {"feedback": "geometry", **BRANCH}),
-    # Diffusion-DPO on independent samples
-    "forward_random": ("Diffusion-DPO, random preferences", {"feedback": "random", **FORWARD}),
-    "forward_larger": ("control: larger silhouettes, Diffusion-DPO", {"feedback": "larger", **FORWARD}),
-    "forward_c": ("Diffusion-DPO, C", {"feedback": "contrastive", **FORWARD}),
-    "forward_hull": ("Diffusion-DPO, hull (ours)", {"feedback": "hull", **FORWARD}),
-    "forward_lean": ("Diffusion-DPO, geometry at equal size (ours)", {"feedback": "lean", **FORWARD}),
-    "forward_geometry": ("Diffusion-DPO, geometry (ours)", {"feedback": "geometry", **FORWARD}),
-    "best": ("best of five by the scorer, no training", None),
-    "truth": ("ground truth", None),
 }
+FINISHED = {  # Diffusion-DPO on independent samples: name -> label, feedback
+    "random": ("random preferences", "random"),
+    "larger": ("larger silhouettes (control)", "larger"),
+    "c": ("C", "contrastive"),
+    "hull": ("hull (ours)", "hull"),
+    "lean": ("geometry at equal size (ours)", "lean"),
+    "geometry": ("geometry (ours)", "geometry"),
+}
+LOOSE = FORWARD | {"kl": 0.05}  # a quarter of the default: further, at a higher price
+for kind, how, options in (("forward", "", FORWARD), ("loose", ", --kl .05", LOOSE)):
+    for name, (label, feedback) in FINISHED.items():
+        ROWS[f"{kind}_{name}"] = f"Diffusion-DPO{how}, {label}", {"feedback": feedback, **options}
+ROWS["best"] = "best of five by the scorer, no training", None
+ROWS["truth"] = "ground truth", None
 CONTROL = {"geometry": "random"}  # row -> random preferences with its loss and candidates
 CONTROL |= {row: "noised_random" for row in ("least_noise", "m", "c_pre", "c")}
-FORWARDS = ("forward_larger", "forward_c", "forward_hull", "forward_lean", "forward_geometry")
-CONTROL |= {row: "forward_random" for row in FORWARDS}
+CONTROL |= {f"{kind}_{name}": f"{kind}_random" for kind in ("forward", "loose") for name in [*FINISHED][1:]}
 METRICS = {  # column -> heading, digits, factor
     "psnr_unseen": ("PSNR, dB", 2, 1),
     "ssim_unseen": ("SSIM", 3, 1),
@@ -82,8 +86,8 @@ METRICS = {  # column -> heading, digits, factor
 BASES = {"pre": "pre-trained", "sft": "SFT", "random": "random preferences, same loss and candidates"}
 SCORE = "contrastive"
 OWN = {"geometry": "geometry", "c": SCORE, "best": SCORE, "c_pre": "contrastive_pre"}  # row -> its own reward
-OWN |= {"forward_geometry": "geometry", "forward_hull": "hull", "forward_c": SCORE}
-OWN |= {"forward_larger": "covered"}
+for kind in ("forward", "loose"):
+    OWN |= {f"{kind}_geometry": "geometry", f"{kind}_hull": "hull", f"{kind}_c": SCORE, f"{kind}_larger": "covered"}
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,7 @@ def curves(path: Path, kls: dict[str, list[float]], measured: dict[str, dict[str
     for axis, c in zip(axes.flat, columns):
         for row, runs in kls.items():
             change = (measured[row][c] - measured["pre"][c]).mean(1) * METRICS[c][2]  # (seeds,)
-            mark = "o" if row.startswith("forward") else "x"
+            mark = {"forward": "o", "loose": "s"}.get(row.split("_")[0], "x")
             axis.plot([kl**0.5 for kl in runs], change.tolist(), mark, label=ROWS[row][0])
         axis.axhline(0, color="grey", lw=0.5)
         axis.set_xscale("log")
