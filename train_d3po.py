@@ -426,7 +426,7 @@ def report(pre: Path, policy: Path, size: int, cfg: Config, clock: float) -> dic
 
     folder = cached(policy, "report", made_by, make)
     result = load_json(folder / "results.json")
-    print(f"--feedback {cfg.feedback} --loss {cfg.loss}")
+    print(f"--feedback {cfg.feedback} --loss {cfg.loss} --kl {cfg.kl}")
     print_table(result["table"], cfg.feedback)
     print(f"total {time.time() - clock:.0f} s; {folder}/grid.png shows the eight objects that changed most")
     return result | {"folder": str(policy)}

@@ -32,7 +32,7 @@ COLUMNS = {  # heading -> metric, factor
 ROWS = {
     "pre-trained": "pre",
     "SFT": "sft",
-    "control: least noise, no feedback": "least_noise",
+    "control: least noise, no picture seen": "least_noise",
     "MV-D3PO-M (SIFT)": "m",
     "MV-D3PO-C": "c",
     "Diffusion-DPO, geometry (ours), `--kl .05`": "loose_geometry",
@@ -160,9 +160,9 @@ def test_the_table_of_results_holds_the_numbers_of_table_1():
 
 
 RUNS = {  # a heading of the quick start's output -> the file it is from
-    "--feedback contrastive --loss d3po": "main/results_eq2.json",
-    "--feedback contrastive --loss diffusion_dpo": "main/results.json",
-    "--feedback geometry --loss diffusion_dpo": "geometry/results.json",
+    "--feedback contrastive --loss d3po --kl 0.05": "main/results_eq2.json",
+    "--feedback contrastive --loss diffusion_dpo --kl 0.2": "main/results.json",
+    "--feedback geometry --loss diffusion_dpo --kl 0.05": "geometry/results.json",
 }
 
 
