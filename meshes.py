@@ -307,7 +307,8 @@ def update_mesh(folder: Path, path: Path, size: int, up: str) -> str:
         with suppress(OSError):  # there is no folder, or a user's file in it
             folder.rmdir()
         return str(error)
-    if missing := [name for name in asked if not find_beside(path, name)]:  # of a texture it is an error
+    made_by = mesh_made_by(path, asked, size, up)
+    if missing := [name for name, found in made_by["beside"].items() if not found]:  # a texture is an error
         print(f"{path}: {missing[0]!r} is missing, its parts are grey")
-    write_views(folder, views, mesh_made_by(path, asked, size, up))
+    write_views(folder, views, made_by)
     return ""

@@ -350,3 +350,15 @@ def test_the_curves_of_table_1_show_what_rose_and_at_which_kl(monkeypatch):
     measured = {"pre": {"contradiction": old}, "c": {"contradiction": new}}
     table1.curves(Path("curves.png"), {"c": [4.0, 9.0]}, measured)
     assert drawn == [([2.0, 3.0], [25.0, 50.0], "x")]  # percent, one point a seed
+    drawn.clear()  # of Diffusion-DPO also a line, through the means of both weights of the KL
+    measured = {
+        "pre": {"contradiction": old},
+        "forward_c": {"contradiction": old},
+        "loose_c": {"contradiction": new},
+    }
+    table1.curves(Path("curves.png"), {"forward_c": [1.0, 4.0], "loose_c": [4.0, 9.0]}, measured)
+    assert [(*x, *rest) for x, *rest in drawn[:2]] == [
+        (1.0, 2.0, [0.0, 0.0], "o"),
+        (2.0, 3.0, [25.0, 50.0], "s"),
+    ]
+    assert drawn[2:] == [((1.5, 2.5), (0.0, 37.5), "-")]
