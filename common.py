@@ -16,7 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -346,7 +346,8 @@ def provenance(cfg: Any) -> dict[str, Any]:
 
 def digest(what: Any) -> str:
     """16 hexadecimal digits of the SHA-256 of a tensor, a file (Path), a folder of weights (Path; its
-    config.json and model.safetensors), or anything JSON can say. A missing file raises InputError.
+    config.json and model.safetensors, and the vae/ of a local folder that the config names as its base), or
+    anything JSON can say. A missing file raises InputError.
 
     Also of a function: its code, defaults and what it closes over, not the functions that it calls."""
     if isinstance(what, Tensor):
@@ -357,7 +358,11 @@ def digest(what: Any) -> str:
         return hashlib.sha256(said.encode()).hexdigest()[:16]
     what = located(what)
     if what.is_dir():
-        return digest([digest(what / name) for name in ("config.json", "model.safetensors")])
+        files = [what / name for name in ("config.json", "model.safetensors")]
+        with suppress(InputError, KeyError, TypeError):  # it names none, or is refused on loading
+            if base := load_json(files[0])["base"]:
+                files += sorted((Path(base) / "vae").glob("*.*"))
+        return digest([digest(file) for file in files])
     if not what.is_file():
         raise InputError(
             f"{what}: not found, expected a file, or a folder with config.json and model.safetensors."

@@ -20,7 +20,7 @@ Run:
     Writes --out (means by row, numbers of each seed and object, differences with intervals) and --grid.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -128,11 +128,18 @@ def with_interval(difference: Tensor) -> dict[str, float]:  # (N,) or (R, N)
 
 
 def before_after(
-    before: Tensor, after: Tensor, truth: Tensor, scorers: Mapping[str, Scorer] | None = None
+    before: Tensor,
+    after: Tensor,
+    truth: Tensor,
+    scorers: Mapping[str, Scorer] | None = None,
+    more: Mapping[str, Callable[[Tensor], Tensor]] | None = None,  # a metric that `measure` may lack
 ) -> dict[str, dict[str, float]]:  # metric -> before, after, difference, low, high
     """What training changed, at equal seeds. The entry `change`: how much of the pictures it changed."""
     old, new = (measure(images, truth, truth[:, 0], scorers) for images in (before, after))
     table = {}
+    for name, metric in (more or {}).items():
+        if name not in old:
+            old[name], new[name] = metric(before), metric(after)
     for name in old:
         means = {"before": old[name].mean().item(), "after": new[name].mean().item()}
         table[name] = means | with_interval(new[name] - old[name])

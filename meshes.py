@@ -290,15 +290,20 @@ def mesh_made_by(path: Path, asked: list[str], size: int, up: str) -> dict:
     return {**made_by, "mesh": digest(path), "beside": beside}
 
 
+def say_lost(path: Path, beside: dict[str, str | None]) -> None:
+    """A missing material is no error; a missing texture is one before."""
+    if missing := [name for name, found in beside.items() if not found]:
+        print(f"{path}: {missing[0]!r} is missing, its parts are grey")
+
+
 def update_mesh(folder: Path, path: Path, size: int, up: str) -> str:
     """Render a mesh, unless its pictures are there, made by the same files and settings. Returns why it
     cannot be drawn, or nothing."""
-    try:
+    with suppress(InputError, OSError, TypeError, KeyError, AttributeError):  # none or damaged: made again
         asked = list(load_json(folder / "made_by.json")["beside"])
-        if kept(folder, mesh_made_by(path, asked, size, up)):
+        if kept(folder, made_by := mesh_made_by(path, asked, size, up)):
+            say_lost(path, made_by["beside"])
             return ""
-    except (InputError, OSError, TypeError, KeyError, AttributeError):  # not there or damaged: made again
-        pass
     try:
         views, asked = render_mesh(path, size, up)
     except InputError as error:
@@ -308,7 +313,6 @@ def update_mesh(folder: Path, path: Path, size: int, up: str) -> str:
             folder.rmdir()
         return str(error)
     made_by = mesh_made_by(path, asked, size, up)
-    if missing := [name for name, found in made_by["beside"].items() if not found]:  # a texture is an error
-        print(f"{path}: {missing[0]!r} is missing, its parts are grey")
+    say_lost(path, made_by["beside"])
     write_views(folder, views, made_by)
     return ""

@@ -5,14 +5,12 @@
 
     pi(a|s) = N(a; mean(x_t, Y, t), var)     one denoising step: the state s is x_t, the action a its x_s
 
-1. collect: for each reference the policy draws G candidates (candidates.py). For the paper's feedbacks they
-   differ by noise on their reference (App. B), for the others by ONE action. (Diffusion-DPO: independent.)
+1. collect: for each reference the policy draws G candidates. In what they differ candidates.py explains.
 2. prefer: a feedback rates the finished images (feedback.py). The best beats the worst; or all pairs count.
 3. train: Eq. (2), at calls of the first half of the chain, which decides the shape, moves the policy towards
    winners' actions. If candidates share a state, one forward serves all their pairs.
 4. report: validation objects before and after, from equal noise.
 
-D3PO's own code (yk7333/d3po, which the paper builds on) takes the elements' mean for a log-ratio, and clips.
 Unlike in the paper the trained calls are early and a KL holds the policy. It does not say who is compared.
 
 Run:
@@ -344,8 +342,7 @@ def run(
     fused = device.type == "cuda"
     optimizer = torch.optim.AdamW(parameters, cfg.lr, (0.9, 0.99), weight_decay=0.0, fused=fused)
 
-    state = load_state(folder / STATE)
-    if state:
+    if state := load_state(folder / STATE):
         policy.load_state_dict(state["model"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         print(f"{folder}: goes on at step {state['step']}")
@@ -411,13 +408,17 @@ def report(pre: Path, policy: Path, size: int, cfg: Config, clock: float) -> dic
     """Before against after on validation objects: results.json and grid.png in the run's folder `report`."""
     views = load_split(cfg.data, "validation", cfg.eval_objects, size)
     truth, (before, after) = views.float() / 255, (draw_images(m, views[:, 0], cfg) for m in (pre, policy))
-    made_by = {"views": [digest(z) for z in (before, after, truth)]}
-    made_by |= {"code": code("evaluate", "grid", "metrics", "scorer")}
+    feedback: Any = FEEDBACKS.get(cfg.feedback)  # of SFT there is none
+    made_by = {"views": [digest(z) for z in (before, after, truth)], "feedback": digest(feedback)}
+    made_by |= {"code": code("evaluate", "feedback", "grid", "matcher", "metrics", "scorer")}
     made_by["scorer"] = digest(Path(cfg.scorer)) if cfg.scorer else ""
+
+    def rate(images: Tensor) -> Tensor:  # (N, V, 3, S, S) -> (N,)
+        return torch.cat([feedback(y[0], x[None], y, cfg).cpu() for x, y in zip(images, truth)])
 
     def make(folder: Path) -> None:
         scorers = {"contrastive": Scorer.load(cfg.scorer)} if cfg.scorer else {}
-        table = before_after(before, after, truth, scorers)
+        table = before_after(before, after, truth, scorers, {cfg.feedback: rate} if feedback else {})
         most = (after - before).abs().flatten(1).mean(1).argsort(descending=True)[:8]
         columns = {"ground truth": truth, "before": before, "after": after}
         grid(folder / "grid.png", {k: v[most] for k, v in columns.items()}, truth[most, 0])
@@ -456,10 +457,9 @@ def check(cfg: Config) -> ModelConfig:
     (first, last), limit = cfg.trained_calls, cfg.num_steps - 2  # the last call of a chain has no density
     if not 0 <= first <= last <= limit:
         raise InputError(f"--trained_calls {first} {last}: expected 0 <= first <= last <= {limit}.")
-    link = Path(cfg.out) / run_name(cfg)
+    link = check_link(Path(cfg.out) / run_name(cfg))
     if same_place(cfg.model, link):
         raise InputError(f"--model {link}: this run moves that link. Expected its folder, {link.resolve()}.")
-    check_link(link)
     check_at_least(cfg, 1, "steps", "batch_objects", "batch_size", "num_references", "eval_objects", "rounds")
     check_at_least(cfg, 2, "num_candidates")
     check_at_least(cfg, 0, "beta_dpo", "kl", "lambda_simple", "lr", "lora")

@@ -227,8 +227,7 @@ def run(truth: Tensor, fake: Tensor, n: int, cfg: Config, folder: Path) -> None:
     groups += [{"params": head, "lr": cfg.head_lr}]
     optimizer = torch.optim.AdamW(groups, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
 
-    state = load_state(folder / STATE)
-    if state:
+    if state := load_state(folder / STATE):
         scorer.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         print(f"{folder}: goes on at step {state['step']}")

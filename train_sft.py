@@ -239,8 +239,7 @@ def run(model: MultiViewUNet, sources: list[Any], val_views: Tensor, cfg: Config
     optimizers = new_optimizers(model, parameters, cfg)
     ema = {k: v.clone() for k, v in model.trained_state().items()}
 
-    state = load_state(folder / STATE)
-    if state:
+    if state := load_state(folder / STATE):
         model.load_state_dict(state["model"], strict=False)
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)

@@ -350,6 +350,17 @@ def test_a_models_digest_is_of_its_config_and_its_weights(tmp_path):
     assert len(seen) == 3
 
 
+def test_a_models_digest_counts_the_vae_of_its_local_base(tmp_path):
+    C.save_json(tmp_path / "config.json", {"base": str(tmp_path / "base")})
+    C.save_tensors(tmp_path / "model.safetensors", {"w": torch.ones(1)})
+    seen = {C.digest(tmp_path)}  # nothing there: as if it named a hub id
+    for content in (b"one", b"two"):
+        (tmp_path / "base" / "vae").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "base" / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(content)
+        seen.add(C.digest(tmp_path))
+    assert len(seen) == 3
+
+
 def test_cuda_computes_in_float32(monkeypatch):
     """TF32 has 10 bits of mantissa: log-ratios are differences of small numbers."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
