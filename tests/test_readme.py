@@ -79,7 +79,7 @@ def log_of(folder: Path, name: str) -> list[dict]:
 def test_the_feedback(small, capsys):
     space = run_block("redder", small)
     assert D.FEEDBACKS["redder"] is space["redder"]
-    assert "grey_levels" in capsys.readouterr().out
+    assert "'before': " in capsys.readouterr().out.splitlines()[-1]
     assert log_of(small / "out" / "redder", "d3po_redder")[-1]["step"] == 2
 
 
@@ -183,12 +183,21 @@ def test_the_quick_start_shows_what_the_runs_printed():
             assert shown == pytest.approx(kept, abs=5.1e-5), (heading, line)
 
 
-@pytest.mark.parametrize("file", [*RUNS.values(), "main/scorer.json"])
+def test_what_the_feedback_example_prints_is_what_its_run_printed():
+    row = json.loads((ROOT / "results" / "redder.json").read_text())["table"]["redder"]
+    printed, grey = re.search(r"It prints (.*?): from (.*?) grey levels of 255", README, re.S).groups()
+    assert [float(x) for x in re.findall(r"\.\d+", printed)] == pytest.approx([*row.values()], abs=5.1e-5)
+    shown = [float(x) for x in grey.split(" to ")]
+    assert shown == pytest.approx([255 * row["before"], 255 * row["after"]], abs=0.051)
+
+
+@pytest.mark.parametrize("file", [*RUNS.values(), "main/scorer.json", "redder.json"])
 def test_the_numbers_shown_are_those_of_the_defaults(file):
     """A default that is changed needs new numbers."""
     then = json.loads((ROOT / "results" / file).read_text())["config"]
     how = {} if "scorer" in file else {"feedback": then["feedback"], "loss": then["loss"]}
     how |= {"kl": 0.05} if file == "geometry/results.json" else {}  # as README says
+    how |= {"num_references": 32, "eval_objects": 16} if file == "redder.json" else {}
     now = json.loads(json.dumps(asdict((train_scorer if "scorer" in file else D).Config(**how))))
     assert {k: v for k, v in now.items() if k not in ("out", "scorer")}.items() <= then.items()
 
