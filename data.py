@@ -25,8 +25,7 @@ from cache import cached, code, locked
 from common import ROOT, InputError, check_at_least, check_output, cli, explained, key_seed, keyed_generator
 from common import load_tensors, save_tensors, write_atomic
 from meshes import find_meshes, update_mesh
-from pictures import Views, fingerprint, kept, load_views, open_image, read_image  # noqa: F401
-from pictures import resize, write_png, write_views
+from pictures import Views, kept, load_views, open_image, resize, write_png, write_views
 from render import CAMERAS, NUM_SIDES, VIEWS, make_toys
 from toys import toy_kind
 

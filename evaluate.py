@@ -32,10 +32,12 @@ from tqdm import tqdm
 import metrics
 from common import InputError, check_at_least, check_output, cli, digest, explained, hardware, load_json
 from common import located, provenance, save_json
-from data import VIEWS, in_memory, load_views, open_image, read_split
+from data import in_memory, read_split
 from grid import grid
 from metrics import Lpips, bootstrap_interval, psnr, spoilt_views
 from model import load
+from pictures import load_views, open_image
+from render import VIEWS
 from sample import sample_images
 from scorer import Scorer, contrastive_reward
 

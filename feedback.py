@@ -64,12 +64,8 @@ def redder(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
 
 def random(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
     """Control: what do preferences without content do? A function of the images, so that it is drawn once."""
-    return torch.stack(
-        [
-            torch.rand((), generator=keyed_generator(cfg.seed, int(digest(x), 16) % 2**62))
-            for x in images.cpu()
-        ]
-    )
+    keys = [int(digest(x), 16) % 2**62 for x in images.cpu()]
+    return torch.stack([torch.rand((), generator=keyed_generator(cfg.seed, key)) for key in keys])
 
 
 def least_noise(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:

@@ -51,9 +51,8 @@ def sift_model(device: torch.device) -> KF.SIFTFeature:
     """
     places: Any = dict(nms_size=5, pyramid_levels=4, up_levels=0, scale_factor_levels=2**0.5, s_mult=22.0)
     # "pyramid" is seven times as fast as the default, patches, and no worse here
-    return KF.SIFTFeature(500, True, score_threshold=0.02, descriptor_backend="pyramid", config=places).to(
-        device
-    )
+    how: Any = dict(score_threshold=0.02, descriptor_backend="pyramid", config=places)
+    return KF.SIFTFeature(500, True, **how).to(device)
 
 
 def describe(image: Tensor) -> Tensor:  # (1, 1, S, S) -> (n, 128)

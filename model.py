@@ -30,7 +30,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from common import InputError, explained, load_json, load_weights, located, save_json, save_tensors, typed
-from data import CAMERAS, VIEWS
+from render import CAMERAS, VIEWS
 
 NUM_VIEWS = len(VIEWS)
 

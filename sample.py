@@ -31,8 +31,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import InputError, check_output, cli, hardware, key_seed, keyed_generator, located
-from data import VIEWS, read_image, write_png
 from model import ModelConfig, MultiViewUNet, load
+from pictures import read_image, write_png
+from render import VIEWS
 
 
 class Schedule:
@@ -194,8 +195,7 @@ def sample(
     seeds: list[int],  # one a row: x_T and epsilon_Y depend on it alone
     num_steps: int = 10,  # K
     candidates: list[int] | None = None,  # one a row: step noises depend on (seed, call, candidate)
-    own: Sequence[int]
-    | None = None,  # at these calls; at others candidates share candidate 0's. None: at all
+    own: Sequence[int] | None = None,  # at these calls; at others they share candidate 0's. None: at all
     noise_scales: list[float] | None = None,  # one a row: a of App. B, scale of noise on the reference latent
     bf16: bool = False,  # run the network in bfloat16; states and steps stay float32
 ) -> Trajectory:

@@ -38,9 +38,11 @@ from cache import cached, check_link, code, machine, settings
 from common import STATE, InputError, Log, check_at_least, cli, digest, get_device, key_seed, keyed_generator
 from common import load_json, load_state, load_tensors, located, optimizer_step, provenance, save_json
 from common import save_state, save_tensors, training_steps, use_bf16
-from data import MIRRORED_ORDER, VIEWS, load_references, load_split, load_views, stretch
+from data import MIRRORED_ORDER, load_references, load_split, stretch
 from metrics import spoilt_views
 from model import load
+from pictures import load_views
+from render import VIEWS
 from sample import sample
 from scorer import Scorer, pretrained_scorer, small_scorer
 

@@ -31,11 +31,13 @@ from tqdm import tqdm
 from cache import cached, check_link, code, machine, settings
 from common import STATE, InputError, Log, check_at_least, cli, digest, hardware, keyed_generator, load_json
 from common import load_state, optimizer_step, provenance, save_json, save_state, training_steps, use_bf16
-from data import NUM_SIDES, Views, augment, fingerprint, load_split, read_split, relative_views
+from data import augment, load_split, read_split, relative_views
 from grid import grid
 from metrics import hull_iou, psnr
 from model import PRESETS, MultiViewUNet, from_base, load
 from muon import Muon
+from pictures import Views, fingerprint
+from render import NUM_SIDES
 from sample import Schedule, forward_noise, noised_reference, sample_images, split_prediction
 
 

@@ -881,7 +881,7 @@ def test_a_picture_damaged_in_the_middle_gives_one_line_when_read(folder):
 
 
 def test_fingerprint_follows_the_pictures(folder, toys):
-    of = lambda place, size=SIZE: data.fingerprint(data.load_views(place, size)[1])  # noqa: E731
+    of = lambda place, size=SIZE: pictures.fingerprint(data.load_views(place, size)[1])  # noqa: E731
     first = of(folder)
     assert first == of(folder) != of(folder, 16)
     moved = folder.rename(folder.with_name("elsewhere"))
@@ -894,7 +894,11 @@ def test_fingerprint_follows_the_pictures(folder, toys):
     data.write_png(path, image)
     os.utime(path, ns=(time, time))  # as if nothing was written
     assert first != of(moved)
-    assert data.fingerprint(toys[:2]) == data.fingerprint(toys[:2].clone()) != data.fingerprint(toys[1:3])
+    assert (
+        pictures.fingerprint(toys[:2])
+        == pictures.fingerprint(toys[:2].clone())
+        != pictures.fingerprint(toys[1:3])
+    )
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "I;16", "CMYK"])
@@ -904,7 +908,7 @@ def test_any_picture_becomes_a_square_on_white(tmp_path, mode):
     deep = Image.fromarray(np.full((20, 40), 128 * 256, np.uint16))
     grey = picture if mode in ("RGB", "RGBA", "CMYK") else picture.convert("L")
     (deep if mode == "I;16" else grey.convert(mode)).save(path)
-    image = data.read_image(path, 32)
+    image = pictures.read_image(path, 32)
     assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
     assert (image[:, :6] == 255).all() and (image[:, -6:] == 255).all()
     if mode != "1":
@@ -923,11 +927,11 @@ def test_a_photo_is_turned_a_picture_of_unknown_white_refused_and_a_fine_one_ave
     Image.fromarray(np.array([[256, 65535]], np.int32)).save(tmp_path / "x.tif")
     assert pictures.open_image(tmp_path / "x.tif")[0].tolist() == [[1, 255]]
     Image.new("L", (30000, 1)).save(tmp_path / "x.png")  # a square of it would be 2.7 GB
-    assert (data.read_image(tmp_path / "x.png", 9)[0] == 0).any(1).nonzero().tolist() == [[4]]
+    assert (pictures.read_image(tmp_path / "x.png", 9)[0] == 0).any(1).nonzero().tolist() == [[4]]
     data.write_png(tmp_path / "x.png", torch.full((3, 20, 10), 0.999))  # rounded, not cut
-    tall = data.read_image(tmp_path / "x.png", 20)
+    tall = pictures.read_image(tmp_path / "x.png", 20)
     Image.new("RGB", (10, 20), RED).save(tmp_path / "x.png")
-    wide = data.read_image(tmp_path / "x.png", 20)  # in the middle of white
+    wide = pictures.read_image(tmp_path / "x.png", 20)  # in the middle of white
     assert (tall == 255).all() and (wide[1, 0] == 0).nonzero()[[0, -1]].tolist() == [[5], [14]]
     lines = torch.zeros(3, 64, 64, dtype=torch.uint8)
     lines[:, ::4] = 200  # one row of four
@@ -938,18 +942,18 @@ def test_transparent_pixels_become_white(tmp_path):
     picture = np.zeros((4, 4, 4), np.uint8)  # transparent black, one half-transparent black pixel
     picture[1, 2, 3] = 128
     Image.fromarray(picture).save(tmp_path / "x.png")
-    image = data.read_image(tmp_path / "x.png", 4)
+    image = pictures.read_image(tmp_path / "x.png", 4)
     assert image[0, 1, 2] == 127 and (image == 255).sum() == 3 * 15
 
 
 def test_unreadable_picture_gives_one_line(tmp_path):
     (tmp_path / "x.png").write_text("hello")
     with pytest.raises(InputError, match="x.png: not readable as a picture"):
-        data.read_image(tmp_path / "x.png", 8)
+        pictures.read_image(tmp_path / "x.png", 8)
     pipe(tmp_path / "x.png")  # would be waited for
     for path in (tmp_path / "y.png", tmp_path / "x.png", tmp_path):
         with pytest.raises(InputError, match=f"{path}: no such file, expected a picture"):
-            data.read_image(path, 8)
+            pictures.read_image(path, 8)
 
 
 def test_command_line(tmp_path):
