@@ -1,5 +1,6 @@
 """Plumbing: keyed noise, whole files, the content rule, states, logs, the step of an optimizer, errors in one line."""
 
+import fcntl
 import functools
 import json
 import os
@@ -7,8 +8,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -390,6 +393,29 @@ def test_steps_save_when_asked_to_stop(monkeypatch):
     assert seen == [1, 2] and saved == [3]  # the step under way was finished, then saved
     monkeypatch.setattr(C, "SAVE_SECONDS", 0)
     assert list(C.training_steps(2, 4, "train", saved.append)) == [2, 3] and saved == [3, 3, 4]
+    monkeypatch.setattr(C, "SAVE_SECONDS", 100)
+    clock = iter(range(0, 5000, 30))  # each look at it is 30 seconds later
+    monkeypatch.setattr(C, "time", SimpleNamespace(time=lambda: next(clock)))
+    saved.clear()
+    assert list(C.training_steps(0, 9, "train", saved.append)) and saved == [4, 8, 9]
+
+
+def test_a_finished_result_that_another_run_reads_is_waited_for(tmp_path):
+    folder = K.cached(tmp_path, "x", {}, count)
+    with open(folder / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        timer = threading.Timer(0.3, fcntl.flock, (lock, fcntl.LOCK_UN))
+        timer.start()
+        assert K.cached(tmp_path, "x", {}, count) == folder
+        timer.join()
+
+
+def test_a_result_says_when_the_tree_had_changes(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        C.subprocess, "run", lambda args, **_: asked.extend(args) or SimpleNamespace(stdout="x")
+    )
+    assert C.provenance(Config((1.0,)))["commit"] == "x" and "--dirty" in asked
 
 
 def test_optimizer_step_clips_scales_the_rate_and_clears():
@@ -440,12 +466,13 @@ def test_numbers_out_of_range_are_refused(value):
         (["--seed", str(2**63)], "error: --seed 9223372036854775808: expected a number below"),
         (["--read", "there", "--out", "./there"], "error: --out ./there: is --read, too. Expected"),
         (["--read", "there", "--out", "there/x"], "error: --out there/x: lies in --read. Expected"),
+        (["--read", "there", "--out", "HERE/there/x"], "error: --out .*/there/x: lies in --read. Expected"),
     ],
 )
 def test_every_wrong_option_is_one_line(monkeypatch, capsys, tmp_path, args, line):
     monkeypatch.chdir(tmp_path)
     Path("there").mkdir()
-    monkeypatch.setattr(sys, "argv", ["x.py", *args])
+    monkeypatch.setattr(sys, "argv", ["x.py", *(arg.replace("HERE", str(tmp_path)) for arg in args)])
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as stop:
         C.cli(lambda cfg: None, Config, "doc")

@@ -661,6 +661,7 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
 def test_names_that_collide_or_lead_away_are_kept_apart_below_the_folder(tmp_path):
     root, out = tmp_path / "meshes", tmp_path / "deep" / "out"
     files = ["a/b.obj", "a__b.obj", "c.obj", "c.OBJ", "d.glb", "d.obj", "...obj", ".hidden/e.obj", "C.obj"]
+    files += ["Table.obj", "Table.OBJ"]  # alike in upper case, too
     files += ["x" * 200 + "/" + "y" * 200 + ".obj", "two words.obj"]
     for i, name in enumerate(files):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -673,6 +674,21 @@ def test_names_that_collide_or_lead_away_are_kept_apart_below_the_folder(tmp_pat
     assert data.main(data.Config(meshes=str(root), out=str(out), size=8)) == []
     assert len(data.load_views(out, 8)[0]) == len(files) - 1
     assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["out"]
+
+
+def test_what_a_killed_run_left_goes(tmp_path):
+    (tmp_path / "out" / ".x.partial").mkdir(parents=True)
+    data.main(data.Config(toys=1, size=8, out=str(tmp_path / "out")))
+    assert not (tmp_path / "out" / ".x.partial").exists()
+
+
+def test_a_texture_is_as_fine_as_the_pixels():
+    corners = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0]])
+    two = torch.tensor([[0, 1, 2], [1, 3, 2]])  # triangles, a square
+    uv, corner = corners[:, :2][two], 1.8 * corners[two]
+    image = Image.new("RGBA", (256, 256))
+    assert len(meshes.read_texels(image, corner, uv, 64)) == 64  # 1.8 of 2 units are 58 of 64 pixels
+    assert len(meshes.read_texels(image, corner, uv, 256)) == 256
 
 
 def cut(path: Path) -> None:
@@ -936,6 +952,8 @@ def test_a_photo_is_turned_a_picture_of_unknown_white_refused_and_a_fine_one_ave
     lines = torch.zeros(3, 64, 64, dtype=torch.uint8)
     lines[:, ::4] = 200  # one row of four
     assert (pictures.resize(lines, 16, 16).float() - 50).abs().max() <= 20
+    three = torch.tensor([100, 101, 101], dtype=torch.uint8).expand(3, 3, 3)
+    assert (pictures.resize(three, 1, 1) == 101).all()  # rounded, not cut
 
 
 def test_transparent_pixels_become_white(tmp_path):

@@ -107,6 +107,7 @@ def test_before_after_and_its_lines(toys, capsys) -> None:
     shown = next(line for line in lines if line.startswith("psnr_unseen")).split()
     assert [float(x) for x in shown[1:4]] == pytest.approx(list(means.values()), abs=1e-4)
     assert any(line.startswith("contradiction") for line in lines) and "grey levels" in lines[-1]
+    assert f" {100 * table['change']['share']:.0f} % of pixels" in lines[-1]
 
 
 def test_markdown_hides_columns_with_view_0() -> None:

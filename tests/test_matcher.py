@@ -29,6 +29,17 @@ def warp(images: torch.Tensor) -> torch.Tensor:
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False) * 0.8 + 0.2
 
 
+def test_large_images_stay_large_and_threads_are_given_back() -> None:
+    assert matcher.to_grey(torch.rand(1, 3, 300, 300)).shape[-1] == 300
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        matcher.count_matches(torch.ones(1, 3, 16, 16), torch.ones(1, 1, 3, 16, 16))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_warped_copy_many_other_object_few() -> None:
     ref = toys()[:, 0]
     other, blank = ref.roll(1, 0), torch.ones_like(ref)

@@ -315,6 +315,9 @@ def test_limits_of_no_object() -> None:
         copies = draw()[:, :1].repeat(1, 5, 1, 1, 1)
         copies[:, 2] -= (metrics.silhouettes(copies[:, 2])[:, None] * levels) / 255
         assert metrics.no_object(copies).item() is want
+    copies = draw()[:, :1].repeat(1, 5, 1, 1, 1)
+    copies[:, 2, 0] -= metrics.silhouettes(copies[:, 2]) * 20 / 255  # one channel: 6.7 on average
+    assert metrics.no_object(copies)
 
 
 # --- how much changed, spoilt truth, intervals ---

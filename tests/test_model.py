@@ -347,12 +347,16 @@ def test_lora_trains_two_factors_of_each_projection_and_is_merged(tiny, tmp_path
 # --- latents and files ---
 
 
-def test_latents_round_trip(tiny):
+def test_latents_round_trip(tiny, tmp_path):
     images = torch.rand(2, V, 3, 16, 16)
     assert tiny.encode(images).shape == (2, V, c, h, h)
     torch.testing.assert_close(tiny.decode(tiny.encode(images)), images)
     with pytest.raises(InputError, match="32x32 pixels, expected 16x16"):
         tiny.encode(torch.rand(3, 32, 32))
+    with pytest.raises(InputError, match="32x16 pixels"):
+        tiny.encode(torch.rand(3, 16, 32))
+    tiny.save(tmp_path)
+    assert {p.dtype for p in load(tmp_path, half=True).parameters()} == {torch.float32}  # half is for SDXL
 
 
 @torch.no_grad()

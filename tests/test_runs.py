@@ -1,5 +1,6 @@
 """The experiments' scripts, tiny: what is measured, what there is to gain, all through the command line."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -14,7 +15,8 @@ from conftest import random_model
 from matplotlib.axes import Axes
 
 import bench
-from common import InputError, key_seed, load_json
+import cache
+from common import InputError, digest, key_seed, load_json
 from runs import diagram, headroom, table1, theory_extra
 from scorer import small_scorer
 
@@ -56,6 +58,10 @@ def test_bench_scales_as_its_operations_do(tiny_folder, tmp_path, monkeypatch):
     assert rest == pytest.approx([1, 0, 1], abs=0.01)
     assert rows["own"]["exponent, peak MB"] > 0.7 and rows["one"]["exponent, peak MB"] < 0.5
     assert (tmp_path / "scaling.png").stat().st_size > 10_000 and (tmp_path / "scaling.md").is_file()
+    peak = SimpleNamespace(peak=3e6)
+    monkeypatch.setattr(bench, "PeakMemory", lambda: contextlib.nullcontext(peak))
+    monkeypatch.setattr(bench, "SWEEPS", {"objects": ("B", (1, 2))})
+    assert bench.scaling(cfg, torch.device("cpu"))[0]["peak MB"] == (3, 3)
 
 
 def test_bench_refuses_forms_that_differ(tiny_folder, monkeypatch):
@@ -140,10 +146,12 @@ def test_headroom_is_the_best_minus_the_mean_of_each_reference(monkeypatch):
     """Shades stand for pictures, and the darkest is rated best."""
     shades = torch.tensor([[0.2, 0.1, 0.6], [0.9, 0.5, 0.1], [0.4, 0.3, 0.2]])
     truth, seen, splits = torch.arange(3).byte().view(3, 1, 1, 1, 1).expand(3, 5, 3, 4, 4), [], []
+    told, how = set(), dict(num_steps=6, bf16="on", seed=7)
     shade = lambda x, *_: x.mean((1, 2, 3, 4))  # noqa: E731
 
-    def draw(model, ref, seeds, *_):
+    def draw(model, ref, seeds, call, options, bf16):
         seen.extend(seeds)
+        told.add((options.num_steps, options.seed, bf16))
         rows = shades[(ref[:, 0, 0, 0] * 255).round().long()]
         return None, rows.view(-1, 3, 1, 1, 1, 1).expand(-1, 3, 5, 3, 4, 4)
 
@@ -155,12 +163,13 @@ def test_headroom_is_the_best_minus_the_mean_of_each_reference(monkeypatch):
     monkeypatch.setattr(headroom.Scorer, "load", lambda *_: None)
     monkeypatch.setattr(headroom.D, "check", lambda cfg: None)
     monkeypatch.setitem(headroom.D.FEEDBACKS, "hull", lambda ref, x, y, options: -shade(x))
-    cfg = headroom.Config(feedbacks=("hull",), n=3, num_candidates=3, branch_calls=(1,), seed=7)
+    cfg = headroom.Config(feedbacks=("hull",), n=3, num_candidates=3, branch_calls=(1,), **how)
     result, gain = headroom.main(cfg), (shades.amin(1) - shades.mean(1)).mean().item()
     for row, spread in zip(result["rows"], result["spread"], strict=True):
         assert all(row[k]["difference"] == pytest.approx(gain) for k in headroom.METRICS)
         assert spread["hull"] == pytest.approx(shades.std(1).mean().item())
     assert seen == [key_seed(7, 8, i) for i in range(3)] * 3  # every design from the same noise
+    assert told == {(6, 7, True)}
     assert splits == [("furniture", "validation", 3, 4)]  # held-out objects are for table 1
 
 
@@ -259,6 +268,9 @@ def test_table_1_on_tiny_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(table1.D, "main", spy)
     monkeypatch.setattr(table1, "load_split", lambda *asked: splits.append(asked) or split(*asked))
     monkeypatch.setattr(table1, "draw", keep)
+    five, seeds, shown = table1.draw_candidates, [], []
+    monkeypatch.setattr(table1, "draw_candidates", lambda *args: seeds.extend(args[2]) or five(*args))
+    monkeypatch.setattr(table1, "grid", lambda path, columns, *_, **__: shown.append(columns))
     rows = ("pre", "sft", "noised_random", "c", "best", "truth")
     result = table1.main(
         table1.Config(seeds=(3, 4), rows=rows, rates=tuple(after), n=4, out="o", results="r")
@@ -286,7 +298,35 @@ def test_table_1_on_tiny_numbers(tmp_path, monkeypatch):
     other = draw("best", Path("model"), 3, truth, scorers | {"contrastive": "judge"}, cfg)
     assert not torch.equal(other, drawn["best", 3][0])  # another scorer takes others of the five
     assert f"| MV-D3PO-C | {mean('c', 'psnr_unseen'):.2f} [" in Path("r/table.md").read_text()
-    assert Path("r/curves.png").stat().st_size > 0 and Path("r/grid.png").stat().st_size > 0
+    assert Path("r/curves.png").stat().st_size > 0 and "sft" not in result["minus"]["sft"]
+    assert seeds[:8] == [key_seed(seed, i) for seed in (3, 4) for i in range(4)]  # each object has its own
+    assert torch.equal(shown[0]["pre-trained"], drawn["pre", 3][0])  # of the first seed
+
+
+class Asked(Exception):
+    """Ends a stage before its work, and says what it would be known by."""
+
+
+def test_the_best_of_five_is_known_by_all_that_it_depends_on(tmp_path, monkeypatch):
+    def ends(root, name, made_by, make):
+        raise Asked(digest(made_by))
+
+    def note() -> str:
+        with pytest.raises(Asked) as made_by:
+            table1.draw("best", tmp_path / "model", 3, truth, {"contrastive": str(tmp_path / "s")}, cfg)
+        return str(made_by.value)
+
+    monkeypatch.setattr(table1, "cached", ends)
+    random_model().save(tmp_path / "model")
+    cfg, truth, found = table1.Config(device="cpu"), torch.zeros(2, 5, 3, 16, 16), set()
+    for change in ("", "truth", "scorer", "candidates"):
+        torch.manual_seed(change == "scorer")
+        small_scorer("bilinear", 16, 8, 32, 1, 2).save(tmp_path / "s")
+        truth[1, 0] = change == "truth"
+        with monkeypatch.context() as edited:
+            edited.setitem(cache.SOURCES, "candidates", f"x = {change == 'candidates'}")
+            found.add(note())
+    assert len(found) == 4
 
 
 FEEDBACK = dict(sft="none", noised_random="random", least_noise="least_noise", m="matching")
@@ -324,16 +364,20 @@ def test_a_control_of_table_1_differs_in_its_feedback_alone():
 
 
 def test_the_scorers_of_table_1_differ_as_their_columns_say(monkeypatch):
-    made, plain, model = [], table1.S.Config(), table1.job(table1.Config()).model
+    made, plain, job = [], table1.S.Config(), table1.job
+    model = job(table1.Config()).model
+    monkeypatch.setattr(table1, "job", lambda cfg: job(cfg, num_steps=7, num_references=9))
     monkeypatch.setattr(table1.S, "main", lambda cfg: made.append(cfg) or {"folder": cfg.out})
     folders = table1.make_scorers(table1.Config(out="o"))
     assert folders == dict(contrastive="o/scorer", contrastive_pre="o/scorer_pre", judge="o/scorer_judge")
+    assert {(cfg.num_steps, cfg.num_references) for cfg in made} == {(7, 9)}
     told = [(cfg.negatives, cfg.seed, cfg.patch_size, cfg.twins) for cfg in made]
     usual = (plain.seed, plain.patch_size, True)
     assert told == [(plain.negatives, *usual), (model, *usual), (plain.negatives, 1, 16, False)]
 
 
 def test_table_1_prints_percentages_and_marks_differences_and_own_rewards():
+    assert all((factor == 100) == ("%" in heading) for heading, _, factor in table1.METRICS.values())
     above, below, across = ([0.25, 0.125, 0.5], [-0.5, -0.75, -0.25], [0.25, -0.25, 0.5])
     numbers = {"contradiction": above, "hull": below, "contrastive": across}
     rows = {"c": {c: dict(zip(("mean", "low", "high"), v)) for c, v in numbers.items()}}

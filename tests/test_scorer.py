@@ -172,6 +172,8 @@ def test_a_larger_image_is_averaged_not_sampled():
     scorer.encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     scorer.embed((torch.arange(48) % 3 == 0).float().expand(1, 3, 48, 48))  # every third column is lit
     torch.testing.assert_close(seen[0][..., 2:-2], torch.full((1, 3, 16, 12), 1 / 3))
+    scorer.embed((torch.arange(48) > 23).float().expand(1, 3, 48, 48))  # a step, which bicubic overshoots
+    assert 0 == seen[1].min() < seen[1].max() == 1
 
 
 # --- a pretrained backbone, in the published format ---

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 import theory
 from runs import theory_extra
@@ -22,11 +23,16 @@ def test_a_nan_or_nothing_never_passes():
     assert not theory.Holds("", "", [], 1.0).passed
     assert not theory.Refuted("", "", math.nan, 1.0, "").passed
     assert theory.format_line(theory.Holds("", "", [math.nan], 1.0)).startswith("FAIL")
+    assert " 2.0e-01 <= 1e+00" in theory.format_line(theory.Holds("", "", [1e-9, 0.2], 1.0))  # the largest
 
 
 def test_lines_and_failures_are_counted(capsys):
     assert theory.run_checks(theory.CHECKS, 0) == 0
-    assert 25 <= len(re.findall("^PASS", capsys.readouterr().out, re.M)) <= 40
+    out = capsys.readouterr().out
+    passed = re.findall("^PASS (holds|refuted)", out, re.M)
+    assert 25 <= len(passed) <= 40
+    counts = [passed.count("holds"), passed.count("refuted")]
+    assert "{}, 0 failed; {} hold, {} refute".format(f"{sum(counts)} lines", *counts) in out
     assert theory.run_checks([lambda seed: [theory.Holds("Eq. (0)", "wrong", [1.0], 0.5)]], 0) == 1
     assert "FAIL holds   Eq. (0)" in capsys.readouterr().out
 
@@ -128,7 +134,7 @@ def test_exact_scores_hide_the_transpose(mistake, monkeypatch):
 # --- the numbers that the documents quote ---
 
 
-def test_matched_comparison_and_figure(tmp_path):
+def test_matched_comparison_and_figure(tmp_path, monkeypatch):
     expected = {  # simple ap, simple a_1, contrast with r = .8
         "no error": (0.974, 0.984, 0.979),
         "leans as ap": (0.926, 0.961, 0.969),
@@ -142,7 +148,20 @@ def test_matched_comparison_and_figure(tmp_path):
     for name, row in expected.items():
         k = list(theory_extra.MODELS).index(name)
         assert found[k].tolist() == pytest.approx(row, abs=3e-3)
+    dotted = []
+    monkeypatch.setattr(Axes, "axhline", lambda self, y, **_: dotted.append(y))
     assert theory_extra.plot_figure(laws, tmp_path).stat().st_size > 10_000
+    simple = theory_extra.mean_cosine(laws["simple a_1"], theory.A1)
+    assert dotted == pytest.approx(simple[:4].tolist())
+
+
+def test_contrast_helps_if_it_beats_all_that_has_no_negative_term(capsys):
+    for best, says in ((0.4, "helps"), (0.9, "HURTS")):
+        for i in (1, 2, 3):  # simple ap, simple a_1, a_1 only
+            row = [0.95, 0.1, 0.1, 0.1, 0.99, 0.99, 0.5, 0.99]
+            row[i] = best
+            theory_extra.print_table({"m": row})
+            assert capsys.readouterr().out.splitlines()[-1].endswith(says)
 
 
 def test_overshoot():

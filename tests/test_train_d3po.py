@@ -338,9 +338,13 @@ def test_prefer_says_what_its_winners_are(tmp_path, monkeypatch, capsys):
     assert said(lambda *args: torch.tensor([1.0, 0, 3, 2, 2]), "extremes").endswith(", 0% less noised")
 
 
-@pytest.mark.parametrize("candidates", ["branch", "noised"])
-def test_of_the_extremes_training_sees_the_best_and_the_worst_alone(tmp_path, monkeypatch, candidates):
-    cfg, references, folder, rollouts = collected(tmp_path, candidates=candidates)
+@pytest.mark.parametrize(
+    "candidates, changes", [("branch", {}), ("noised", {}), ("independent", {"num_candidates": 2})]
+)
+def test_of_the_extremes_training_sees_the_best_and_the_worst_alone(
+    tmp_path, monkeypatch, candidates, changes
+):
+    cfg, references, folder, rollouts = collected(tmp_path, candidates=candidates, **changes)
     G, seen = rollouts.action.shape[2], []
     rewards = torch.rand(5, G, generator=torch.Generator().manual_seed(0))
 
@@ -452,11 +456,10 @@ def test_useless_feedbacks_are_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(D.FEEDBACKS, "hull", lambda ref, images, truth, cfg: torch.zeros(len(images)))
     with pytest.raises(InputError, match="tie"):
         D.prefer(folder, references, replace(cfg, feedback="hull"))
-    monkeypatch.setitem(
-        D.FEEDBACKS, "redder", lambda ref, images, truth, cfg: torch.full((len(images),), torch.nan)
-    )
-    with pytest.raises(InputError, match="15 rewards are not finite"):
-        D.prefer(folder, references, replace(cfg, feedback="redder"))
+    for bad in (torch.nan, torch.inf):
+        monkeypatch.setitem(D.FEEDBACKS, "redder", lambda ref, images, *_, bad=bad: torch.full((3,), bad))
+        with pytest.raises(InputError, match="15 rewards are not finite"):
+            D.prefer(folder, references, replace(cfg, feedback="redder"))
 
 
 # --- the loop ---
@@ -720,8 +723,8 @@ def test_another_rate_stands_beside_and_reuses_the_candidates(tmp_path, capsys):
 
 DRAWN = "num_steps seed batch_size bf16 device model.py sample.py policy references "
 TUNED = """steps batch_objects lr lambda_simple attention_only lora checkpointing seed bf16 device feedback policy
-    objects round candidates.py data.py feedback.py model.py sample.py train_d3po.py train_sft.py """
-RATED = "feedback seed collected references feedback.py matcher.py metrics.py scorer.py "
+    objects unseen round candidates.py data.py feedback.py model.py sample.py train_d3po.py train_sft.py """
+RATED = "feedback seed collected references unseen feedback.py matcher.py metrics.py scorer.py "
 NOTED = {  # stage: the options, inputs and files that its result depends on
     "candidates": DRAWN + "candidates num_candidates loss trained_calls round candidates.py",
     "rewards": RATED,
@@ -730,7 +733,7 @@ NOTED = {  # stage: the options, inputs and files that its result depends on
     "run": TUNED + "loss beta_dpo kl pairs num_steps pre collected rewards",
     "baseline": TUNED,
     "images": DRAWN,
-    "report": "scorer feedback policy pre objects evaluate.py feedback.py grid.py matcher.py metrics.py scorer.py",
+    "report": "scorer feedback policy pre objects unseen evaluate.py feedback.py grid.py matcher.py metrics.py scorer.py",
 }
 EVERY = set(D.Config.__dataclass_fields__) - {"out", "device", "candidates"}
 NOTED["rewards, mine"] = RATED + " ".join(EVERY)  # your feedback may read any option
@@ -788,6 +791,9 @@ def test_a_result_is_known_by_all_that_it_depends_on_and_by_nothing_else(tmp_pat
     first = asked(cfg, x)
     found = {name: asked(replace(cfg, **{name: value}), x) for name, value in new.items()}
     found |= {name: asked(cfg, x | {name: value}) for name, value in other.items()}
+    back = views.clone()
+    back[1, 2] = 1  # the same fronts
+    found["unseen"] = asked(cfg, x | dict(references=back, objects=back))
     for name, source in list(cache.SOURCES.items()):
         with monkeypatch.context() as changed:
             changed.setitem(cache.SOURCES, name, source + "\nx = 1\n")
@@ -1047,11 +1053,25 @@ def test_wrong_input_is_one_line_before_any_work(tmp_path, changes, message):
     assert not list((tmp_path / "out").glob("candidates*"))
 
 
-def test_a_scorer_of_another_size_is_refused(tmp_path):
+@pytest.mark.parametrize("feedback", ["contrastive", "oracle"])  # of oracle it is a judge
+def test_a_scorer_of_another_size_is_refused(tmp_path, feedback):
     small_scorer("bilinear", 32, 8, 32, 1, 2).save(tmp_path / "scorer")
     with pytest.raises(InputError, match="expected 32 x 32"):
-        D.main(config(tmp_path, feedback="contrastive", scorer=str(tmp_path / "scorer")))
+        D.main(config(tmp_path, feedback=feedback, scorer=str(tmp_path / "scorer")))
     assert not list((tmp_path / "out").glob("candidates*"))  # before any work
+
+
+@pytest.mark.parametrize("loss", ["d3po", "diffusion_dpo"])
+def test_bfloat16_is_for_every_forward(tmp_path, monkeypatch, loss):
+    seen, stock = [], D.MultiViewUNet.forward
+
+    def spy(self, *args):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return stock(self, *args)
+
+    monkeypatch.setattr(D.MultiViewUNet, "forward", spy)
+    D.main(config(tmp_path, loss=loss, bf16="on"))
+    assert seen and all(seen)
 
 
 def test_each_report_is_kept_beside_the_others(tmp_path):

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import fields, replace
 from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import train_scorer as T
 from common import InputError, load_tensors, save_json, save_tensors
 from data import MIRRORED_ORDER, load_references, load_split, make_toys, write_views
 from metrics import hull_iou
+from model import MultiViewUNet
 from render import render_primitives
 from sample import sample
 from toys import pack
@@ -168,7 +170,7 @@ def test_negatives_are_the_generators_own_and_made_once(folders, tmp_path, monke
     cfg = config(folders, tmp_path / "run" / "scorer", num_steps=3)
     truth, fake, n = T.make_pairs(cfg, CPU)
     assert torch.equal(truth[n:], load_split(cfg.data, "validation", 2, 16))
-    for key, low, high in (((0, 9), 0, 0.6), ((0,), 1, 255)):  # other noise than in evaluation
+    for key, low, high in (((0, 9), 0, 0.35), ((0,), 1, 255)):  # rounded; other noise than in evaluation
         seeds = [T.key_seed(*key, i) for i in range(6)]
         images = sample(random_model(), truth[:, 0].float() / 255, seeds, 3).images
         assert low <= (images * 255 - fake.float()).abs().mean() <= high
@@ -179,6 +181,19 @@ def test_negatives_are_the_generators_own_and_made_once(folders, tmp_path, monke
     assert torch.equal(load_tensors(path)["views"], fake)
     with pytest.raises(InputError, match="makes images of 16 px"):
         T.make_pairs(replace(cfg, image_size=32), CPU)
+
+
+def test_bfloat16_is_for_the_generator_but_on_a_cpu_not_for_the_scorer(folders, tmp_path, monkeypatch):
+    seen, asked, forward, loss = [], [], MultiViewUNet.forward, T.scorer_loss
+
+    def spy(self, *args):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return forward(self, *args)
+
+    monkeypatch.setattr(MultiViewUNet, "forward", spy)
+    monkeypatch.setattr(T, "scorer_loss", lambda *args: asked.append(args[2]) or loss(*args))
+    T.main(config(folders, tmp_path / "run" / "scorer", bf16="on"))
+    assert seen and all(seen) and asked and not any(asked)
 
 
 def test_augmentation_keeps_truth_and_generated_alike(folders, tmp_path):
@@ -243,6 +258,8 @@ def test_the_notes_tell_all_that_results_depend_on_and_nothing_else(folders, tmp
     plain = notes()
     changed = {k: [a != b for a, b in zip(notes(**{k: v}), plain)] for k, v in options.items()}
     assert changed == {k: [k in both, k in both or k in scorers] for k in options}
+    fewer, more = (notes(data="toys", num_val=n)[0] for n in (2, 3))
+    assert fewer != more  # of validation objects, too, there are negatives
     for module in "model sample data metrics scorer train_scorer".split():
         with monkeypatch.context() as edited:
             edited.setitem(cache.SOURCES, module, cache.SOURCES[module] + "\nx = 1\n")
@@ -265,16 +282,21 @@ def test_resumed_equals_uninterrupted(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "SAVE_SECONDS", 0)
     real = T.make_batch
 
+    clock = [0]  # a step takes 100 seconds
+
     def killed(cfg, truth, fake, step):
-        if step == 5:
+        if step == 5 and clock == [500]:
+            clock.append(0)
             raise KeyboardInterrupt
+        clock[0] += 100
         return real(cfg, truth, fake, step)
 
     monkeypatch.setattr(T, "make_batch", killed)
+    monkeypatch.setattr(T, "time", SimpleNamespace(time=lambda: clock[0]))
     with pytest.raises(KeyboardInterrupt):
         T.main(pieces)
-    monkeypatch.setattr(T, "make_batch", real)
-    again = Path(T.main(pieces)["folder"])
+    again = Path((result := T.main(pieces))["folder"])
+    assert result["seconds"] == 600
     assert (whole / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
     first, second = (
         [x.split('"seconds"')[0] for x in (f / "log.jsonl").read_text().splitlines()] for f in (whole, again)
@@ -318,7 +340,7 @@ def test_accuracy_counts_objects_whose_truth_has_the_higher_reward(monkeypatch):
         def score(self, ref, views):
             return views.mean((2, 3, 4))
 
-    monkeypatch.setattr(T, "twin", lambda x, g: torch.full_like(x, 0.4))
+    monkeypatch.setattr(T, "twin", lambda x, g: torch.full_like(x, 101.6 / 255))  # rounded, it has .4
     dark, bright = (torch.full((2, 5, 3, 16, 16), value, dtype=torch.uint8) for value in (50, 200))
     for truth, fake, accuracy in ((dark, bright, 0.0), (bright, dark, 1.0), (dark, dark, 0.5)):
         found = T.evaluate(Brightness(), truth, fake)

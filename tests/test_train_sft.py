@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import train_sft as T
 from common import InputError, digest
 from data import load_furniture, make_toys, relative_views
 from metrics import hull_iou
-from model import load
+from model import MultiViewUNet, load
 from muon import Muon
 from sample import Schedule, forward_noise, noised_reference
 
@@ -114,9 +115,14 @@ def test_the_average_by_hand():
 
 
 def test_saved_are_the_averaged_weights_and_training_goes_on_with_the_raw_ones(tmp_path, monkeypatch):
-    raw, rates = [], []
+    raw, rates, models, stock = [], [], [], T.trained_parameters
+
+    def kept(model, *args, **kwargs):
+        models.append(model)
+        return stock(model, *args, **kwargs)
 
     def spy(optimizers, parameters, rate, step, clip=1.0):
+        assert models[0].training and models[0].unet.training  # otherwise nothing is checkpointed
         assert not raw or all(p.equal(w) for p, w in zip(parameters, raw[-1]))  # evaluation put them back
         norm = common.optimizer_step(optimizers, parameters, rate, step, clip)
         raw.append([p.detach().clone() for p in parameters])
@@ -124,6 +130,7 @@ def test_saved_are_the_averaged_weights_and_training_goes_on_with_the_raw_ones(t
         return norm
 
     monkeypatch.setattr(T, "optimizer_step", spy)
+    monkeypatch.setattr(T, "trained_parameters", kept)
     folder = T.main(config(tmp_path, steps=4, warmup=2, ema=0.9, optimizer="adamw"))["folder"]
     warm_up, cosine = (0.5, 1, 1, 1), [(1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]
     assert rates == pytest.approx([w * c for w, c in zip(warm_up, cosine)])
@@ -195,6 +202,8 @@ def test_muon_is_for_networks_from_nothing_unless_asked_for(tmp_path):
     adamw, muon = T.new_optimizers(model, parameters, config(tmp_path, init="", lr=1e-3, muon_lr=0.02))
     groups = [{id(p) for p in o.param_groups[0]["params"]} for o in (adamw, muon)]
     assert not groups[0] & groups[1] and len(groups[0] | groups[1]) == len(parameters)
+    muons = {n for n, p in model.named_parameters() if id(p) in groups[1]}
+    assert not [n for n in muons if "time_emb" in n or "position" in n] and any("conv" in n for n in muons)
     assert {p.ndim for p in muon.param_groups[0]["params"]} == {2, 4} and muon.param_groups[0]["lr"] == 0.02
     before = [p.detach().clone() for p in parameters]
     for p in parameters:
@@ -310,6 +319,7 @@ def test_a_network_that_looks_at_its_reference_has_two_errors(monkeypatch):
     monkeypatch.setattr(type(model), "forward", lambda self, x_t, t, ref_t: ref_t[:, None].expand_as(x_t))
     views = make_toys(3, 16, 2)[:, :1].expand(-1, 5, -1, -1, -1)  # all views equal the reference
     errors = T.reference_use(model, views, 2)
+    assert {name.split("_")[2] for name in errors} == {"t200", "t500", "t800", "t950"}
     assert errors["x0_error_t500_wrong_ref"] > 2 * errors["x0_error_t500_right_ref"]
 
 
@@ -326,15 +336,30 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, start):
         calls.append(0)
         if len(calls) == 3:
             raise KeyboardInterrupt
+        clock[0] += 100
         return original(*args)
 
+    clock = [0]  # a step takes 100 seconds
     monkeypatch.setattr(T, "simple_loss", dies)
+    monkeypatch.setattr(T, "time", SimpleNamespace(time=lambda: clock[0]))
     with pytest.raises(KeyboardInterrupt):
         T.main(killed)
-    pieces = T.main(killed)["folder"]
-    assert len(calls) == 5
+    pieces = (result := T.main(killed))["folder"]
+    assert len(calls) == 5 and result["seconds"] == 400
     whole, pieces = load(whole).state_dict(), load(pieces).state_dict()
     assert all(torch.equal(whole[k], pieces[k]) for k in whole)
+
+
+def test_bfloat16_is_for_every_forward(tmp_path, monkeypatch):
+    seen, stock = [], MultiViewUNet.forward
+
+    def spy(self, *args):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return stock(self, *args)
+
+    monkeypatch.setattr(MultiViewUNet, "forward", spy)
+    T.main(config(tmp_path, bf16="on"))
+    assert seen and all(seen)
 
 
 @pytest.mark.parametrize("fresh", [False, True])
