@@ -282,7 +282,6 @@ FAULTS: list[tuple[str, str, str, str]] = [
     ("metrics", "(views[:, 1:] - views[:, :1]).abs().mean(2)", "(views[:, 1:] - views[:, :1]).abs().amax(2)", "metrics"),
     ("meshes", "* (pixels / 2) ** 2", "* pixels**2", "data"),
     ("meshes", "if count[name.lower()] > 1", "if count[name] > 1", "data"),
-    ("data", 'out.glob(".*.partial")', 'out.glob("*.partial")', "data"),
     ("evaluate", "{100 * c['share']:.0f}", "{c['share']:.0f}", "evaluate"),
     ("bench", "memory.peak / 1e6", "memory.peak / 2**20", "runs"),
     ("theory", "torch.tensor(check.errors).max()", "torch.tensor(check.errors).min()", "theory"),
