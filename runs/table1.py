@@ -66,6 +66,7 @@ for kind, how, options in (("forward", "", FORWARD), ("loose", ", --kl .05", LOO
         ROWS[f"{kind}_{name}"] = f"Diffusion-DPO{how}, {label}", {"feedback": feedback, **options}
 ROWS["best"] = "best of five by the scorer, no training", None
 ROWS["truth"] = "ground truth", None
+KINDS = ("forward", "loose")
 CONTROL = {"geometry": "random"}  # row -> random preferences with its loss and candidates
 CONTROL |= {row: "noised_random" for row in ("least_noise", "m", "c_pre", "c")}
 CONTROL |= {f"{kind}_{name}": f"{kind}_random" for kind in ("forward", "loose") for name in [*FINISHED][1:]}
@@ -185,21 +186,31 @@ def curves(path: Path, kls: dict[str, list[float]], measured: dict[str, dict[str
     """Each run's change of every judge over sqrt(KL to pi_pre), the fair axis for rows that drift.
 
     The KL is the one in the row's loss: of one denoising step for Eq. (2), crosses, of a noised candidate's
-    prediction for Diffusion-DPO, dots. Compare within a loss."""
+    prediction for Diffusion-DPO, dots and, with the smaller --kl, squares. Compare within a loss."""
     columns = [c for c in METRICS if c in measured["pre"] and c not in ("grey_levels", "ssim_unseen")]
-    figure = Figure(figsize=(14, 7), layout="constrained")
+    figure = Figure(figsize=(17, 7), layout="constrained")
     axes = figure.subplots(2, -(-len(columns) // 2), squeeze=False)
+    feedbacks = list(dict.fromkeys(ROWS[row][1]["feedback"] for row in kls))
     for axis, c in zip(axes.flat, columns):
+        means: dict[str, list[tuple[float, float]]] = {}  # a curve for each feedback of Diffusion-DPO
         for row, runs in kls.items():
             change = (measured[row][c] - measured["pre"][c]).mean(1) * METRICS[c][2]  # (seeds,)
-            mark = {"forward": "o", "loose": "s"}.get(row.split("_")[0], "x")
-            axis.plot([kl**0.5 for kl in runs], change.tolist(), mark, label=ROWS[row][0])
+            x, kind, feedback = [kl**0.5 for kl in runs], row.split("_")[0], ROWS[row][1]["feedback"]
+            mark = {"forward": "o", "loose": "s"}.get(kind, "+" if row == "c_pre" else "x")
+            axis.plot(x, change.tolist(), mark, color=f"C{feedbacks.index(feedback)}", label=feedback)
+            if kind in KINDS:
+                means.setdefault(feedback, []).append((sum(x) / len(x), change.mean().item()))
+        for feedback, points in means.items():
+            axis.plot(*zip(*points), "-", color=f"C{feedbacks.index(feedback)}")
         axis.axhline(0, color="grey", lw=0.5)
         axis.set_xscale("log")
         axis.set_xticks((0.3, 1, 3, 6), ("0.3", "1", "3", "6"))
         axis.minorticks_off()
-        axis.set(title=f"{METRICS[c][0]}, minus pre-trained", xlabel="sqrt(KL / nats)")
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        axis.set(title=METRICS[c][0], xlabel="sqrt(KL / nats)")
+    handles = dict(zip(*axes.flat[0].get_legend_handles_labels()[::-1]))
+    marks = "x Eq. (2), + with C (pre)'s scorer; o Diffusion-DPO, squares with --kl .05"
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), title=marks)
+    figure.suptitle("minus pre-trained")
     write_atomic(path, lambda p: figure.savefig(p, dpi=80, format="png"))
 
 
