@@ -4,9 +4,9 @@ A feedback rates the G candidates of one reference, larger is better:
 
     feedback(reference (3,S,S), images (G,V,3,S,S), ground truth (V,3,S,S), cfg) -> (G,)
 
-cfg is train_d3po.Config. Only the oracle may look at the ground truth. FORK: yours is one more function here,
-and stands in OURS. Rewards are made anew whenever its code changes (of a file of yours: the function's own,
-not what it calls).
+G is 1 in the report, which shows the feedback itself before and after. cfg is train_d3po.Config. Only the
+oracle may look at the ground truth. FORK: yours is one more function here, and stands in OURS. Rewards are
+made anew whenever its code changes (of a file of yours: the function's own, not what it calls).
 """
 
 from collections.abc import Callable
