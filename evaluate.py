@@ -134,14 +134,16 @@ def before_after(
     after: Tensor,
     truth: Tensor,
     scorers: Mapping[str, Scorer] | None = None,
-    more: Mapping[str, Callable[[Tensor], Tensor]] | None = None,  # a metric that `measure` may lack
+    more: Mapping[str, Callable[[Tensor, Tensor], Tensor]] | None = None,  # of an object's views and truth
 ) -> dict[str, dict[str, float]]:  # metric -> before, after, difference, low, high
-    """What training changed, at equal seeds. The entry `change`: how much of the pictures it changed."""
+    """What training changed, at equal seeds. The entry `change`: how much of the pictures it changed.
+
+    more: metrics that `measure` may lack."""
     old, new = (measure(images, truth, truth[:, 0], scorers) for images in (before, after))
     table = {}
     for name, metric in (more or {}).items():
         if name not in old:
-            old[name], new[name] = metric(before), metric(after)
+            old[name], new[name] = (torch.stack([*map(metric, z, truth)]).double() for z in (before, after))
     for name in old:
         means = {"before": old[name].mean().item(), "after": new[name].mean().item()}
         table[name] = means | with_interval(new[name] - old[name])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import metrics
-from common import InputError, digest, keyed_generator, located
+from common import InputError, digest, get_device, keyed_generator, located
 from matcher import matching_reward
 from scorer import Scorer, contrastive_reward
 
@@ -82,6 +82,14 @@ def larger(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
 def oracle(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
     """Control: distance to the ground truth, which no feedback may see."""
     return metrics.closeness(images, truth)
+
+
+def rate(feedback: Callable[..., Tensor], images: Tensor, truth: Tensor, cfg: Any) -> Tensor:  # (G,)
+    """Rewards of one reference's candidates (G, V, 3, S, S), computed where --device says, on the CPU.
+
+    truth (V, 3, S, S): view 0 is the reference."""
+    images, truth = (z.to(get_device(cfg.device)) for z in (images, truth))
+    return feedback(truth[0], images, truth, cfg).cpu()
 
 
 PAPERS, OURS = (contrastive, matching), (hull, geometry, lean)

@@ -11,6 +11,7 @@
    winners' actions. If candidates share a state, one forward serves all their pairs.
 4. report: validation objects before and after, from equal noise.
 
+D3PO's own code (yk7333/d3po, which the paper builds on) takes the elements' mean for a log-ratio, and clips.
 Unlike in the paper the trained calls are early and a KL holds the policy. It does not say who is compared.
 
 Run:
@@ -35,12 +36,12 @@ from tqdm import tqdm
 import train_scorer
 from candidates import NOISE_SCALES, Batch, Rollouts, draw_candidates, make_batch, read_rollouts
 from cache import cached, check_link, code, machine, settings
-from common import STATE, InputError, Log, check_at_least, cli, digest, get_device, hardware, key_seed
+from common import STATE, InputError, Log, check_at_least, cli, digest, hardware, key_seed
 from common import keyed_generator, load_json, load_state, load_tensors, located, optimizer_step, provenance
 from common import same_place, save_json, save_state, save_tensors, training_steps
 from data import load_references, load_split
 from evaluate import before_after, print_table
-from feedback import FEEDBACKS, preference_pairs
+from feedback import FEEDBACKS, preference_pairs, rate
 from grid import grid
 from matcher import loftr_model
 from metrics import closeness
@@ -144,7 +145,7 @@ def collect(policy: Path, references: Tensor, cfg: Config, round: int) -> Path:
 
 def prefer(candidates: Path, references: Tensor, cfg: Config) -> Tensor:  # (N, G) rewards
     """Rate all candidates. Says how often the winner of a pair is nearer to the truth, or less noised."""
-    device, feedback = get_device(cfg.device), FEEDBACKS[cfg.feedback]
+    feedback = FEEDBACKS[cfg.feedback]
     made_by = {"candidates": digest(load_json(candidates / "made_by.json")), "feedback": cfg.feedback}
     made_by |= {"code": [digest(feedback), code("feedback", "matcher", "metrics", "scorer")]}
     made_by |= {"references": digest(references), "seed": cfg.seed}
@@ -162,9 +163,8 @@ def prefer(candidates: Path, references: Tensor, cfg: Config) -> Tensor:  # (N, 
         for path in tqdm(files, desc=f"{cfg.feedback} feedback", disable=None):
             part = load_tensors(path)
             for i, images in zip(part["reference"].tolist(), part["images"]):
-                images, truth = (z.to(device).float() / 255 for z in (images, references[i]))
-                rewards[i] = feedback(truth[0], images, truth, cfg).cpu()
-                psnr[i] = closeness(images, truth).cpu()
+                images, truth = images.float() / 255, references[i].float() / 255
+                rewards[i], psnr[i] = rate(feedback, images, truth, cfg), closeness(images, truth)
         if bad := int(rewards.isfinite().logical_not().sum()):
             raise InputError(f"--feedback {cfg.feedback}: {bad} rewards are not finite, expected numbers.")
         save_tensors(folder / "rewards.safetensors", {"rewards": rewards, "psnr": psnr})
@@ -413,12 +413,10 @@ def report(pre: Path, policy: Path, size: int, cfg: Config, clock: float) -> dic
     made_by |= {"code": code("evaluate", "feedback", "grid", "matcher", "metrics", "scorer")}
     made_by["scorer"] = digest(Path(cfg.scorer)) if cfg.scorer else ""
 
-    def rate(images: Tensor) -> Tensor:  # (N, V, 3, S, S) -> (N,)
-        return torch.cat([feedback(y[0], x[None], y, cfg).cpu() for x, y in zip(images, truth)])
-
     def make(folder: Path) -> None:
         scorers = {"contrastive": Scorer.load(cfg.scorer)} if cfg.scorer else {}
-        table = before_after(before, after, truth, scorers, {cfg.feedback: rate} if feedback else {})
+        own = {cfg.feedback: lambda x, y: rate(feedback, x[None], y, cfg)[0]} if feedback else {}
+        table = before_after(before, after, truth, scorers, own)
         most = (after - before).abs().flatten(1).mean(1).argsort(descending=True)[:8]
         columns = {"ground truth": truth, "before": before, "after": after}
         grid(folder / "grid.png", {k: v[most] for k, v in columns.items()}, truth[most, 0])
@@ -457,9 +455,10 @@ def check(cfg: Config) -> ModelConfig:
     (first, last), limit = cfg.trained_calls, cfg.num_steps - 2  # the last call of a chain has no density
     if not 0 <= first <= last <= limit:
         raise InputError(f"--trained_calls {first} {last}: expected 0 <= first <= last <= {limit}.")
-    link = check_link(Path(cfg.out) / run_name(cfg))
+    link = Path(cfg.out) / run_name(cfg)
     if same_place(cfg.model, link):
         raise InputError(f"--model {link}: this run moves that link. Expected its folder, {link.resolve()}.")
+    check_link(link)
     check_at_least(cfg, 1, "steps", "batch_objects", "batch_size", "num_references", "eval_objects", "rounds")
     check_at_least(cfg, 2, "num_candidates")
     check_at_least(cfg, 0, "beta_dpo", "kl", "lambda_simple", "lr", "lora")

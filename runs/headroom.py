@@ -21,6 +21,7 @@ from common import InputError, check_at_least, check_output, cli, explained, har
 from common import provenance, save_json, write_atomic
 from data import load_split
 from evaluate import measure, with_interval
+from feedback import rate
 from model import load
 from scorer import Scorer
 
@@ -84,7 +85,7 @@ def main(cfg: Config) -> dict:
         values = {k: values[k].view(N, G) for k in METRICS}
         spreads.append({"candidates": label})
         for name in cfg.feedbacks:
-            rewards = [D.FEEDBACKS[name](y[0], x, y, options).cpu().double() for x, y in zip(images, truth)]
+            rewards = [rate(D.FEEDBACKS[name], x, y, options).double() for x, y in zip(images, truth)]
             rewards = torch.stack(rewards)  # (N, G)
             spreads[-1][name] = rewards.std(1).mean().item()
             best = rewards.argmax(1, keepdim=True)

@@ -27,6 +27,23 @@ def own_folder(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+class Asked(Exception):
+    """Ends a stage where its work would begin."""
+
+
+@pytest.fixture
+def autocasts(monkeypatch) -> list[bool]:
+    """Of every forward of a network: does it run in bfloat16?"""
+    seen, stock = [], MultiViewUNet.forward
+
+    def spy(self, *args):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return stock(self, *args)
+
+    monkeypatch.setattr(MultiViewUNet, "forward", spy)
+    return seen
+
+
 @pytest.fixture
 def tiny() -> MultiViewUNet:
     return random_model()

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import Asked, random_model
 from matplotlib.axes import Axes
 
 import bench
@@ -268,9 +268,9 @@ def test_table_1_on_tiny_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(table1.D, "main", spy)
     monkeypatch.setattr(table1, "load_split", lambda *asked: splits.append(asked) or split(*asked))
     monkeypatch.setattr(table1, "draw", keep)
-    five, seeds, shown = table1.draw_candidates, [], []
+    five, seeds, picture, shown = table1.draw_candidates, [], table1.grid, []
     monkeypatch.setattr(table1, "draw_candidates", lambda *args: seeds.extend(args[2]) or five(*args))
-    monkeypatch.setattr(table1, "grid", lambda path, columns, *_, **__: shown.append(columns))
+    monkeypatch.setattr(table1, "grid", lambda *args, **more: shown.append(args[1]) or picture(*args, **more))
     rows = ("pre", "sft", "noised_random", "c", "best", "truth")
     result = table1.main(
         table1.Config(seeds=(3, 4), rows=rows, rates=tuple(after), n=4, out="o", results="r")
@@ -298,13 +298,10 @@ def test_table_1_on_tiny_numbers(tmp_path, monkeypatch):
     other = draw("best", Path("model"), 3, truth, scorers | {"contrastive": "judge"}, cfg)
     assert not torch.equal(other, drawn["best", 3][0])  # another scorer takes others of the five
     assert f"| MV-D3PO-C | {mean('c', 'psnr_unseen'):.2f} [" in Path("r/table.md").read_text()
-    assert Path("r/curves.png").stat().st_size > 0 and "sft" not in result["minus"]["sft"]
+    assert Path("r/curves.png").stat().st_size > 0 and Path("r/grid.png").stat().st_size > 0
+    assert "sft" not in result["minus"]["sft"]
     assert seeds[:8] == [key_seed(seed, i) for seed in (3, 4) for i in range(4)]  # each object has its own
     assert torch.equal(shown[0]["pre-trained"], drawn["pre", 3][0])  # of the first seed
-
-
-class Asked(Exception):
-    """Ends a stage before its work, and says what it would be known by."""
 
 
 def test_the_best_of_five_is_known_by_all_that_it_depends_on(tmp_path, monkeypatch):

@@ -17,7 +17,6 @@ import train_scorer as T
 from common import InputError, load_tensors, save_json, save_tensors
 from data import MIRRORED_ORDER, load_references, load_split, make_toys, write_views
 from metrics import hull_iou
-from model import MultiViewUNet
 from render import render_primitives
 from sample import sample
 from toys import pack
@@ -183,17 +182,13 @@ def test_negatives_are_the_generators_own_and_made_once(folders, tmp_path, monke
         T.make_pairs(replace(cfg, image_size=32), CPU)
 
 
-def test_bfloat16_is_for_the_generator_but_on_a_cpu_not_for_the_scorer(folders, tmp_path, monkeypatch):
-    seen, asked, forward, loss = [], [], MultiViewUNet.forward, T.scorer_loss
-
-    def spy(self, *args):
-        seen.append(torch.is_autocast_enabled("cpu"))
-        return forward(self, *args)
-
-    monkeypatch.setattr(MultiViewUNet, "forward", spy)
+def test_bfloat16_is_for_the_generator_but_on_a_cpu_not_for_the_scorer(
+    folders, tmp_path, monkeypatch, autocasts
+):
+    asked, loss = [], T.scorer_loss
     monkeypatch.setattr(T, "scorer_loss", lambda *args: asked.append(args[2]) or loss(*args))
     T.main(config(folders, tmp_path / "run" / "scorer", bf16="on"))
-    assert seen and all(seen) and asked and not any(asked)
+    assert autocasts and all(autocasts) and asked and not any(asked)
 
 
 def test_augmentation_keeps_truth_and_generated_alike(folders, tmp_path):

@@ -16,7 +16,7 @@ import train_sft as T
 from common import InputError, digest
 from data import load_furniture, make_toys, relative_views
 from metrics import hull_iou
-from model import MultiViewUNet, load
+from model import load
 from muon import Muon
 from sample import Schedule, forward_noise, noised_reference
 
@@ -350,16 +350,9 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, start):
     assert all(torch.equal(whole[k], pieces[k]) for k in whole)
 
 
-def test_bfloat16_is_for_every_forward(tmp_path, monkeypatch):
-    seen, stock = [], MultiViewUNet.forward
-
-    def spy(self, *args):
-        seen.append(torch.is_autocast_enabled("cpu"))
-        return stock(self, *args)
-
-    monkeypatch.setattr(MultiViewUNet, "forward", spy)
+def test_bfloat16_is_for_every_forward(tmp_path, autocasts):
     T.main(config(tmp_path, bf16="on"))
-    assert seen and all(seen)
+    assert autocasts and all(autocasts)
 
 
 @pytest.mark.parametrize("fresh", [False, True])
