@@ -202,6 +202,8 @@ def load_mesh(path: Path, up: str, pixels: int) -> tuple[dict[str, Tensor], list
 
 # --- drawing: the z-buffer of render.py with triangles ---
 
+BLOCK = 2**22  # candidate pixels at a time: they bound the memory
+
 
 def surface_color(mesh: dict[str, Tensor], tri: Tensor, weight: Tensor) -> Tensor:  # (F,), (F, 3) -> (F, 4)
     """sRGB and alpha at barycentric weights: texture (nearest texel, repeats) times corner colours."""
@@ -225,13 +227,13 @@ def draw_mesh(mesh: dict[str, Tensor], size: int) -> Tensor:  # (V, 3, size, siz
         (bx, by), (cx, cy) = (b - a).unbind(1), (c - a).unbind(1)
         det = bx * cy - by * cx
         g1, g2 = torch.stack([cy, -cx], 1) / det[:, None], torch.stack([-by, bx], 1) / det[:, None]
-        low = (pixel[view].amin(1) - 0.5).ceil().long().clamp(0, S)
-        high = (pixel[view].amax(1) + 0.5).floor().long().clamp(0, S)
+        low = (pixel[view].amin(1) - 0.5).ceil().long()  # `to_frame` leaves a margin
+        high = (pixel[view].amax(1) + 0.5).floor().long()
         high = torch.where(det[:, None].abs() > 1e-12, high, low)  # seen edge on: nothing to draw
         count = (high - low).clamp(min=0).prod(1).cumsum(0)
         found = []
-        for block in range(int(count[-1]) // 2**22 + 1):  # 4M candidate pixels at a time bound the memory
-            inside = (count // 2**22 == block).nonzero()[:, 0]
+        for block in range(int(count[-1]) // BLOCK + 1):
+            inside = (count // BLOCK == block).nonzero()[:, 0]
             tri, column, row = fragments(low[inside], high[inside])
             tri = inside[tri]
             q = torch.stack([column, row], 1) + 0.5 - a[tri]

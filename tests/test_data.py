@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -115,6 +116,8 @@ def test_a_cache_is_used_only_for_what_made_it(tmp_path, monkeypatch):
     for n in (3, 2, 5, 3):  # fewer or more objects are other files; the last was made before
         assert torch.equal(load(n), truth[:n])
     assert len(made) == 3
+    note = load_json(next(tmp_path.glob("toys_validation-*/made_by.json")))
+    assert note["renderer"] == code("render", "toys")
     for file in tmp_path.glob("*/toys.safetensors"):
         file.write_bytes(file.read_bytes()[:-8] + bytes(8))  # damaged
     assert torch.equal(load(3), truth[:3]) and len(made) == 4
@@ -406,6 +409,34 @@ def test_textured_box_has_the_right_colours_at_the_right_places(kind, tmp_path):
         assert torch.allclose(quarters(views[v]), expected, atol=2), data.VIEWS[v]
     extent = mask(views).any(-1).sum(-1)
     assert (extent == 30).all()  # 0.9 * 32 = 28.8, centred: 28 whole pixels and two partly covered
+
+
+def test_a_texture_may_be_higher_than_wide(tmp_path):
+    mesh = textured_box()
+    mesh.visual.material.baseColorTexture = Image.fromarray(
+        np.array([[RED], [GREEN], [BLUE], [YELLOW]], np.uint8)
+    )
+    mesh.export(tmp_path / "bands.glb")
+    seen = render_mesh(tmp_path / "bands.glb")[0, :, [5, 12, 19, 26], SIZE // 2].T
+    assert torch.allclose(seen.float(), torch.tensor([RED, GREEN, BLUE, YELLOW]) * SHADE[0], atol=2)
+
+
+def test_triangles_drawn_a_few_at_a_time_are_all_drawn(tmp_path, monkeypatch):
+    textured_box().export(tmp_path / "box.glb")
+    whole = render_mesh(tmp_path / "box.glb")
+    monkeypatch.setattr(meshes, "BLOCK", 1000)
+    assert torch.equal(render_mesh(tmp_path / "box.glb"), whole)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
+def test_colours_of_corners_are_shares_of_their_types_largest(kind):
+    full = np.iinfo(kind).max if kind != np.float32 else 1
+    material = SimpleNamespace(baseColorTexture=None, baseColorFactor=None, alphaCutoff=None, alphaMode=None)
+    visual = SimpleNamespace(
+        material=material, uv=None, vertex_attributes={"color": np.full((3, 4), full, kind)}
+    )
+    mesh = SimpleNamespace(visual=visual, faces=np.array([[0, 1, 2]]), vertices=np.zeros((3, 3)))
+    assert torch.allclose(meshes.read_surface(mesh, True)[0], torch.ones(1, 3, 4))
 
 
 def test_a_mesh_is_centred_and_what_is_no_surface_is_passed_over(tmp_path):
@@ -910,6 +941,11 @@ def test_fingerprint_follows_the_pictures(folder, toys):
     data.write_png(path, image)
     os.utime(path, ns=(time, time))  # as if nothing was written
     assert first != of(moved)
+    seen = []
+    for value in (10, 11):  # of one length
+        data.write_png(path, torch.full((3, SIZE, SIZE), value, dtype=torch.uint8))
+        seen.append((path.stat().st_size, of(moved)))
+    assert seen[0][0] == seen[1][0] and seen[0][1] != seen[1][1]
     assert (
         pictures.fingerprint(toys[:2])
         == pictures.fingerprint(toys[:2].clone())
@@ -936,14 +972,23 @@ def test_a_photo_is_turned_a_picture_of_unknown_white_refused_and_a_fine_one_ave
     exif[0x0112] = 6  # "turn me a quarter": phones do so
     photo.save(tmp_path / "x.jpg", exif=exif)
     assert pictures.open_image(tmp_path / "x.jpg").shape == (3, 20, 10)
-    for white, kind in ((2**16, np.int32), (255, np.int32), (1, np.float32)):
-        Image.fromarray(np.array([[0, white]], kind)).save(tmp_path / "x.tif")
+    for black, white, kind in (
+        (0, 2**16, np.int32),
+        (0, 255, np.int32),
+        (0, 1, np.float32),
+        (-1, 999, np.int32),
+    ):
+        Image.fromarray(np.array([[black, white]], kind)).save(tmp_path / "x.tif")
         with pytest.raises(InputError, match="x.tif: not readable as a picture.*expected 8 or 16 bits"):
             pictures.open_image(tmp_path / "x.tif")
     Image.fromarray(np.array([[256, 65535]], np.int32)).save(tmp_path / "x.tif")
     assert pictures.open_image(tmp_path / "x.tif")[0].tolist() == [[1, 255]]
     Image.new("L", (30000, 1)).save(tmp_path / "x.png")  # a square of it would be 2.7 GB
     assert (pictures.read_image(tmp_path / "x.png", 9)[0] == 0).any(1).nonzero().tolist() == [[4]]
+    data.write_png(
+        tmp_path / "x.png", torch.tensor([-0.2, 0.5, 1.2]).expand(3, 1, 3)
+    )  # cut at black and white
+    assert pictures.open_image(tmp_path / "x.png")[0].tolist() == [[0, 128, 255]]
     data.write_png(tmp_path / "x.png", torch.full((3, 20, 10), 0.999))  # rounded, not cut
     tall = pictures.read_image(tmp_path / "x.png", 20)
     Image.new("RGB", (10, 20), RED).save(tmp_path / "x.png")

@@ -244,9 +244,13 @@ def test_only_what_is_comparable_is_compared(folder, toys) -> None:
     with pytest.raises(InputError, match="column contrastive is by other weights"):
         small_scorer("bilinear", 64, 16, 32, 1, 2).save(folder / "one")  # the same name, another scorer
         evaluate.main(again)
-    write_views(folder / "data" / "object1", toys[5])  # the same name, another object
-    with pytest.raises(InputError, match="same names differ"):
-        evaluate.main(again)
+    for other in (
+        torch.cat([toys[1, :1], toys[5, 1:]]),
+        toys[5],
+    ):  # the same name, other views, another object
+        write_views(folder / "data" / "object1", other)
+        with pytest.raises(InputError, match="same names differ"):
+            evaluate.main(replace(again, scorer=()))
 
 
 def test_model_over_seeds(tmp_path) -> None:
@@ -322,7 +326,8 @@ def test_wrong_input_is_one_line_before_any_work(folder) -> None:
     none, out = str(folder / "none"), folder / "o" / "x.json"
     for name in ("a/s", "b/s"):
         small_scorer("bilinear", 64, 16, 32, 1, 2).save(folder / name)
-    twins = (str(folder / "a/s"), str(folder / "a/s"), str(folder / "b/s"))
+    (folder / "t").symlink_to("a/s")
+    one, name, same = (str(folder / place) for place in ("a/s", "b/s", "t"))
     for change, message in [
         ({"images": ""}, "--model and --images"),
         ({"model": "m"}, "--model and --images"),
@@ -337,7 +342,9 @@ def test_wrong_input_is_one_line_before_any_work(folder) -> None:
         ({"seed": -1}, "--seed -1"),
         ({"images": str(folder / "small")}, "16 pixels, expected 32 or more"),
         ({"scorer": (none,)}, "none"),
-        ({"scorer": twins}, "two are one or have one name"),
+        ({"scorer": (one, one)}, "two are one or have one name"),
+        ({"scorer": (same, one, name)}, "two are one or have one name"),
+        ({"scorer": (one, same)}, "two are one or have one name"),
         ({"lpips": none}, "--lpips"),
         ({"against": str(folder / "none.json")}, "not readable"),
     ]:

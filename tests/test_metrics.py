@@ -318,6 +318,11 @@ def test_limits_of_no_object() -> None:
     copies = draw()[:, :1].repeat(1, 5, 1, 1, 1)
     copies[:, 2, 0] -= metrics.silhouettes(copies[:, 2]) * 20 / 255  # one channel: 6.7 on average
     assert metrics.no_object(copies)
+    copies[:, 2, 0] -= (
+        metrics.silhouettes(copies[:, 2]) * 10 / 255
+    )  # and another the other way: 20 of 2 channels
+    copies[:, 2, 1] += metrics.silhouettes(copies[:, 2]) * 30 / 255
+    assert not metrics.no_object(copies)
 
 
 # --- how much changed, spoilt truth, intervals ---
@@ -347,6 +352,8 @@ def test_spoilt_views_are_spoilt_as_they_are_called() -> None:
     before, got = truth.clone(), metrics.spoilt_views(truth)
     assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
     assert torch.equal(truth, before) and "other" not in metrics.spoilt_views(truth[:1])
+    large = rand(1, 5, 3, 128, 128)  # as far as the object is large
+    assert torch.equal(metrics.spoilt_views(large)["right_lower"][:, 1], large[:, 1].roll(6, -2))
 
 
 def test_bootstrap_interval_covers_the_mean() -> None:

@@ -394,6 +394,20 @@ def test_the_matching_feedback_hands_on_its_matcher(tmp_path, monkeypatch):
     assert D.FEEDBACKS["matching"](x[0, 0], x, x[0], config(tmp_path, matcher="w.ckpt")) == "w.ckpt"
 
 
+def test_the_matchers_file_counts_by_content_and_sift_has_none(tmp_path, monkeypatch):
+    cfg, references, folder, _ = collected(tmp_path, feedback="matching", matcher=str(tmp_path / "w.ckpt"))
+    rates = lambda ref, images, method: images.mean((1, 2, 3, 4)) * int(Path(method).read_text())  # noqa: E731
+    monkeypatch.setattr("feedback.matching_reward", rates)
+    rewards = []
+    for sign in ("1", "-1"):
+        (tmp_path / "w.ckpt").write_text(sign)
+        rewards.append(D.prefer(folder, references, cfg))
+    assert torch.equal(rewards[0], -rewards[1])
+    D.check(replace(cfg, matcher="sift"))
+    with pytest.raises(InputError, match="matcher .*w.ckpt: expected sift, loftr or"):
+        D.check(cfg)
+
+
 @pytest.mark.parametrize("feedback", ["contrastive", "matching", "hull", "geometry", "lean", "oracle"])
 def test_feedbacks_prefer_the_truth(tmp_path, feedback):
     """Truth against truth with another object's right view; all but the untrained scorer must prefer the truth. And
@@ -554,8 +568,10 @@ def test_diffusion_dpo_draws_by_seed_and_step(tmp_path, monkeypatch):
     cfg, references, folder, _ = collected(tmp_path, loss="diffusion_dpo", seed=3)
     pre, keys, original = Path(cfg.model), [], D.forward_log_ratio
     monkeypatch.setattr(D, "forward_log_ratio", lambda *args: keys.append(args[3:5]) or original(*args))
+    rates, step = [], D.optimizer_step
+    monkeypatch.setattr(D, "optimizer_step", lambda *args: rates.append(args[2]) or step(*args))
     D.train(pre, pre, (folder, D.prefer(folder, references, cfg)), references, cfg, 2)
-    assert keys == [(3, 4), (3, 5)]  # two steps a round
+    assert keys == [(3, 4), (3, 5)] and rates == [1, 0.5]  # two steps a round, each from the full rate to 0
 
 
 def test_recipes_fill_what_is_not_said():
@@ -863,6 +879,7 @@ def test_training_refuses_means_of_another_policy(tmp_path, monkeypatch):
     monkeypatch.setattr(D, "frozen_means", lambda *args: original(*args) * 1.01)
     with pytest.raises(InputError, match="before the first update"):
         D.main(config(tmp_path))
+    D.main(config(tmp_path, beta_dpo=1e-9))  # beta times the log-ratio is what the loss sees
 
 
 def test_without_feedback_it_is_sft_and_needs_no_candidates(tmp_path, monkeypatch):
