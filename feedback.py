@@ -85,7 +85,7 @@ def oracle(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
 
 
 def rate(feedback: Callable[..., Tensor], images: Tensor, truth: Tensor, cfg: Any) -> Tensor:  # (G,)
-    """Rewards of one reference's candidates (G, V, 3, S, S), computed where --device says, on the CPU.
+    """Rewards of one reference's candidates (G, V, 3, S, S): computed on --device, returned on the CPU.
 
     truth (V, 3, S, S): view 0 is the reference."""
     images, truth = (z.to(get_device(cfg.device)) for z in (images, truth))

@@ -105,12 +105,13 @@ def read_surfaces(path: Path) -> tuple[list[tuple], list[str]]:
             lost.append(record.exc_info[1] if record.exc_info else message)
         return False  # nothing is printed
 
-    def finite_rgba(values: Any, *args: Any, **kwargs: Any) -> Any:  # trimesh takes 0 for a NaN
+    def exact_rgba(values: Any, *args: Any, **kwargs: Any) -> Any:  # trimesh takes 0 for a NaN, 0 for 256
         if values is not None and not np.isfinite(values).all():
             lost.append("a number is not finite")
-        return to_rgba(values, *args, **kwargs)
+        wide = getattr(values, "dtype", None) == np.uint16
+        return to_rgba((values / 257).round().astype(np.uint8) if wide else values, *args, **kwargs)
 
-    resolver.get, colors.to_rgba = get, finite_rgba
+    resolver.get, colors.to_rgba = get, exact_rgba
     log.setLevel(logging.DEBUG)  # without a texture trimesh goes on, and only its debug log knows
     log.addFilter(listen)
     try:

@@ -1,8 +1,8 @@
 """Hand-written DDPM: schedule, posterior step, step log-prob, log-ratio, a sampler that keeps trajectories.
 
 The denoising chain is the Markov decision process of Sec. 3.2.2. At step k the state is s_k = (x_t, t, c),
-where c is the noised reference; the action a_k is the next, less noisy x_s; and the policy is the sampler's
-own Gaussian
+where c is the reference, noised to the same t; the action a_k is the next, less noisy x_s; and the policy is
+the sampler's own Gaussian
 
     pi_theta(a_k | s_k) = N(a_k; mean_theta(x_t, t, c), var_t I)          joint over the V views.
 
@@ -195,7 +195,7 @@ def sample(
     seeds: list[int],  # one a row: x_T and epsilon_Y depend on it alone
     num_steps: int = 10,  # K
     candidates: list[int] | None = None,  # one a row: step noises depend on (seed, call, candidate)
-    own: Sequence[int] | None = None,  # at these calls; at others they share candidate 0's. None: at all
+    own: Sequence[int] | None = None,  # the calls where they do; at others all have candidate 0's. None: all
     noise_scales: list[float] | None = None,  # one a row: a of App. B, scale of noise on the reference latent
     bf16: bool = False,  # run the network in bfloat16; states and steps stay float32
 ) -> Trajectory:

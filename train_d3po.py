@@ -12,7 +12,7 @@
 4. report: validation objects before and after, from equal noise.
 
 D3PO's own code (yk7333/d3po, which the paper builds on) takes the elements' mean for a log-ratio, and clips.
-Unlike in the paper the trained calls are early and a KL holds the policy. It does not say who is compared.
+Unlike in the paper the trained calls are early and a KL holds the policy. (The paper leaves open what pairs.)
 
 Run:
     python train_d3po.py --feedback contrastive --loss both     # the main job: Eq. (2), then Diffusion-DPO
@@ -51,7 +51,7 @@ from sample import sample_images, split_prediction
 from scorer import Scorer
 from train_sft import simple_loss, trained_parameters, training_batch
 
-RECIPES: dict[str, dict[str, Any]] = {  # what an option at its default means, by candidates and by loss
+RECIPES: dict[str, dict[str, Any]] = {  # values of options left at their default, by candidates and by loss
     "branch": {"num_candidates": 8, "pairs": "all"},  # one forward serves all pairs
     "noised": {"num_candidates": len(NOISE_SCALES), "pairs": "extremes"},
     "independent": {"num_candidates": 5, "pairs": "extremes"},
@@ -63,7 +63,7 @@ Preferences = tuple[Path, Tensor] | None  # what `collect` and `prefer` return; 
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are Eq. (2) on a CPU; paper values are named in the comments."""
+    """Defaults are Eq. (2) on a CPU; the comments name the paper's. `collect` prints what RECIPES came to."""
 
     feedback: str = "contrastive"  # a name in feedback.FEEDBACKS, or none: the SFT baseline
     model: str = "checkpoints/objects"  # pi_pre: a folder that train_sft.py wrote
@@ -114,6 +114,7 @@ class Config:
 
 def collect(policy: Path, references: Tensor, cfg: Config, round: int) -> Path:
     """Candidates of all references (N, V, 3, S, S) uint8; returns a folder, a file for every few of them."""
+    print(*(f"--{k} {getattr(cfg, k)}" for k in ("candidates", *RECIPES["branch"], *RECIPES["d3po"])))
     device, bf16 = hardware(cfg)
     options = ("candidates", "num_candidates", "loss", "num_steps", "trained_calls", "seed", "batch_size")
     made_by = {name: getattr(cfg, name) for name in options} | {"policy": digest(policy), "round": round}
@@ -176,7 +177,7 @@ def prefer(candidates: Path, references: Tensor, cfg: Config) -> Tensor:  # (N, 
         raise InputError(f"--feedback {cfg.feedback}: all candidates tie, expected a winner.")
     psnr = kept["psnr"].gather(1, compared)
     nearer, p = ((z[:, :, None] > z[:, None])[wins].float().mean() for z in (psnr, -compared))
-    less = f", {p:.0%} less noised" if cfg.candidates == "noised" else ""  # they are in order of noise
+    less = f", {p:.0%} less noised" if cfg.candidates == "noised" else ""  # -compared is the order of noise
     print(f"{int(wins.sum())} pairs of {len(wins)} references; winners: {nearer:.0%} nearer to truth{less}")
     return kept["rewards"]
 
@@ -209,9 +210,9 @@ def batch_means(
 ) -> tuple[Tensor, Tensor]:  # mean (B R, V, c, h, w), var
     """The policy at the states of a batch: one forward for all candidates.
 
-    The loss always shows it the CLEAN reference. With the noised one that a candidate was drawn with, the
-    noise scale alone may decide who wins, and then the expected gradient vanishes at theta = pre:
-    E_pi[grad log pi] = 0, for winner and loser each."""
+    The loss always shows it the CLEAN reference, without App. B's noise, so the actions of "noised" are not
+    its own. With the one that a candidate was drawn with, the noise scale alone may decide who wins, and then
+    the expected gradient vanishes at theta = pre: E_pi[grad log pi] = 0, for winner and loser each."""
     R = batch.x_t.shape[1]
     y, noise, t, s = (z.repeat_interleave(R, 0) for z in (batch.y, batch.ref_noise, batch.t, batch.s))
     return policy_mean(policy, schedule, batch.x_t.flatten(0, 1), y, noise, t, s, bf16)
@@ -229,7 +230,7 @@ def step_log_ratio(
     With one state for all candidates (R = 1) the difference of two of them is linear in theta's mean,
     < mean_theta - mean_pre, a_w - a_l > / var: the quadratic parts cancel. So nothing in Eq. (2) itself keeps
     the policy near pi_pre; the KL term does."""
-    B, R, G = *batch.x_t.shape[:2], batch.action.shape[1]
+    B, R, G = *batch.x_t.shape[:2], batch.action.shape[1]  # R is G or 1
     mean, var = batch_means(policy, schedule, batch, bf16)
     mean, pre, var = (z.repeat_interleave(G // R, 0) for z in (mean, mean_pre.flatten(0, 1), var))  # B G rows
     ratio = log_ratio(batch.action.flatten(0, 1), mean, pre, var)
@@ -307,7 +308,7 @@ def run_name(cfg: Config) -> str:
 
 
 def train(start: Path, pre: Path, preferences: Preferences, objects: Tensor, cfg: Config, round: int) -> Path:
-    """Fine-tune the policy in `start`; returns the folder of the run. No preferences: the SFT baseline."""
+    """Fine-tune the policy in `start` by `run`; returns the folder. No preferences: the SFT baseline."""
     options = "lambda_simple steps batch_objects lr attention_only lora seed checkpointing".split()
     options += "loss beta_dpo kl pairs num_steps".split() if preferences else []
     made_by = {name: getattr(cfg, name) for name in options} | {"start": digest(start)}

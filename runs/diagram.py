@@ -29,9 +29,12 @@ HEADINGS = {  # title: middle of its column, and what stands below
     "G actions": (372, "a step's own noise each"),
     "finished views": (590, "equal noises after the action"),
     "feedback": (758, "rates views"),
-    "the pair": (896, "best, worst"),
+    "a pair": (896, "all pairs are trained"),
 }
-FOOT = "Shown: --candidates branch, three of its G = 8.   π_p: pi_pre, frozen.   κ: --kl times β."
+FOOT = (
+    "Shown: --candidates branch, three of its G = 8.   π_p: pi_pre, frozen.   κ: --kl times β.",
+    "The views are true ones and, for the eye, stretched ones; the numbers are their hull IoU.",
+)
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def main(cfg: Config) -> None:
     parts += [f'<path d="M896 316 V{bottom} H222" fill="none" stroke="{BLUE}" stroke-width="1.6"/>']
     parts += [arrow(222, bottom, 222, middle + 48, BLUE)]
     parts += [text(554, bottom - 8, "the policy's mean at x_t moves towards the winners' actions", 14, BLUE)]
-    parts += [text(554, bottom + 22, FOOT, 12, GREY)]
+    parts += [text(554, bottom + 22 + 18 * i, line, 12, GREY) for i, line in enumerate(FOOT)]
 
     tip = 'viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" orient="auto"'
     head = '<marker id="{}" {}><path d="M0 0 L10 5 L0 10 z" fill="{}"/></marker>'

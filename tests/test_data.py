@@ -20,7 +20,7 @@ import data
 import meshes
 import pictures
 from cache import code
-from common import ROOT, InputError, key_seed, keyed_generator, load_json
+from common import ROOT, InputError, key_seed, keyed_generator, load_json, save_json
 from metrics import hull_iou
 from render import LIGHT, project, render_primitives
 from runs import diagram
@@ -388,11 +388,15 @@ def quarters(view: torch.Tensor) -> torch.Tensor:  # (3, S, S) -> (2, 2, 3), in 
     return view[:, [S // 4, 3 * S // 4]][:, :, [S // 4, 3 * S // 4]].permute(1, 2, 0).float()
 
 
-@pytest.mark.parametrize("kind", ["glb", "obj"])
+@pytest.mark.parametrize("kind", ["glb", "obj", "wide", "tiled"])
 def test_textured_box_has_the_right_colours_at_the_right_places(kind, tmp_path):
-    path = tmp_path / f"box.{kind}"
+    path = tmp_path / ("box.obj" if kind == "obj" else "box.glb")
     mesh = textured_box(baseColorFactor=[0.5, 0.5, 0.5, 1.0])
-    if kind == "glb":
+    if kind != "obj":
+        material, uv = mesh.visual.material, mesh.visual.uv
+        if kind == "wide":
+            material.baseColorTexture = material.baseColorTexture.resize((8, 2), Image.Resampling.NEAREST)
+        uv += [1, -2] if kind == "tiled" else [0, 0]  # a texture repeats
         mesh.export(path)
     else:
         Image.fromarray(np.array([[RED, GREEN], [BLUE, YELLOW]], np.uint8)).save(tmp_path / "t.png")
@@ -403,7 +407,7 @@ def test_textured_box_has_the_right_colours_at_the_right_places(kind, tmp_path):
         lines += ["f " + " ".join(f"{i + 1}/{i + 1}" for i in f) for f in mesh.faces]
         path.write_text("\n".join(lines))
     views = render_mesh(path, SIZE)
-    factor = (1.055 * 0.5 ** (1 / 2.4) - 0.055) if kind == "glb" else 1.0  # a linear factor, an sRGB texture
+    factor = 1.0 if kind == "obj" else 1.055 * 0.5 ** (1 / 2.4) - 0.055  # a linear factor, an sRGB texture
     for v in range(5):
         expected = torch.tensor([[RED, GREEN], [BLUE, YELLOW]]) * factor * SHADE[v]
         assert torch.allclose(quarters(views[v]), expected, atol=2), data.VIEWS[v]
@@ -518,6 +522,27 @@ def test_vertex_colours_and_up_axis(tmp_path):
     for v in range(4):  # tall, and redder above
         assert mask(views[v]).any(-1).sum() > 1.8 * mask(views[v]).any(0).sum()
         assert views[v, 1, SIZE // 5, SIZE // 2] + 45 < views[v, 1, -SIZE // 5, SIZE // 2]
+
+
+@pytest.mark.parametrize("material", [True, False])
+def test_colours_of_16_bits_are_those_of_8(tmp_path, material):
+    box = trimesh.creation.box((2, 2, 2))
+    box.visual.vertex_colors = np.tile(np.array([255, 128, 0, 255], np.uint8), (8, 1))
+    for name, content in box.export(file_type="gltf").items():
+        (tmp_path / name).write_bytes(content)
+    scene, colours = load_json(tmp_path / "model.gltf"), tmp_path / "gltf_buffer_2.bin"
+    if material:
+        scene["materials"], scene["meshes"][0]["primitives"][0]["material"] = [{}], 0
+    save_json(tmp_path / "model.gltf", scene)
+    of_8 = render_mesh(tmp_path / "model.gltf")
+    wide = np.frombuffer(colours.read_bytes(), np.uint8).astype(np.uint16) * 257
+    wide[wide == 128 * 257] -= 100  # its last eight bits alone would pass for those of 8
+    colours.write_bytes(wide.tobytes())
+    scene["accessors"][2] |= {"componentType": 5123, "max": [65535] * 4, "min": [0] * 4}  # unsigned short
+    scene["buffers"][2]["byteLength"] = scene["bufferViews"][2]["byteLength"] = 64
+    save_json(tmp_path / "model.gltf", scene)
+    assert (render_mesh(tmp_path / "model.gltf").float() - of_8.float()).abs().max() <= 1
+    assert len(of_8.unique()) > 3
 
 
 def test_front_of_a_z_up_mesh_is_minus_y(tmp_path):

@@ -79,6 +79,12 @@ def test_a_match_is_plainly_nearer_than_the_second_nearest(second, matched, monk
     assert counts.tolist() == [matched] * 2
 
 
+def test_a_match_is_nearest_in_both_directions(monkeypatch) -> None:
+    own, view = ([[0.0], [1.0], [9999.0]], [[0.0], [900.0]])  # two of ours are nearest to its first
+    monkeypatch.setattr(matcher, "describe", lambda _: F.pad(torch.tensor(view), (0, 127)))
+    assert matcher.sift_counts(F.pad(torch.tensor(own), (0, 127)), torch.zeros(1, 1, 8, 8)).tolist() == [1]
+
+
 def test_batch_equals_one_by_one() -> None:
     views = toys()
     ref = views[[0, 0, 1], 0]  # two candidates of one reference, then another: shared features must not leak

@@ -717,6 +717,7 @@ def test_main_writes_everything_and_reuses_it(tmp_path, capsys):
     again = D.main(cfg)
     assert again["table"] == result["table"] and again["folder"] == result["folder"]
     out = capsys.readouterr().out
+    assert "--candidates branch --num_candidates 3 --pairs all --beta_dpo 1.0 --kl 0.05\n" in out
     assert (
         len([line for line in out.splitlines() if line.endswith("reused") and "toys_" not in line]) == 6
     )  # candidates, rewards, run, two sets of validation images, report
