@@ -108,8 +108,9 @@ def read_surfaces(path: Path) -> tuple[list[tuple], list[str]]:
     def exact_rgba(values: Any, *args: Any, **kwargs: Any) -> Any:  # trimesh takes 0 for a NaN, 0 for 256
         if values is not None and not np.isfinite(values).all():
             lost.append("a number is not finite")
-        wide = getattr(values, "dtype", None) == np.uint16
-        return to_rgba((values / 257).round().astype(np.uint8) if wide else values, *args, **kwargs)
+        if isinstance(values, np.ndarray) and values.dtype == np.uint16:
+            values = (values / 257).round().astype(np.uint8)
+        return to_rgba(values, *args, **kwargs)
 
     resolver.get, colors.to_rgba = get, exact_rgba
     log.setLevel(logging.DEBUG)  # without a texture trimesh goes on, and only its debug log knows

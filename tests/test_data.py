@@ -902,6 +902,10 @@ def test_furniture_of_other_cameras_or_names_is_refused(tmp_path, monkeypatch):
         with pytest.raises(InputError, match=message):
             data.load_split("furniture", "train", 1, 64)
         gone.unlink()
+    names.write_text("a\nb\n")  # two objects of six views
+    data.write_png(names.with_suffix(".png"), torch.zeros(3, 2 * 64, 6 * 64))
+    with pytest.raises(InputError, match="384 x 128 pixels, expected 5 views of 64"):
+        data.load_split("furniture", "train", 1, 64)
 
 
 # --- pictures and folders ---

@@ -87,6 +87,11 @@ def test_lpips_gives_the_published_packages_numbers(tmp_path) -> None:
     x, y = lpips_pairs()
     torch.testing.assert_close(lpips(x, y), torch.tensor([0.850650, 1.395388, 0.0307796]), rtol=1e-4, atol=0)
     assert torch.equal(lpips(x, x), torch.zeros(3))
+    heads = torch.load(tmp_path / "alex.pth")
+    heads["lin0.model.1.weight"][0, 3] = torch.nan  # one number of many
+    torch.save(heads, tmp_path / "alex.pth")
+    with pytest.raises(InputError, match="a weight is no finite number"):
+        metrics.Lpips.load(str(tmp_path))
     torch.save({}, tmp_path / "alex.pth")
     for folder in (tmp_path, tmp_path / "absent"):
         with pytest.raises(InputError, match="(?s)--lpips .*expected the published file"):

@@ -239,6 +239,8 @@ def test_main_takes_any_picture(tiny_folder, tmp_path):
     for taken in ("mine.png", "tiny.png", "tiny/x.png"):  # a user's views, the model's folder
         with pytest.raises(InputError, match="mine/top.png is there|lies in .*tiny, which is read"):
             S.main(S.Config(str(tmp_path / "photo.png"), tiny_folder, str(tmp_path / taken)))
+    with pytest.raises(InputError, match=r"--out .*views.jpg: expected the name of a .png file"):
+        S.main(S.Config(str(tmp_path / "photo.png"), tiny_folder, str(tmp_path / "views.jpg")))
     for image in ("views.png", "views/top.png", "same.png"):  # its own output
         with pytest.raises(InputError, match="would overwrite --image"):
             S.main(S.Config(image=str(tmp_path / image), model=tiny_folder, out=out))
