@@ -391,6 +391,26 @@ FAULTS: list[tuple[str, str, str, str]] = [
     ("meshes", 'else 1 - float(more.get("tr", [0])[0])', "else 1.0", "data"),
     ("meshes", "if found.is_relative_to(folder) and found.is_file()", "if found.is_file()", "data"),
     ("toys", "edges.norm(dim=-1), edges.sum(-1))", "edges.sum(-1), edges.sum(-1))", "data"),
+    # a blind reader's survivors of 2026-11-30
+    (D3PO, "parameters, 1 - step / cfg.steps, step)", "parameters, 1 - n / cfg.steps, step)", D3PO),
+    (D3PO, "digest(Path(cfg.matcher)) if Path(cfg.matcher).is_file() else cfg.matcher", "cfg.matcher", D3PO),
+    (SFT, "latents[:, 0].roll(1, 0)", "latents[:, 0].roll(1)", SFT),
+    ("data", '"renderer": code("render", "toys")}\n    return', '"renderer": code("render")}\n    return', "data"),
+    ("pictures", "file.seek(-20, os.SEEK_END)", "file.seek(-12, os.SEEK_END)", "data"),
+    ("meshes", "np.iinfo(vertex.dtype).max if np", "255.0 if np", "data"),
+    ("meshes", "values.dtype == np.uint16", "values.dtype == np.uint32", "data"),
+    ("meshes", "range(int(count[-1]) // BLOCK + 1)", "range(max(1, int(count[-1]) // BLOCK))", "data"),
+    ("meshes", ".remainder(height)", ".remainder(width)", "data"),
+    ("meshes", "places = [(i, image.shape[1], image.shape[0])", "places = [(i, image.shape[0], image.shape[1])", "data"),
+    ("meshes", "floor().long().remainder(width)", "floor().long().clamp(min=0).minimum(width - 1)", "data"),
+    ("metrics", ".abs().mean(2) * either", ".mean(2).abs() * either", "metrics"),
+    ("metrics", "pixels = max(1, truth.shape[-1] * 3 // 64)", "pixels = 3", "metrics"),
+    ("evaluate", '"truth": digest(truth), "judges"', '"truth": digest(ref), "judges"', "evaluate"),
+    ("evaluate", "if min(len(set(columns))", "if max(len(set(columns))", "evaluate"),
+    ("matcher", "KF.match_smnn(own", "KF.match_snn(own", "matcher"),
+    (MODEL, "if not p.isfinite().all()]\n        if wrong", "if not p.isfinite().any()]\n        if wrong", "sdxl"),
+    (SAMPLE, 'check_output("out", cfg.out, ".png", read)', 'check_output("out", cfg.out, "", read)', SAMPLE),
+    ("metrics", "if not all(v.is_floating_point() and v.isfinite().all()", "if not all(v.is_floating_point() and v.isfinite().any()", "metrics"),
 ]
 # fmt: on
 
