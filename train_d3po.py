@@ -122,11 +122,11 @@ def collect(policy: Path, references: Tensor, cfg: Config, round: int) -> Path:
 
     def make(folder: Path) -> None:
         # Each reference branches at one call, drawn once; those with equal calls are drawn together.
-        (first, last), own = cfg.trained_calls, keyed_generator(cfg.seed, 10, round)
-        calls = torch.randint(first, last + 1, (len(references),), generator=own)
+        (first, last), g = cfg.trained_calls, keyed_generator(cfg.seed, 10, round)
+        calls = torch.randint(first, last + 1, (len(references),), generator=g)
         if cfg.candidates != "branch":
             calls = torch.full_like(calls, first)
-        groups = [g for k in calls.unique() for g in (calls == k).nonzero()[:, 0].split(cfg.batch_size)]
+        groups = [i for k in calls.unique() for i in (calls == k).nonzero()[:, 0].split(cfg.batch_size)]
         model = load(policy, device, half=bf16)
         for group in tqdm(groups, desc="candidates", disable=None):
             path = folder / f"{int(group[0]):06d}.safetensors"
@@ -416,8 +416,8 @@ def report(pre: Path, policy: Path, size: int, cfg: Config, clock: float) -> dic
 
     def make(folder: Path) -> None:
         scorers = {"contrastive": Scorer.load(cfg.scorer)} if cfg.scorer else {}
-        own = {cfg.feedback: lambda x, y: rate(feedback, x[None], y, cfg)[0]} if feedback else {}
-        table = before_after(before, after, truth, scorers, own)
+        reward = {cfg.feedback: lambda x, y: rate(feedback, x[None], y, cfg)[0]} if feedback else {}
+        table = before_after(before, after, truth, scorers, reward)
         most = (after - before).abs().flatten(1).mean(1).argsort(descending=True)[:8]
         columns = {"ground truth": truth, "before": before, "after": after}
         grid(folder / "grid.png", {k: v[most] for k, v in columns.items()}, truth[most, 0])
