@@ -165,6 +165,11 @@ def test_references_show_a_side_drawn_by_their_number_and_come_again_changed(tmp
     assert not any(map(any, shown[6:]))
     assert not torch.equal(references, data.load_references(str(tmp_path), 8, SIZE, 4))
     changes = set()
+    sides = [torch.randint(4, (), generator=data.keyed_generator(3, 5, i)) for i in range(40)]
+    turned = [data.relative_views(objects[i % 6], int(side)) for i, side in enumerate(sides)]
+    with monkeypatch.context() as plain:  # object 0 is reference 0, 6, 12...: from other sides
+        plain.setattr(data, "augment", lambda views, g: views)
+        assert torch.equal(data.load_references(str(tmp_path), 40, SIZE, 3), torch.stack(turned))
     spy = lambda views, g: changes.add(torch.rand((), generator=g).item()) or views  # noqa: E731
     monkeypatch.setattr(data, "augment", spy)
     for seed in (3, 4):
@@ -415,6 +420,12 @@ def test_textured_box_has_the_right_colours_at_the_right_places(kind, tmp_path):
     assert (extent == 30).all()  # 0.9 * 32 = 28.8, centred: 28 whole pixels and two partly covered
 
 
+def test_a_file_may_be_named_in_capitals(tmp_path):
+    textured_box(baseColorFactor=[0.5, 0.5, 0.5, 1.0]).export(tmp_path / "box.glb")
+    shutil.copy(tmp_path / "box.glb", tmp_path / "LOUD.GLB")
+    assert torch.equal(render_mesh(tmp_path / "box.glb"), render_mesh(tmp_path / "LOUD.GLB"))
+
+
 def test_a_texture_may_be_higher_than_wide(tmp_path):
     mesh = textured_box()
     mesh.visual.material.baseColorTexture = Image.fromarray(
@@ -465,6 +476,10 @@ def test_a_mask_cuts_at_the_cutoff_of_its_file(tmp_path):
         mesh.visual.material.baseColorTexture = Image.new("RGBA", (2, 2), RED + (200,))  # alpha 0.78
         mesh.export(tmp_path / f"{cutoff}.glb")
     assert mask(render_mesh(tmp_path / "0.6.glb")).any()
+    mesh.visual.material.alphaCutoff = 0.0  # which is not "none given"
+    mesh.visual.material.baseColorTexture = Image.new("RGBA", (2, 2), RED + (9,))
+    mesh.export(tmp_path / "0.glb")
+    assert torch.equal(mask(render_mesh(tmp_path / "0.glb")), mask(render_mesh(tmp_path / "0.6.glb")))
     with pytest.raises(InputError, match="nothing of it is seen"):
         render_mesh(tmp_path / "0.9.glb")
 
@@ -719,13 +734,17 @@ def test_names_that_collide_or_lead_away_are_kept_apart_below_the_folder(tmp_pat
     files = ["a/b.obj", "a__b.obj", "c.obj", "c.OBJ", "d.glb", "d.obj", "...obj", ".hidden/e.obj", "C.obj"]
     files += ["Table.obj", "Table.OBJ"]  # alike in upper case, too
     files += ["x" * 200 + "/" + "y" * 200 + ".obj", "two words.obj"]
+    files += ["\N{LATIN SMALL LETTER U WITH DIAERESIS}" * 100 + "/z.obj"]  # 203 bytes, 103 letters
     for i, name in enumerate(files):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(f"v 0 0 0\nv {i + 1} 0 1\nv 0 1 1\nf 1 2 3\n")
     found = data.find_meshes(root)
     assert sorted(str(p.relative_to(root)) for p in found.values()) == sorted(files)
     assert len({name.lower() for name in found}) == len(files)
-    assert all("/" not in n and n[0] != "." and len(n) < 200 for n in found) and "two_words" in found
+    assert (
+        all("/" not in n and n[0] != "." and len(os.fsencode(n)) <= 200 for n in found)
+        and "two_words" in found
+    )
     (root / "d.glb").unlink()
     assert data.main(data.Config(meshes=str(root), out=str(out), size=8)) == []
     assert len(data.load_views(out, 8)[0]) == len(files) - 1

@@ -80,6 +80,15 @@ def test_other_sizes_take_their_thresholds_from_the_truth() -> None:
         assert low <= rate <= high
 
 
+@pytest.mark.parametrize("size, asked", [(32, 1), (64, 0), (96, 1)])
+def test_thresholds_are_known_for_64_pixels_alone(size, asked, monkeypatch) -> None:
+    made = []
+    monkeypatch.setattr(evaluate.metrics, "truth_thresholds", lambda _: made.append(1) or metrics.THRESHOLDS)
+    truth = rand(1, 5, 3, size, size)
+    evaluate.measure(truth, truth, truth[:, 0])
+    assert len(made) == asked
+
+
 def test_before_after_and_its_lines(toys, capsys) -> None:
     truth = toys[:6]
     before, after = truth * 0.8 + 0.2, truth * 0.9 + 0.1
@@ -294,6 +303,7 @@ def test_nothing_is_overwritten(folder) -> None:
     MultiViewUNet(ModelConfig(channels=32)).save(model)
     earlier = config(folder, out=str(folder / "earlier.json"))
     evaluate.main(earlier)
+    small_scorer("bilinear", 64, 16, 32, 1, 2).save(folder / "judge")
     save_json(folder / "notes.json", {"mine": 1})
     (folder / "file").write_text("a file")
     sampled = {"model": str(model), "images": "", "num_steps": 1}
@@ -301,6 +311,7 @@ def test_nothing_is_overwritten(folder) -> None:
     for change, message in [
         ({"out": str(model / "model.safetensors"), **sampled}, r"expected the name of a \.json"),
         ({"out": str(model / "config.json"), **sampled}, "--out .*is read"),
+        ({"out": str(folder / "judge" / "a.json"), "scorer": (str(folder / "judge"),)}, "--out .*is read"),
         ({"out": str(data / "object0" / "top.png")}, r"expected the name of a \.json"),
         ({"out": str(folder / "notes.json")}, "is no evaluation"),
         ({"out": earlier.out, "against": earlier.out}, "is --against itself"),
@@ -351,3 +362,8 @@ def test_wrong_input_is_one_line_before_any_work(folder) -> None:
         with pytest.raises(InputError, match=message):
             evaluate.main(config(folder, **{"out": str(out), **change}))
     assert not out.parent.exists()
+    write_views(
+        folder / "small" / "object7", torch.ones(5, 3, 32, 32)
+    )  # the smallest that SSIM and LPIPS take
+    small = str(folder / "small")
+    assert evaluate.main(config(folder, images=small, data=small))["size"] == 32

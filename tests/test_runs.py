@@ -346,6 +346,10 @@ def test_each_row_of_table_1_has_its_feedback_and_its_scorer(monkeypatch):
         kind = row.split("_")[0]
         assert ran[row].kl == (0.2 if kind == "forward" else 0.05), row
         assert ran[row].loss == ("diffusion_dpo" if kind in ("forward", "loose") else "d3po"), row
+    asked = []
+    monkeypatch.setattr(table1.D, "main", lambda cfg: asked.append((cfg.seed, cfg.lr)) or told)
+    table1.train_row("sft", 5, {"contrastive": "c"}, table1.Config(seeds=(4, 5), rates=(1e-5, 1e-4)))
+    assert asked == [(4, 1e-5), (4, 1e-4), (5, 1e-5)]  # the rate is chosen with the first seed
     judges = {"geometry": "geometry", "hull": "hull", "contrastive": "contrastive", "larger": "covered"}
     own = {row: judges[f] for row, f in FEEDBACK.items() if f in judges} | {"best": "contrastive"}
     assert table1.OWN == own | {"c_pre": "contrastive_pre"}  # which the table marks

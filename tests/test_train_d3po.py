@@ -1055,6 +1055,7 @@ def test_redder_makes_pictures_redder(tmp_path):
         ({"trained_calls": (0, 4)}, "--trained_calls 0 4"),
         ({"trained_calls": (2, 1)}, "--trained_calls 2 1"),
         ({"steps": 0}, "--steps"),
+        ({"rounds": 0}, "--rounds"),
         ({"num_candidates": 1}, "--num_candidates"),
         ({"candidates": "noised", "num_candidates": 9}, "--num_candidates 9: expected 5"),
         ({"lora": 33}, "--lora 33: expected a rank of at most 32"),

@@ -232,6 +232,35 @@ def test_mirroring_the_world_is_what_a_mirrored_object_shows():
 # --- the script ---
 
 
+def test_each_negative_has_its_noise_and_stands_beside_its_truth(folders, tmp_path, monkeypatch):
+    """Also behind the first sixteen, which are drawn together, and however a file system lists them."""
+    seen: list[int] = []
+
+    def draw(model, ref, seeds, *_, **__):
+        seen.extend(seeds)
+        return SimpleNamespace(images=ref[:, None].expand(-1, 5, -1, -1, -1))
+
+    listed = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: sorted(listed(self, pattern), reverse=True))
+    monkeypatch.setattr(T, "sample", draw)
+    truth, fake, _ = T.make_pairs(
+        config(folders, tmp_path / "run" / "scorer", data="toys", num_references=18), CPU
+    )
+    assert torch.equal(fake[:, 1], truth[:, 0]) and len(set(seen)) == len(seen) == 20
+
+
+def test_a_local_backbone_counts_by_content(folders, tmp_path, monkeypatch):
+    found, cfg = [], config(folders, tmp_path / "scorer", backbone=str(tmp_path / "dino"))
+    monkeypatch.setattr(T, "make_pairs", lambda *_: (torch.zeros(1), torch.zeros(1), 1))
+    monkeypatch.setattr(T, "cached", lambda root, name, note, make: found.append(note) or tmp_path)
+    save_json(tmp_path / "results.json", {})
+    for weights in (0.0, 1.0):
+        save_json(tmp_path / "dino" / "config.json", {})
+        save_tensors(tmp_path / "dino" / "model.safetensors", {"w": torch.full((1,), weights)})
+        T.main(cfg)
+    assert found[0] != found[1]
+
+
 def test_the_notes_tell_all_that_results_depend_on_and_nothing_else(folders, tmp_path, monkeypatch):
     """Of negatives and scorer. Every option, and every module that they run."""
     save_json(tmp_path / "made" / "results.json", {})  # stands for both results, which are not made

@@ -81,6 +81,10 @@ def test_batches_depend_on_seed_and_step_alone():
     assert torch.equal(y, latents[:, 0])  # the reference is the relative front
     assert (t >= 1).all() and (t < 1000).all()
     assert sorted((t * 4 // 1000).tolist()) == [0, 1, 2, 3]  # stratified
+    with pytest.MonkeyPatch.context() as patch:
+        for u, want in ((0.0, [1, 250, 500, 750]), (0.2499, [250, 500, 750, 999])):  # from 1 to 999
+            patch.setattr(torch, "rand", lambda *_, u=u, **__: torch.tensor(u))
+            assert draw(0, 5)[2].tolist() == want
 
 
 def test_every_side_becomes_the_reference_and_views_are_renamed():
