@@ -281,6 +281,11 @@ def test_model_over_seeds(tmp_path) -> None:
 
     again = replace(cfg, against=cfg.out, out=str(tmp_path / "b.json"))
     assert evaluate.main(again)["difference"]["psnr"]["low"] == 0
+    earlier = load_json(cfg.out)  # one that was better by 0 and by 10 dB: seeds are in the interval, too
+    earlier["objects"]["psnr"] = (psnr + torch.tensor([[0.0], [10.0]])).tolist()
+    save_json(tmp_path / "c.json", earlier)
+    d = evaluate.main(replace(again, against=str(tmp_path / "c.json")))["difference"]["psnr"]
+    assert [d["difference"], d["low"], d["high"]] == pytest.approx([-5, -10, 0], abs=1e-3)
     for change in ({"seed": 1}, {"seeds": 1}, {"num_steps": 3}):
         with pytest.raises(InputError, match="sampled by"):
             evaluate.main(replace(again, **change))
@@ -362,8 +367,9 @@ def test_wrong_input_is_one_line_before_any_work(folder) -> None:
         with pytest.raises(InputError, match=message):
             evaluate.main(config(folder, **{"out": str(out), **change}))
     assert not out.parent.exists()
-    write_views(
-        folder / "small" / "object7", torch.ones(5, 3, 32, 32)
-    )  # the smallest that SSIM and LPIPS take
-    small = str(folder / "small")
-    assert evaluate.main(config(folder, images=small, data=small))["size"] == 32
+    for i, size in enumerate(
+        (32, 48)
+    ):  # the smallest that SSIM and LPIPS take; the first picture says the size
+        write_views(folder / "sizes" / f"object{i}", torch.ones(5, 3, size, size))
+    sizes = str(folder / "sizes")
+    assert evaluate.main(config(folder, images=sizes, data=sizes))["size"] == 32

@@ -372,6 +372,11 @@ def test_accuracy_counts_objects_whose_truth_has_the_higher_reward(monkeypatch):
         rewards = [found[f"reward_{name}"] for name in ("truth", "generated", "stretched")]
         sums = [4 * x[0, 0, 0, 0, 0].item() / 255 for x in (truth, fake)]  # over the other views
         assert rewards == pytest.approx([*sums, 4 * 0.4])
+    rounding = iter(torch.arange(99) * 1e-9)  # the same number, computed in another batch
+    monkeypatch.setattr(
+        Brightness, "score", lambda self, ref, views: views.double().mean((2, 3, 4)) + next(rounding)
+    )
+    assert T.evaluate(Brightness(), dark, dark)["accuracy_generated"] == 0.5
 
 
 def test_what_is_in_the_way_shows_before_the_work(folders, tmp_path, monkeypatch):
