@@ -327,7 +327,7 @@ def test_a_network_that_looks_at_its_reference_has_two_errors(monkeypatch):
     assert errors["x0_error_t500_wrong_ref"] > 2 * errors["x0_error_t500_right_ref"]
     y = model.encode(views[:, 0].float() / 255)  # the wrong one is the object before
     want = ((y.roll(1, 0) - y) ** 2).mean().item()
-    assert errors["x0_error_t500_wrong_ref"] == pytest.approx(want, abs=1e-3)
+    assert errors["x0_error_t500_wrong_ref"] == pytest.approx(want, abs=2e-4)
 
 
 @pytest.mark.parametrize("start", ["from_nothing", "from_a_model", "lora"])
