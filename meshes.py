@@ -109,7 +109,7 @@ def read_surfaces(path: Path) -> tuple[list[tuple], list[str]]:
         if values is not None and not np.isfinite(values).all():
             lost.append("a number is not finite")
         if isinstance(values, np.ndarray) and values.dtype == np.uint16:
-            values = (values / 257).round().astype(np.uint8)
+            values = values / 65535  # of floats it takes 1 for the largest
         return to_rgba(values, *args, **kwargs)
 
     resolver.get, colors.to_rgba = get, exact_rgba

@@ -82,9 +82,8 @@ def test_another_number_in_a_file_of_tensors_is_noticed(tmp_path):
     tensors = {"w": torch.arange(4.0), "n": torch.tensor(3), "half": torch.ones(2).bfloat16()}
     C.save_tensors(tmp_path / "a", tensors)
     assert all(torch.equal(v, tensors[k]) for k, v in C.load_tensors(tmp_path / "a").items())
-    C.save_tensors(
-        tmp_path / "b", {"turned": torch.arange(6.0).view(2, 3).T}
-    )  # its numbers do not lie in a row
+    turned = torch.arange(6.0).view(2, 3).T  # its numbers do not lie in a row
+    C.save_tensors(tmp_path / "b", {"turned": turned})
     assert C.load_tensors(tmp_path / "b")["turned"].tolist() == [[0, 3], [1, 4], [2, 5]]
     content = bytearray((tmp_path / "a").read_bytes())
     content[-1] ^= 1

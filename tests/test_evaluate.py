@@ -253,13 +253,11 @@ def test_only_what_is_comparable_is_compared(folder, toys) -> None:
     with pytest.raises(InputError, match="column contrastive is by other weights"):
         small_scorer("bilinear", 64, 16, 32, 1, 2).save(folder / "one")  # the same name, another scorer
         evaluate.main(again)
-    for other in (
-        torch.cat([toys[1, :1], toys[5, 1:]]),
-        toys[5],
-    ):  # the same name, other views, another object
+    mixed = torch.cat([toys[1, :1], toys[5, 1:]])
+    for other in (mixed, toys[5]):  # the same name: other sides, another object
         write_views(folder / "data" / "object1", other)
         with pytest.raises(InputError, match="same names differ"):
-            evaluate.main(replace(again, scorer=()))
+            evaluate.main(again)
 
 
 def test_model_over_seeds(tmp_path) -> None:
@@ -340,10 +338,10 @@ def test_wrong_input_is_one_line_before_any_work(folder) -> None:
                 Image.new("RGB", (64, 64)).save(folder / name / "object7" / f"{view}.png")
     write_views(folder / "small" / "object7", torch.ones(5, 3, 16, 16))
     none, out = str(folder / "none"), folder / "o" / "x.json"
-    for name in ("a/s", "b/s"):
+    for name in ("a/s", "b/s", "u"):
         small_scorer("bilinear", 64, 16, 32, 1, 2).save(folder / name)
     (folder / "t").symlink_to("a/s")
-    one, name, same = (str(folder / place) for place in ("a/s", "b/s", "t"))
+    one, name, same, other = (str(folder / place) for place in ("a/s", "b/s", "t", "u"))
     for change, message in [
         ({"images": ""}, "--model and --images"),
         ({"model": "m"}, "--model and --images"),
@@ -359,17 +357,17 @@ def test_wrong_input_is_one_line_before_any_work(folder) -> None:
         ({"images": str(folder / "small")}, "16 pixels, expected 32 or more"),
         ({"scorer": (none,)}, "none"),
         ({"scorer": (one, one)}, "two are one or have one name"),
+        ({"scorer": (one, one, name)}, "two are one or have one name"),
         ({"scorer": (same, one, name)}, "two are one or have one name"),
         ({"scorer": (one, same)}, "two are one or have one name"),
+        ({"scorer": (other, one, name)}, "two are one or have one name"),
         ({"lpips": none}, "--lpips"),
         ({"against": str(folder / "none.json")}, "not readable"),
     ]:
         with pytest.raises(InputError, match=message):
             evaluate.main(config(folder, **{"out": str(out), **change}))
     assert not out.parent.exists()
-    for i, size in enumerate(
-        (32, 48)
-    ):  # the smallest that SSIM and LPIPS take; the first picture says the size
+    for i, size in enumerate((32, 48)):  # 32 is the least for LPIPS; the first picture says the size
         write_views(folder / "sizes" / f"object{i}", torch.ones(5, 3, size, size))
     sizes = str(folder / "sizes")
     assert evaluate.main(config(folder, images=sizes, data=sizes))["size"] == 32
