@@ -412,10 +412,9 @@ def count(cfg: Config, size: int, kind: str = "") -> list[dict[str, Any]]:
         "D3PO step: 8 candidates of one state and 1 object": partial(d3po, G=8),
     }
     base = str(located(cfg.base)) if located(cfg.base).is_dir() else cfg.base
-    stock: Any = from_pipeline(UNet2DConditionModel.load_config, base, subfolder="unet")
     rows = []
     with FakeTensorMode():
-        unet: Any = UNet2DConditionModel.from_config(stock)
+        unet = from_pipeline(UNet2DConditionModel, base, "unet", weights=False)
         model = MultiViewUNet(replace(PRESETS["sdxl"], base=base, image_size=size), unet).train()
         if cfg.lora:
             model.add_lora(cfg.lora)
@@ -474,8 +473,7 @@ def main(cfg: Config) -> dict:
     for name, rows in tables.items():
         print(f"\n{table(rows)}")
         if cfg.out:
-            result = {**provenance(cfg), "computed": cfg.count, "rows": rows}
-            save_json(Path(cfg.out) / f"{name}.json", result)
+            save_json(Path(cfg.out) / f"{name}.json", provenance(cfg) | {"computed": cfg.count, "rows": rows})
             write_atomic(Path(cfg.out) / f"{name}.md", lambda p, rows=rows: p.write_text(table(rows)))
             if name == "scaling":
                 plot(Path(cfg.out) / "scaling.png", rows)

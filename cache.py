@@ -51,8 +51,7 @@ def locked(folder: Path, finished: Path | None = None) -> Iterator[None]:
             wait = 0 if finished and finished.is_file() else fcntl.LOCK_NB
             fcntl.flock(lock, fcntl.LOCK_EX | wait)  # the system lets go of it when a run is killed
         except BlockingIOError:
-            message = f"{folder}: another run writes there. Wait for it, or take another --out."
-            raise InputError(message) from None
+            raise InputError(f"{folder}: another run writes there. Wait, or take another --out.") from None
         yield
     finally:
         os.close(lock)

@@ -28,6 +28,7 @@ import tyro
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 T = TypeVar("T")
@@ -106,7 +107,7 @@ def explained(message: str) -> Iterator[None]:
     except (InputError, KeyboardInterrupt):
         raise
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0][:200]
+        reason = " ".join(str(error).split())[:200]
         raise InputError(f"{message} ({type(error).__name__}: {reason})") from error
 
 
@@ -154,9 +155,7 @@ def check_at_least(cfg: Any, low: float, *names: str) -> None:
         value = getattr(cfg, name)
         values = value if isinstance(value, tuple) else (value,)
         if not values or not all(low <= v < float("inf") for v in values):
-            raise InputError(
-                f"--{name} {value}: expected {'one or more numbers, ' * (value == ())}{low:g} or more."
-            )
+            raise InputError(f"--{name} {value}: expected {low:g} or more.")
 
 
 # --- device, precision and randomness ---
@@ -296,26 +295,35 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
         return tensors
 
 
+def pretrained(kind: Any, name: str, **where: Any) -> Any:
+    """kind.from_pretrained with all weights. Where some are missing, diffusers and transformers only warn
+    and go on with random ones."""
+    model, report = kind.from_pretrained(name, output_loading_info=True, **where)
+    broken = [n for n, p in model.named_parameters() if not p.isfinite().all()]
+    if wrong := [*report["missing_keys"], *broken]:
+        raise ValueError(f"{wrong[0]} is missing or not finite")
+    return model
+
+
 def load_weights(module: torch.nn.Module, path: str | Path, assign: bool = False) -> None:
     """Load safetensors weights strictly; names, shapes or numbers that cannot be right raise InputError.
 
-    assign: the file's tensors become the parameters, for a module on the meta device.
-    """
-    tensors, own = load_tensors(path), module.state_dict()
-    wrong = [k for k in sorted(own.keys() | tensors.keys()) if k not in own or k not in tensors]
-    wrong += [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
-    if wrong:
-        raise InputError(
-            f"{path}: {len(wrong)} tensors are missing, unexpected or of another shape (first: {wrong[0]}); "
-            f"expected the weights of {type(module).__name__} with the config beside the file."
-        )
-    if broken := [
-        k for k, v in tensors.items() if not (v.is_floating_point() and v.float().isfinite().all())
-    ]:
-        raise InputError(
-            f"{path}: {broken[0]} is not finite, expected real numbers. The run that made it diverged."
-        )
-    module.load_state_dict(tensors, assign=assign)
+    assign: the file's tensors become the parameters, for a module on the meta device."""
+    tensors = load_tensors(path)
+    if wrong := [k for k, v in tensors.items() if not (v.is_floating_point() and v.isfinite().all())]:
+        raise InputError(f"{path}: {wrong[0]} is not finite, expected real numbers. Its run diverged.")
+    with explained(f"{path}: expected the weights of {type(module).__name__} with the config beside it."):
+        module.load_state_dict(tensors, assign=assign)
+
+
+def published(url: str, file: str | Path = "") -> dict[str, Tensor]:
+    """Weights from a file; without one from torch's hub cache, downloaded if absent."""
+    how: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+    state = torch.load(regular(file), **how) if file else torch.hub.load_state_dict_from_url(url, **how)
+    state = state.get("state_dict", state)
+    if not all(v.isfinite().all() for v in state.values()):
+        raise ValueError("a weight is not finite")
+    return state
 
 
 def provenance(cfg: Any) -> dict[str, Any]:
@@ -327,16 +335,15 @@ def provenance(cfg: Any) -> dict[str, Any]:
         commit = "unknown"
     script = Path(sys.argv[0]).resolve()
     name = f"-m runs.{script.stem}" if script.parent.name == "runs" else script.name
-    on_gpu = torch.cuda.is_available() and getattr(cfg, "device", "cpu") != "cpu"
-    bf16 = use_bf16(getattr(cfg, "bf16", "auto"), torch.device("cuda" if on_gpu else "cpu"))
+    device = get_device(getattr(cfg, "device", "cpu"))
     return {
         "command": " ".join(["python", name, *sys.argv[1:]]),
         "config": asdict(cfg),
         "commit": commit,
         "torch": torch.__version__,
-        "hardware": torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores",
+        "hardware": torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores",
         "threads": torch.get_num_threads(),
-        "bf16": bf16,  # what "auto" came to
+        "bf16": use_bf16(getattr(cfg, "bf16", "auto"), device),  # what "auto" came to
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -364,9 +371,7 @@ def digest(what: Any) -> str:
                 files += sorted((Path(base) / "vae").glob("*.*"))
         return digest([digest(file) for file in files])
     if not what.is_file():
-        raise InputError(
-            f"{what}: not found, expected a file, or a folder with config.json and model.safetensors."
-        )
+        raise InputError(f"{what}: not found, expected a file, or a folder of weights.")
     with open(what, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
@@ -471,11 +476,7 @@ class Log:
 
 
 def optimizer_step(
-    optimizers: Sequence[torch.optim.Optimizer],
-    parameters: Sequence[Tensor],
-    rate: float,
-    step: int,
-    clip: float = 1.0,
+    optimizers: Sequence[Optimizer], parameters: Sequence[Tensor], rate: float, step: int, clip: float = 1.0
 ) -> float:
     """Clip, step each optimizer at `rate` times its own rate, clear. Returns the gradient's norm."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip)

@@ -27,7 +27,7 @@ from common import load_tensors, save_tensors, write_atomic
 from meshes import find_meshes, update_mesh
 from pictures import Views, kept, load_views, open_image, resize, write_png, write_views
 from render import CAMERAS, NUM_SIDES, VIEWS, make_toys
-from toys import toy_kind
+from toys import KINDS
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def load_furniture(split: str, size: int) -> tuple[list[str], Tensor]:  # names,
         "train": ("scopia", slice(120, None)),
         "validation": ("blendswap", slice(0, 64)),
         "heldout": ("blendswap", slice(64, None)),
-    }[known(split)]
+    }[split]
     path = ROOT / "furniture" / f"{library}.png"
     picture, S = open_image(path), FURNITURE_SIZE
     got = f"{picture.shape[2]} x {picture.shape[1]} pixels"
@@ -148,13 +148,6 @@ def load_furniture(split: str, size: int) -> tuple[list[str], Tensor]:  # names,
 SPLITS = {"train": 0, "preference": 1, "validation": 2, "heldout": 3}  # the seed of make_toys
 
 
-def known(split: str) -> str:
-    """The split, if there is one of that name."""
-    if split not in SPLITS:
-        raise InputError(f"split {split}: unknown, expected one of {', '.join(SPLITS)}.")
-    return split
-
-
 def split_of(ids: list, split: str) -> list:
     """The objects of a folder that belong to a split: N of them shuffled once by a fixed key, then cut.
 
@@ -164,7 +157,7 @@ def split_of(ids: list, split: str) -> list:
     fifth = -(-len(ids) // 5)  # rounded up
     a = min(64, fifth)
     b = a + min(200, fifth)
-    part = {"validation": order[:a], "heldout": order[a:b]}.get(known(split), order[b:])
+    part = {"validation": order[:a], "heldout": order[a:b]}.get(split, order[b:])
     if not part:
         raise InputError(f"{len(ids)} objects leave none for the {split} split, expected 3 or more objects.")
     return [ids[i] for i in part]
@@ -172,12 +165,12 @@ def split_of(ids: list, split: str) -> list:
 
 def toy_name(seed: int, i: int) -> str:
     """What object i of a split is called wherever it is written: its number, then its kind."""
-    return f"{i:06d}_{toy_kind(key_seed(seed, i))}"
+    return f"{i:06d}_{KINDS[key_seed(seed, i) % len(KINDS)].__name__}"  # as in make_toy
 
 
-def load_toys(split: str, n: int, size: int, cache: str | Path) -> Tensor:  # (n, V, 3, size, size) uint8
+def load_toys(split: str, n: int, size: int) -> Tensor:  # (n, V, 3, size, size) uint8
     """Rendered once. A cache is used only for what it was made for, by the same code."""
-    seed = SPLITS[known(split)]
+    seed = SPLITS[split]
 
     def make(folder: Path) -> None:
         bar = tqdm(range(0, n, 64), desc=f"{n} {split} toys", leave=False, disable=None)
@@ -185,19 +178,19 @@ def load_toys(split: str, n: int, size: int, cache: str | Path) -> Tensor:  # (n
         save_tensors(folder / "toys.safetensors", {"views": torch.cat(parts)})
 
     made_by = {"n": n, "size": size, "seed": seed, "renderer": code("render", "toys")}
-    return load_tensors(cached(cache, f"toys_{split}", made_by, make) / "toys.safetensors")["views"]
+    return load_tensors(cached("out/data", f"toys_{split}", made_by, make) / "toys.safetensors")["views"]
 
 
-def read_split(
-    source: str, split: str, n: int, size: int, cache: str | Path = "out/data"
-) -> tuple[list[str], Tensor | Views]:
+def read_split(source: str, split: str, n: int, size: int) -> tuple[list[str], Tensor | Views]:
     """Names and views, (n, V, 3, size, size) uint8, of the first n objects, or fewer, of a split of toys,
     furniture or a folder.
 
     The four splits of toys, and of furniture, share no object; of a folder, train and preference are one
     (split_of). A folder is left on disk until indexed: 100,000 objects of 512 pixels would be 390 GB."""
+    if split not in SPLITS:
+        raise InputError(f"split {split}: unknown, expected one of {', '.join(SPLITS)}.")
     if source == "toys":
-        return [toy_name(SPLITS[known(split)], i) for i in range(n)], load_toys(split, n, size, cache)
+        return [toy_name(SPLITS[split], i) for i in range(n)], load_toys(split, n, size)
     if source == "furniture":
         names, views = load_furniture(split, size)
         return names[:n], views[:n]
@@ -211,9 +204,9 @@ def in_memory(views: Tensor | Views) -> Tensor:
     return views if isinstance(views, Tensor) else torch.stack([views[i] for i in bar])
 
 
-def load_split(source: str, split: str, n: int, size: int, cache: str | Path = "out/data") -> Tensor:
+def load_split(source: str, split: str, n: int, size: int) -> Tensor:
     """The views of `read_split`, in memory."""
-    return in_memory(read_split(source, split, n, size, cache)[1])
+    return in_memory(read_split(source, split, n, size)[1])
 
 
 def load_references(source: str, n: int, size: int, seed: int) -> Tensor:  # (n, V, 3, size, size) uint8
@@ -234,16 +227,11 @@ def load_references(source: str, n: int, size: int, seed: int) -> Tensor:  # (n,
 
 def check_strangers(out: Path, names: Iterable[str]) -> None:
     """A folder holds what its command makes and nothing else: else old objects would pass for new ones."""
-    expected, strange = set(names), []
+    expected = set(names)
     for p in sorted(p for p in out.iterdir() if not p.name.startswith(".")):
         ours = p.name in expected and not p.is_symlink() and (p / "made_by.json").is_file()
         if not ours and (p.name in expected or p.is_dir()):
-            strange.append(p.name)
-    if strange:
-        raise InputError(
-            f"{out}: {len(strange)} folders in it are not this command's (first: {strange[0]}), "
-            "expected none. Delete them, or take another --out."
-        )
+            raise InputError(f"{p}: is not this command's, expected no other. Delete it, or change --out.")
 
 
 def render_meshes(root: Path, out: Path, size: int, up: str) -> list[str]:

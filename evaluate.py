@@ -80,8 +80,7 @@ def measure(
     Thresholds of contradiction are known for 64 pixels. At other sizes the truth of this call gives them."""
     if not torch.isfinite(images).all():
         raise InputError("the views hold numbers that are not finite, expected [0, 1]. The model diverged.")
-    known = truth.shape[-1] == 64
-    thresholds = metrics.THRESHOLDS if known else metrics.truth_thresholds(truth)
+    thresholds = metrics.THRESHOLDS if truth.shape[-1] == 64 else metrics.truth_thresholds(truth)
     compared = {"psnr": psnr, "ssim": metrics.ssim, "lpips": lpips, "silhouette": metrics.silhouette_iou}
     parts: list[dict[str, Tensor]] = []
     for i in range(0, len(images), 16):  # a few objects at a time: SSIM holds a dozen float64 copies
@@ -123,10 +122,10 @@ def markdown(rows: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def with_interval(difference: Tensor) -> dict[str, float]:  # (N,) or (R, N)
-    """Mean and 95 % interval over objects, and seeds."""
-    low, high = bootstrap_interval(difference)
-    return {"difference": difference.double().mean().item(), "low": low, "high": high}
+def with_interval(values: Tensor, name: str = "difference") -> dict[str, float]:  # (N,) or (R, N)
+    """Mean, under this name, and 95 % interval over objects, and seeds."""
+    low, high = bootstrap_interval(values)
+    return {name: values.double().mean().item(), "low": low, "high": high}
 
 
 def before_after(
@@ -171,10 +170,8 @@ def read_views(folder: str, names: list[str], size: int) -> Tensor:  # (N, V, 3,
     """The named objects of a folder."""
     ids, views = load_views(folder, size)
     if missing := [name for name in names if name not in ids]:
-        raise InputError(
-            f"{folder}: lacks {len(missing)} objects of --data (first: {missing[0]}), expected a folder for "
-            f"each of the {len(names)} that are evaluated. Make them, or choose another --n or --split."
-        )
+        lacks = f"{folder}: lacks {len(missing)} objects of --data (first: {missing[0]}), expected all"
+        raise InputError(f"{lacks} {len(names)}. Make them, or choose another --n or --split.")
     return torch.stack([views[ids.index(n)] for n in tqdm(names, desc=folder, disable=None)]).float() / 255
 
 
@@ -191,16 +188,15 @@ def check_outputs(cfg: Config) -> None:
     """Nothing of the user's is overwritten, and what cannot be written is said before an hour of sampling."""
     named = (cfg.model, cfg.images, cfg.data, cfg.lpips, *cfg.scorer)
     inputs = [str(located(p)) for p in named if p and located(p).is_dir()]
-    outputs = {"out": (cfg.out, ".json")} | ({"grid": (cfg.grid, ".png")} if cfg.grid else {})
-    for option, (path, suffix) in outputs.items():
-        name = f"--{option} {path}"
-        if cfg.against and Path(path).resolve() == Path(cfg.against).resolve():
-            raise InputError(f"{name}: is --against itself. Choose another name.")
-        place = check_output(option, path, suffix, inputs)
-        if option == "out" and place.exists():
-            with explained(f"{name}: exists, and is no evaluation. Choose another name."):
-                if not {"objects", "ids"} <= {*load_json(place)}:
-                    raise ValueError("it lacks objects or ids")
+    place = check_output("out", cfg.out, ".json", inputs)
+    if cfg.grid:
+        check_output("grid", cfg.grid, ".png", inputs)
+    if cfg.against and place == Path(cfg.against).resolve():
+        raise InputError(f"--out {cfg.out}: is --against itself. Choose another name.")
+    if place.exists():
+        with explained(f"--out {cfg.out}: exists, and is no evaluation. Choose another name."):
+            if not {"objects", "ids"} <= {*load_json(place)}:
+                raise ValueError("it lacks objects or ids")
 
 
 def read_earlier(path: str, judged: Mapping[str, Any]) -> dict[str, Tensor]:  # metric -> (R, N)

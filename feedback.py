@@ -5,7 +5,7 @@ A feedback rates the G candidates of one reference, larger is better:
     feedback(reference (3,S,S), images (G,V,3,S,S), ground truth (V,3,S,S), cfg) -> (G,)
 
 G is 1 in the report, which shows the feedback itself before and after. cfg is train_d3po.Config. Only the
-oracle may look at the ground truth. FORK: yours is one more function here, and stands in OURS. Rewards are
+oracle may look at the ground truth. FORK: yours is one more function here, and stands in EVERY. Rewards are
 made anew whenever its code changes (of a file of yours: the function's own, not what it calls).
 """
 
@@ -38,7 +38,7 @@ def contrastive(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
 
 def matching(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
     """MV-D3PO-M: the number of keypoints that the other views share with the reference (Sec. 6.1)."""
-    return matching_reward(ref.expand(len(images), -1, -1, -1), images, cfg.matcher)
+    return matching_reward(ref, images, cfg.matcher)
 
 
 def hull(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
@@ -92,9 +92,8 @@ def rate(feedback: Callable[..., Tensor], images: Tensor, truth: Tensor, cfg: An
     return feedback(truth[0], images, truth, cfg).cpu()
 
 
-PAPERS, OURS = (contrastive, matching), (hull, geometry, lean)
-CONTROLS = (redder, random, least_noise, larger, oracle)
-FEEDBACKS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (*PAPERS, *OURS, *CONTROLS)}
+EVERY = (contrastive, matching, hull, geometry, lean, redder, random, least_noise, larger, oracle)
+FEEDBACKS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in EVERY}
 
 
 def preference_pairs(rewards: Tensor, pairs: str) -> tuple[Tensor, Tensor]:  # of (N, G)

@@ -9,11 +9,9 @@ so it is the default. It never stands in silently: without LoFTR's file, `loftr`
 What the number cannot see: matches are points that look alike, wherever they lie. A mirrored back view lines
 up with the front's outline and gets as many matches as the true one; a copy of the front gets most of all.
 
-Twelve toys at 64 px, SIFT, mean reward: truth 243, noise of sd .03 181, 3 x 3 blur 71, another object 42, all
-white 0; right, back, left and top mirrored 245. About 45 ms for an image with SIFT, 1.3 s for a pair with
-LoFTR, on one core.
+About 45 ms for an image with SIFT, 1.3 s for a pair with LoFTR, on one core (rewards: LOG.md, 2026-11-22).
 
-Letters: B objects, V views, n keypoints of one image.
+Letters: G candidates, V views, n keypoints of one image.
 """
 
 from functools import cache, partial
@@ -25,7 +23,7 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor
 
-from common import InputError, explained, regular
+from common import explained, published
 
 MIN_SIZE = 256  # both methods find next to nothing on a 64-pixel image: smaller ones are enlarged to this
 LOFTR_URL = "https://huggingface.co/kornia/loftr/resolve/main/loftr_outdoor.ckpt"
@@ -47,8 +45,7 @@ def sift_model(device: torch.device) -> KF.SIFTFeature:
     """Keypoints and descriptors, with the settings that best told truth from blur, noise and other objects.
 
     Upright, because all side views share "up". Not upscaled again (up_levels), and neighbours kept down
-    to 5 pixels: the picture is smooth after `to_grey`. The threshold drops the rounding noise of flat areas.
-    """
+    to 5 pixels: the picture is smooth after `to_grey`. The threshold drops the noise of flat areas."""
     places: Any = dict(nms_size=5, pyramid_levels=4, up_levels=0, scale_factor_levels=2**0.5, s_mult=22.0)
     # "pyramid" is seven times as fast as the default, patches, and no worse here
     how: Any = dict(score_threshold=0.02, descriptor_backend="pyramid", config=places)
@@ -76,14 +73,7 @@ def loftr_model(name: str, device: torch.device) -> KF.LoFTR:
     model = KF.LoFTR(pretrained=None)
     remedy = f"Put it into {torch.hub.get_dir()}/checkpoints, name the file (--matcher), or choose sift."
     with explained(f"matcher {name}: expected sift, loftr or loftr_outdoor.ckpt of {LOFTR_URL}. {remedy}"):
-        options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
-        if name == "loftr":
-            state = torch.hub.load_state_dict_from_url(LOFTR_URL, **options)["state_dict"]
-        else:
-            state = torch.load(regular(name), **options)["state_dict"]
-        if not all(v.isfinite().all() for v in state.values()):
-            raise ValueError("a weight is not finite")
-        model.load_state_dict(state)
+        model.load_state_dict(published(LOFTR_URL, "" if name == "loftr" else name))
     return model.to(device).eval()  # in training mode it asks for ground truth
 
 
@@ -99,33 +89,25 @@ def loftr_counts(own: Any, views: Tensor, model: KF.LoFTR) -> Tensor:  # feature
 
 @torch.no_grad()
 def count_matches(ref: Tensor, views: Tensor, method: str = "sift") -> Tensor:
-    """(B, 3, H, W) and (B, V, 3, H, W) in [0, 1] -> (B, V): correspondences of a reference with its views.
+    """(3, H, W) and (G, V, 3, H, W) in [0, 1] -> (G, V): correspondences of a reference with views of it.
 
-    method: sift, loftr, or a file of LoFTR's weights. FORK: another matcher is another branch here.
-    """
-    if ref.ndim != 4 or views.ndim != 5 or len(ref) != len(views):
-        got = f"{tuple(ref.shape)} and {tuple(views.shape)}"
-        raise InputError(f"got {got}; expected (B,3,H,W) and (B,V,3,H,W).")
+    method: sift, loftr, or a file of LoFTR's weights. FORK: another matcher is another branch here."""
     if method == "sift":
         features, count = describe, sift_counts
     else:
         model = loftr_model(method, ref.device)
         features, count = model.extract_features, partial(loftr_counts, model=model)
-    grey_ref, grey = to_grey(ref), to_grey(views.flatten(0, 1)).unflatten(0, views.shape[:2])
+    grey = to_grey(views.flatten(0, 1)).unflatten(0, views.shape[:2])
     # SIFT is thousands of tiny operations: a second thread is no faster, and on busy cores ten times slower
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if method == "sift" else threads)
     try:
-        own, counts = None, []
-        for i in range(len(ref)):
-            if i == 0 or not torch.equal(grey_ref[i], grey_ref[i - 1]):  # else another candidate of the same
-                own = features(grey_ref[i : i + 1])
-            counts.append(count(own, grey[i]))
-        return torch.stack(counts)
+        own = features(to_grey(ref[None]))
+        return torch.stack([count(own, candidate) for candidate in grey])
     finally:
         torch.set_num_threads(threads)
 
 
 def matching_reward(ref: Tensor, views: Tensor, method: str = "sift") -> Tensor:
-    """MV-D3PO-M's feedback, (B,): the sum over all views but 0, the reference's own."""
+    """MV-D3PO-M's feedback, (G,): the sum over all views but 0, the reference's own."""
     return count_matches(ref, views[:, 1:], method).sum(dim=1).float()

@@ -167,8 +167,6 @@ def normals(corner: Tensor) -> tuple[Tensor, Tensor]:  # (N, 3, 3) -> (N, 3) of 
 
     Corners at the same place are one vertex: files split vertices at texture seams."""
     area = torch.linalg.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0])  # weighs the mean
-    if not area.any():
-        raise ValueError("no triangle has an area")
     face = F.normalize(area, dim=-1)
     place = ((corner.flatten(0, 1) + 1) * 2**19).long()
     _, vertex = torch.unique((place[:, 0] << 42) | (place[:, 1] << 21) | place[:, 2], return_inverse=True)
@@ -294,29 +292,23 @@ def mesh_made_by(path: Path, asked: list[str], size: int, up: str) -> dict:
     return {**made_by, "mesh": digest(path), "beside": beside}
 
 
-def say_lost(path: Path, beside: dict[str, str | None]) -> None:
-    """A missing material is no error; a missing texture is one before."""
-    if missing := [name for name, found in beside.items() if not found]:
-        print(f"{path}: {missing[0]!r} is missing, its parts are grey")
-
-
 def update_mesh(folder: Path, path: Path, size: int, up: str) -> str:
     """Render a mesh, unless its pictures are there, made by the same files and settings. Returns why it
     cannot be drawn, or nothing."""
+    made_by: dict = {}
     with suppress(InputError, OSError, TypeError, KeyError, AttributeError):  # none or damaged: made again
-        asked = list(load_json(folder / "made_by.json")["beside"])
-        if kept(folder, made_by := mesh_made_by(path, asked, size, up)):
-            say_lost(path, made_by["beside"])
-            return ""
-    try:
-        views, asked = render_mesh(path, size, up)
-    except InputError as error:
-        for name in ("made_by.json", *(f"{view}.png" for view in VIEWS)):  # what it showed before it changed
-            (folder / name).unlink(missing_ok=True)
-        with suppress(OSError):  # there is no folder, or a user's file in it
-            folder.rmdir()
-        return str(error)
-    made_by = mesh_made_by(path, asked, size, up)
-    say_lost(path, made_by["beside"])
-    write_views(folder, views, made_by)
+        made_by = mesh_made_by(path, list(load_json(folder / "made_by.json")["beside"]), size, up)
+    if not kept(folder, made_by):
+        try:
+            views, asked = render_mesh(path, size, up)
+        except InputError as error:
+            for name in ("made_by.json", *(f"{view}.png" for view in VIEWS)):  # what it showed before
+                (folder / name).unlink(missing_ok=True)
+            with suppress(OSError):  # there is no folder, or a user's file in it
+                folder.rmdir()
+            return str(error)
+        made_by = mesh_made_by(path, asked, size, up)
+        write_views(folder, views, made_by)
+    if missing := [name for name, found in made_by["beside"].items() if not found]:
+        print(f"{path}: {missing[0]!r} is missing, its parts are grey")  # without a texture it is an error
     return ""

@@ -21,13 +21,12 @@ FORK: another metric is a function here and a line in evaluate.py:measure. Camer
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import kornia.metrics as KM
 import torch
 from torch import Tensor, nn
 
-from common import explained, regular
+from common import explained, published
 from render import CAMERAS, VIEWS
 
 # --- images against the truth ---
@@ -68,22 +67,13 @@ class Lpips(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-
-        def conv(c_in: int, c_out: int, kernel: int, stride: int, padding: int) -> list[nn.Module]:
-            return [nn.Conv2d(c_in, c_out, kernel, stride, padding), nn.ReLU()]
-
-        self.features = nn.Sequential(
-            *conv(3, 64, 11, 4, 2),
-            nn.MaxPool2d(3, 2),
-            *conv(64, 192, 5, 1, 2),
-            nn.MaxPool2d(3, 2),
-            *conv(192, 384, 3, 1, 1),
-            *conv(384, 256, 3, 1, 1),
-            *conv(256, 256, 3, 1, 1),
-        )
-        # One weight a channel. The published name is lin0.model.1.weight: 0 was a dropout.
-        for i, channels in enumerate((64, 192, 384, 256, 256)):
-            head = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
+        self.features = nn.Sequential()
+        channels, how = (3, 64, 192, 384, 256, 256), ((11, 4, 2), (5, 1, 2), *[(3, 1, 1)] * 3)
+        for i, (c_in, c_out, size) in enumerate(zip(channels, channels[1:], how)):  # kernel, stride, padding
+            self.features.extend([nn.Conv2d(c_in, c_out, *size), nn.ReLU()])
+            self.features.extend([nn.MaxPool2d(3, 2)] * (i < 2))
+            # One weight a channel. The published name is lin0.model.1.weight: 0 was a dropout.
+            head = nn.Sequential(nn.Identity(), nn.Conv2d(c_out, 1, 1, bias=False))
             self.add_module(f"lin{i}", nn.ModuleDict({"model": head}))
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1), persistent=False)
@@ -94,15 +84,9 @@ class Lpips(nn.Module):
         net, state = Lpips(), {}
         remedy = f"Get {' and '.join(Lpips.URLS.values())} and name their folder."
         with explained(f"--lpips {source}: cannot load it, expected the published files. {remedy}"):
-            options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
             for name, url in Lpips.URLS.items():
-                if source == "hub":
-                    tensors = torch.hub.load_state_dict_from_url(url, **options)
-                else:
-                    tensors = torch.load(regular(Path(source) / name), **options)
+                tensors = published(url, "" if source == "hub" else Path(source) / name)
                 state |= {k: v for k, v in tensors.items() if not k.startswith("classifier.")}
-            if not all(v.is_floating_point() and v.isfinite().all() for v in state.values()):
-                raise ValueError("a weight is no finite number")
             net.load_state_dict(state)
         return net.to(device).eval()
 
@@ -264,24 +248,19 @@ def spoilt_views(truth: Tensor) -> dict[str, Tensor]:  # (N, V, 3, S, S), uint8 
 
     A scorer that does not know which view it sees, as the paper's, is blind to `swapped` and nearly so to
     `mirrored`. The two named `right_` spoil one view only."""
-    right, back = VIEWS.index("right"), VIEWS.index("back")
-    pixels = max(1, truth.shape[-1] * 3 // 64)
-    spoilt = {}
-
-    def spoil(name: str, views: list[int], change: Tensor) -> None:
-        spoilt[name] = truth.clone()
-        spoilt[name][:, views] = change[:, views]
-
-    unseen = list(range(1, truth.shape[1]))
+    pixels, view = max(1, truth.shape[-1] * 3 // 64), torch.arange(truth.shape[1]).view(-1, 1, 1, 1)
+    unseen, right = view > 0, view == VIEWS.index("right")
+    swap = {"right": "back", "back": "right"}
+    changes = {
+        "mirrored": (unseen, truth.flip(-1)),
+        "shifted": (unseen, truth.roll(pixels, -1)),
+        "swapped": (unseen, truth[:, [VIEWS.index(swap.get(name, name)) for name in VIEWS]]),
+        "right_mirrored": (right, truth.flip(-1)),
+        "right_lower": (right, truth.roll(pixels, -2)),
+    }
     if len(truth) > 1:  # otherwise the other object is the same one
-        spoil("other", unseen, truth.roll(1, 0))
-    spoil("mirrored", unseen, truth.flip(-1))
-    spoil("shifted", unseen, truth.roll(pixels, -1))
-    order = [{right: back, back: right}.get(v, v) for v in range(truth.shape[1])]
-    spoilt["swapped"] = truth[:, order]
-    spoil("right_mirrored", [right], truth.flip(-1))
-    spoil("right_lower", [right], truth.roll(pixels, -2))
-    return spoilt
+        changes = {"other": (unseen, truth.roll(1, 0)), **changes}
+    return {name: torch.where(where, change, truth) for name, (where, change) in changes.items()}
 
 
 def bootstrap_interval(differences: Tensor, seed: int = 0, n: int = 10_000) -> tuple[float, float]:

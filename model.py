@@ -29,7 +29,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from common import InputError, explained, load_json, load_weights, located, save_json, save_tensors, typed
+from common import InputError, explained, load_json, load_weights, located, pretrained, save_json
+from common import save_tensors, typed
 from render import CAMERAS, VIEWS
 
 NUM_VIEWS = len(VIEWS)
@@ -125,8 +126,7 @@ def position_table(size: int, channels: int) -> Tensor:  # (V + 1, size^2, chann
 class MultiViewAttention(nn.Module):
     """Self-attention over the views of an object and its reference: takes the place of one diffusers `attn1`.
 
-    It adopts the four projections of the layer it replaces under the same names: state dicts do not change.
-    """
+    It adopts the four projections of the layer it replaces under the same names: state dicts stay."""
 
     def __init__(self, stock: Any, cross_view: bool, size: int = 0):
         """size: the layer has size x size tokens and a position table; 0: no table."""
@@ -243,19 +243,14 @@ def small_unet(cfg: ModelConfig) -> UNet2DConditionModel:
     return unet
 
 
-def from_pipeline(kind: Any, base: str, **options: Any) -> Any:
-    """diffusers' `kind.from_pretrained`, with all its weights, or `load_config`, of a part of a pipeline."""
+def from_pipeline(kind: Any, base: str, part: str, weights: bool = True) -> Any:
+    """A part of a diffusers pipeline: with all its published weights, or by its configuration alone."""
     remedy = f"expected a hub id such as {SDXL}, or a local folder with unet/ and vae/ in it."
-    with explained(f"--base {base}: cannot load its {options['subfolder']}, {remedy}"):
-        if kind == UNet2DConditionModel.load_config:
-            return kind(base, **options)
+    with explained(f"--base {base}: cannot load its {part}, {remedy}"):
+        if not weights:
+            return kind.from_config(kind.load_config(base, subfolder=part))
         # (low_cpu_mem_usage asks for one more package, and only spares main memory while loading)
-        model, report = kind(base, low_cpu_mem_usage=False, output_loading_info=True, **options)
-        # diffusers only warns where weights are missing, and goes on with random ones
-        broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
-        if wrong := [*report["missing_keys"], *broken]:
-            raise ValueError(f"{wrong[0]} is missing or not finite")
-        return model
+        return pretrained(kind, base, subfolder=part, low_cpu_mem_usage=False)
 
 
 class MultiViewUNet(nn.Module):
@@ -367,8 +362,7 @@ class MultiViewUNet(nn.Module):
     @cached_property  # which is no submodule: not saved, not trained, and moved by `with_vae` alone
     def vae(self) -> AutoencoderKL:
         """SDXL's autoencoder, frozen, in float32: in half precision it overflows."""
-        vae = from_pipeline(AutoencoderKL.from_pretrained, self.cfg.base, subfolder="vae")
-        return vae.requires_grad_(False)
+        return from_pipeline(AutoencoderKL, self.cfg.base, "vae").requires_grad_(False)
 
     @torch.no_grad()
     def with_vae(self, function: Any, z: Tensor) -> Tensor:
@@ -413,8 +407,7 @@ class MultiViewUNet(nn.Module):
 
 def from_base(cfg: ModelConfig) -> MultiViewUNet:
     """The pre-trained SDXL of cfg.base with our attention: stage 1 starts from it."""
-    unet = from_pipeline(UNet2DConditionModel.from_pretrained, cfg.base, subfolder="unet")
-    return MultiViewUNet(cfg, unet).eval()
+    return MultiViewUNet(cfg, from_pipeline(UNet2DConditionModel, cfg.base, "unet")).eval()
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu", half: bool = False) -> MultiViewUNet:
@@ -427,13 +420,9 @@ def load(folder: str | Path, device: torch.device | str = "cpu", half: bool = Fa
         raise InputError(f"{folder}: no {missing[0]}, expected a model's folder. Make one: train_sft.py")
     cfg = typed(ModelConfig, load_json(config), str(config))
     with explained(f"{config}: makes no model, expected one that this project wrote."):
-        if cfg.is_sdxl:  # no weights yet, and no memory for them: the file's own take their place
-            with torch.device("meta"):
-                stock: Any = from_pipeline(UNet2DConditionModel.load_config, cfg.base, subfolder="unet")
-                unet: Any = UNet2DConditionModel.from_config(stock)
-                model = MultiViewUNet(cfg, unet)
-        else:
-            model = MultiViewUNet(cfg)
-    load_weights(model, folder / "model.safetensors", assign=cfg.is_sdxl)
+        with torch.device("meta" if cfg.is_sdxl else "cpu"):  # meta: no memory, the file's weights move in
+            unet = from_pipeline(UNet2DConditionModel, cfg.base, "unet", weights=False) if cfg.base else None
+            model = MultiViewUNet(cfg, unet)
+    load_weights(model, weights, assign=cfg.is_sdxl)
     model = model.bfloat16() if half and cfg.is_sdxl else model.float()
     return model.to(device).eval()

@@ -58,13 +58,10 @@ def fragments(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (n
     return item, low[item, 0] + offset % width[item], low[item, 1] + offset // width[item]
 
 
-def nearest(
-    pixel: Tensor, depth: Tensor, num_pixels: int
-) -> tuple[Tensor, Tensor]:  # (F,), (F,) -> 2 of (P,)
+def nearest(pixel: Tensor, depth: Tensor, num_pixels: int) -> tuple[Tensor, Tensor]:  # 2 (F,) -> 2 (P,)
     """Z-buffer: the pixels that are covered, and the fragment seen in each; depth lies in [-2, 2].
 
-    Depth and fragment number share one integer, so that the maximum is the same in every run.
-    """
+    Depth and fragment number share one integer, so that the maximum is the same in every run."""
     key = (((depth.double() + 2) * 2**28).long() << 32) | torch.arange(len(depth))
     best = torch.full((num_pixels,), -1).scatter_reduce_(0, pixel, key, "amax")
     covered = (best >= 0).nonzero()[:, 0]

@@ -24,7 +24,7 @@ Run:
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -163,23 +163,7 @@ def draw(shape: tuple[int, ...], keys: list[tuple[int, ...]]) -> Tensor:
     return torch.stack([torch.randn(shape, generator=keyed_generator(*key)) for key in keys])
 
 
-def start(model: MultiViewUNet, ref: Tensor, seeds: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """What a chain starts from: x_T (B, V, c, h, w), epsilon_Y and the reference latent (B, c, h, w)."""
-    latent = (model.cfg.latent_channels, model.cfg.latent_size, model.cfg.latent_size)
-    x = draw((len(VIEWS), *latent), [(seed, 0) for seed in seeds]).to(ref.device)
-    return x, draw(latent, [(seed, 1) for seed in seeds]).to(ref.device), model.encode(ref)
-
-
-def finished(model: MultiViewUNet, latents: Tensor) -> Tensor:
-    """The images; a model whose weights are broken would draw black ones."""
-    images = model.decode(latents)
-    if not images.isfinite().all():
-        raise InputError("the model's images are not finite, expected numbers. Its weights are broken.")
-    return images
-
-
-@dataclass
-class Trajectory:
+class Trajectory(NamedTuple):
     """What the chain did, in float32: half precision would move the log-ratio at equal weights from 0."""
 
     states: Tensor  # (B, K + 1, V, c, h, w): x_T first, the clean latent last; action k is states[:, k + 1]
@@ -202,8 +186,9 @@ def sample(
     """Run the chain for B rows. The images are in `.images` (B, V, 3, H, W)."""
     device, batch, schedule = ref.device, len(ref), Schedule(model.cfg)
     candidates, own = candidates or [0] * batch, range(num_steps) if own is None else own
-    x, ref_noise, y = start(model, ref, seeds)
-    seen = y
+    y = seen = model.encode(ref)
+    x = draw((len(VIEWS), *y.shape[1:]), [(seed, 0) for seed in seeds]).to(device)  # x_T
+    ref_noise = draw(y.shape[1:], [(seed, 1) for seed in seeds]).to(device)  # epsilon_Y
     if noise_scales:  # candidate g of an object sees its reference through a_g n_g
         scales = torch.tensor(noise_scales, device=device).view(-1, 1, 1, 1)
         keys = [(seed, 2, round(1000 * a)) for seed, a in zip(seeds, noise_scales)]
@@ -215,7 +200,10 @@ def sample(
         keys = [(seed, 3, call, g if call in own else 0) for seed, g in zip(seeds, candidates)]
         x = mean + var.sqrt() * draw(x.shape[1:], keys).to(device)
         states.append(x)
-    return Trajectory(torch.stack(states, 1), y, ref_noise, finished(model, x))
+    images = model.decode(x)
+    if not images.isfinite().all():  # PNGs of them would be black
+        raise InputError("the model's images are not finite, expected numbers. Its weights are broken.")
+    return Trajectory(torch.stack(states, 1), y, ref_noise, images)
 
 
 def sample_images(

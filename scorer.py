@@ -9,7 +9,7 @@ Images in, one number for each view out: near 1 for a view that looks like the r
 
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 from transformers.utils import logging
 
-from common import InputError, explained, load_json, load_weights, located, save_json, save_tensors, typed
+from common import InputError, explained, load_json, load_weights, located, pretrained, save_json
+from common import save_tensors, typed
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, deviation that published weights expect
 Colour = tuple[float, float, float]
@@ -176,12 +177,7 @@ def pretrained_scorer(backbone: str, head: Head, image_size: int = 224) -> Score
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with explained(f"--backbone {backbone}: cannot load, {expected}"):
-        loaded: Any = Dinov2Model.from_pretrained(backbone, output_loading_info=True)
-        stock, report = loaded
-        # transformers only warns where weights are missing, and goes on with random ones
-        broken = [name for name, p in stock.named_parameters() if not p.isfinite().all()]
-        if wrong := [*report["missing_keys"], *broken]:
-            raise ValueError(f"{wrong[0]} is missing or not finite")
+        stock = pretrained(Dinov2Model, backbone)
     values = {f.name: getattr(stock.config, f.name) for f in fields(EncoderConfig)}
     encoder = typed(EncoderConfig, values, f"--backbone {backbone}")
     size = max(image_size // encoder.patch_size, 1) * encoder.patch_size

@@ -205,10 +205,8 @@ def d3po_loss(
     }
 
 
-def batch_means(
-    policy: MultiViewUNet, schedule: Schedule, batch: Batch, bf16: bool
-) -> tuple[Tensor, Tensor]:  # mean (B R, V, c, h, w), var
-    """The policy at the states of a batch: one forward for all candidates.
+def batch_means(policy: MultiViewUNet, schedule: Schedule, batch: Batch, bf16: bool) -> tuple[Tensor, Tensor]:
+    """Mean (B R, V, c, h, w) and variance of the policy at a batch's states: one forward for all candidates.
 
     The loss always shows it the CLEAN reference, without App. B's noise, so the actions of "noised" are not
     its own. With the one that a candidate was drawn with, the noise scale alone may decide who wins, and then

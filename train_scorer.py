@@ -109,8 +109,7 @@ def generate(cfg: Config, references: Tensor, device: torch.device, folder: Path
     """Five views of each reference (N, 3, S, S) uint8 by the model cfg.negatives, a file for every few."""
     bf16 = use_bf16(cfg.bf16, device)
     generator = load(cfg.negatives, device, half=bf16)
-    size = generator.cfg.image_size
-    if size != cfg.image_size:
+    if (size := generator.cfg.image_size) != cfg.image_size:
         made = f"{cfg.negatives}: makes images of {size} px, expected {cfg.image_size}."
         raise InputError(f"{made} Name another model, or --image_size {size}.")
     for i in tqdm(range(0, len(references), 16), desc="negatives", disable=None):
@@ -177,11 +176,8 @@ def make_batch(cfg: Config, truth: Tensor, fake: Tensor, step: int) -> Tensor:
 
 
 def auc(positive: Tensor, negative: Tensor) -> float:
-    """ROC-AUC = P(positive > negative) + P(equal) / 2, from the ranks of the pooled values (Mann-Whitney)."""
-    n = len(positive)
-    _, where, count = torch.cat([positive, negative]).unique(return_inverse=True, return_counts=True)
-    ranks = (count.cumsum(0) - (count - 1) / 2)[where]  # equal values share the mean of their ranks
-    return float((ranks[:n].double().sum() - n * (n + 1) / 2) / (n * len(negative)))
+    """ROC-AUC = P(positive > negative) + P(equal) / 2, over all pairs."""
+    return float((positive[:, None] - negative).sign().double().mean() + 1) / 2
 
 
 def evaluate(scorer: Scorer, truth: Tensor, fake: Tensor) -> dict[str, float]:
@@ -225,8 +221,7 @@ def run(truth: Tensor, fake: Tensor, n: int, cfg: Config, folder: Path) -> None:
     scorer = new_scorer(cfg).to(device)
     parameters = list(scorer.parameters())
     head = [p for name, p in scorer.named_parameters() if not name.startswith("encoder.")]
-    groups: list[dict] = [{"params": list(scorer.encoder.parameters()), "lr": cfg.lr}]
-    groups += [{"params": head, "lr": cfg.head_lr}]
+    groups = [{"params": scorer.encoder.parameters(), "lr": cfg.lr}, {"params": head, "lr": cfg.head_lr}]
     optimizer = torch.optim.AdamW(groups, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
 
     if state := load_state(folder / STATE):

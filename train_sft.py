@@ -123,9 +123,8 @@ def training_batch(
     # Stratified t: one uniform draw, spread evenly over the batch. Same expectation, a less noisy gradient.
     u = (torch.rand((), generator=g) + torch.arange(batch_size) / batch_size) % 1
     t = 1 + (u * (schedule.num_train - 1)).long()
-    noise = torch.randn(latents.shape, generator=g)
-    ref_noise = torch.randn(latents[:, 0].shape, generator=g)
-    return latents, latents[:, 0], t.to(device), noise.to(device), ref_noise.to(device)
+    noise, ref_noise = (torch.randn(z.shape, generator=g).to(device) for z in (latents, latents[:, 0]))
+    return latents, latents[:, 0], t.to(device), noise, ref_noise
 
 
 # --- evaluation ---
@@ -141,12 +140,11 @@ def reference_use(model: MultiViewUNet, views: Tensor, batch_size: int) -> dict[
     latents = model.encode(views.float() / 255)  # of (N, V, 3, S, S) uint8
     for t_int in (200, 500, 800, 950):
         t = torch.full((len(latents),), t_int, device=device)
-        g = keyed_generator(t_int)
-        noise = torch.randn(latents.shape, generator=g).to(device)
-        ref_noise = torch.randn(latents[:, 0].shape, generator=g).to(device)
+        g, y = keyed_generator(t_int), latents[:, 0]
+        noise, ref_noise = (torch.randn(z.shape, generator=g).to(device) for z in (latents, y))
         x_t = forward_noise(schedule, latents, t, noise)
-        for name, y in (("right", latents[:, 0]), ("wrong", latents[:, 0].roll(1, 0))):
-            ref_t, errors = noised_reference(schedule, model.cfg, y, t, ref_noise), []
+        for name, shown in (("right", y), ("wrong", y.roll(1, 0))):
+            ref_t, errors = noised_reference(schedule, model.cfg, shown, t, ref_noise), []
             for part in torch.arange(len(latents), device=device).split(batch_size):
                 prediction = model(x_t[part], t[part], ref_t[part])
                 x0, _ = split_prediction(schedule, prediction, x_t[part], t[part])
@@ -305,8 +303,7 @@ def main(cfg: Config) -> dict:
         "objects": [fingerprint(source) for source in sources],
         "validation": digest(val_views),
     }
-    make = partial(run, model, sources, val_views, cfg)
-    folder = cached(out.parent, out.name, made_by | made_on, make)
+    folder = cached(out.parent, out.name, made_by | made_on, partial(run, model, sources, val_views, cfg))
     return {**load_json(folder / "results.json"), "folder": str(folder)}
 
 

@@ -54,9 +54,8 @@ def main(cfg: Config) -> dict:
         raise InputError(f"--feedbacks {strange[0]}: expected some of {', '.join(known)}.")
     names = ("model", "scorer", "num_candidates", "num_steps", "seed", "out")
     shared: dict[str, Any] = {name: getattr(cfg, name) for name in names}
-    base = D.Config(
-        **shared, candidates="branch", trained_calls=(min(cfg.branch_calls), max(cfg.branch_calls))
-    )
+    calls = (min(cfg.branch_calls), max(cfg.branch_calls))
+    base = D.Config(**shared, candidates="branch", trained_calls=calls)
     D.check(base)
     table, numbers = (check_output("out", cfg.out + suffix, suffix) for suffix in (".md", ".json"))
     with explained(f"--out {cfg.out}: exists, and is none of ours. Choose another name."):

@@ -29,9 +29,9 @@ from candidates import draw_candidates
 from common import InputError, check_at_least, check_output, cli, digest, get_device, hardware, key_seed
 from common import load_json, load_tensors, located, provenance, save_json, save_tensors, write_atomic
 from data import load_split
-from evaluate import measure
+from evaluate import measure, with_interval
 from grid import grid
-from metrics import Lpips, bootstrap_interval, grey_levels_changed
+from metrics import Lpips, grey_levels_changed
 from model import load
 from scorer import Scorer, contrastive_reward
 
@@ -162,12 +162,6 @@ def draw(row: str, model: Path, seed: int, truth: Tensor, scorers: dict[str, str
     return load_tensors(folder / "images.safetensors")["images"].float() / 255
 
 
-def statistics(values: Tensor) -> dict[str, float]:  # (seeds, N)
-    """Mean, and its interval over seeds and objects."""
-    low, high = bootstrap_interval(values)
-    return {"mean": values.double().mean().item(), "low": low, "high": high}
-
-
 def markdown(rows: dict, columns: list[str], sign: str = "") -> list[str]:
     """A table: a row for each, with intervals; bold if an interval of a difference leaves out 0."""
     lines = ["| | " + " | ".join(METRICS[c][0] for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
@@ -253,12 +247,12 @@ def main(cfg: Config) -> dict:
         measured[row] = {k: torch.stack([v[k] for v in by_seed]) for k in by_seed[0]}
 
     columns = [c for c in METRICS if c in measured["pre"]]
-    rows = {row: {c: statistics(values[c]) for c in columns} for row, values in measured.items()}
+    rows = {row: {c: with_interval(values[c], "mean") for c in columns} for row, values in measured.items()}
     minus: dict[str, dict] = {"pre": {}, "sft": {}, "random": {}}
     for row, values in measured.items():
         for name, base in (("pre", "pre"), ("sft", "sft"), ("random", CONTROL.get(row))):
             if row not in (base, "pre", "truth") and base in measured:
-                minus[name][row] = {c: statistics(values[c] - measured[base][c]) for c in columns}
+                minus[name][row] = {c: with_interval(values[c] - measured[base][c], "mean") for c in columns}
     text = [f"{len(truth)} held-out objects, seeds {seeds}; [95 % interval over both]."]
     made = provenance(cfg)  # before the tree holds new results
     text += [f"\\* the row's own reward. `{made['command']}`.", "", *markdown(rows, columns)]

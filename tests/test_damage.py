@@ -204,13 +204,10 @@ def test_a_damaged_input_is_refused_or_is_another_input(copy, stage, file, how):
 
 @pytest.mark.parametrize("how", ["flip", "delete", "truncate", "empty"])
 def test_damaged_toys_and_pictures_are_made_again(tmp_path, how):
-    toys, cfg = (
-        load_toys("train", 2, 8, tmp_path).clone(),
-        data.Config(toys=2, size=8, out=str(tmp_path / "o")),
-    )
+    toys, cfg = load_toys("train", 2, 8).clone(), data.Config(toys=2, size=8, out=str(tmp_path / "o"))
     for name in ("toys.safetensors", "made_by.json"):
-        damage(tmp_path / "toys_train" / name, how)
-        assert torch.equal(load_toys("train", 2, 8, tmp_path), toys)
+        damage(Path("out/data/toys_train") / name, how)
+        assert torch.equal(load_toys("train", 2, 8), toys)
     data.main(cfg)
     files = {p: p.read_bytes() for p in (tmp_path / "o").rglob("*.*")}
     for path in files:

@@ -90,7 +90,7 @@ def test_lpips_gives_the_published_packages_numbers(tmp_path) -> None:
     heads = torch.load(tmp_path / "alex.pth")
     heads["lin0.model.1.weight"][0, 3] = torch.nan  # one number of many
     torch.save(heads, tmp_path / "alex.pth")
-    with pytest.raises(InputError, match="a weight is no finite number"):
+    with pytest.raises(InputError, match="a weight is not finite"):
         metrics.Lpips.load(str(tmp_path))
     torch.save({}, tmp_path / "alex.pth")
     for folder in (tmp_path, tmp_path / "absent"):

@@ -209,11 +209,12 @@ def test_every_object_of_sample_images_has_its_own_noise(tiny):
     assert not torch.allclose(images[0], images[2], atol=0.05)
 
 
-def test_one_image_that_is_no_number_is_refused(tiny):
-    latents = torch.zeros(2, 5, 48, 4, 4)
-    latents[1, 2] = torch.nan
+def test_one_image_that_is_no_number_is_refused(tiny, monkeypatch):
+    broken = torch.zeros(2, 5, 3, 16, 16)
+    broken[1, 2] = torch.nan
+    monkeypatch.setattr(type(tiny), "decode", lambda self, latents: broken)
     with pytest.raises(InputError, match="not finite"):
-        S.finished(tiny, latents)
+        S.sample(tiny, refs(2), [0, 1], 2)
 
 
 def test_main_takes_any_picture(tiny_folder, tmp_path):

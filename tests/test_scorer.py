@@ -100,7 +100,7 @@ def test_wrong_files_and_sizes_give_one_line(tmp_path: Path):
         Scorer.load(tmp_path)
     tiny(size=32).save(tmp_path)
     weights.write_bytes(whole)  # weights of a scorer for 16 px beside a config for 32 px
-    with pytest.raises(InputError, match="another shape"):
+    with pytest.raises(InputError, match="size mismatch"):
         Scorer.load(tmp_path)
     (tmp_path / "config.json").write_text('{"image_size": 64, "channels": [64]}')  # a multi-view model's
     with pytest.raises(InputError, match="channels.* unknown or missing, expected the fields of Scorer"):
