@@ -244,7 +244,7 @@ FAULTS: list[tuple[str, str, str, str]] = [
     ("meshes", "corner - (low + high) / 2", "corner - low / 2", "data"),
     ("meshes", "trimesh.Trimesh) and len(", "trimesh.Trimesh) or len(", "data"),
     (SCORER, "check_link(Path(cfg.out)), get", "Path(cfg.out), get", SCORER),
-    ("cache", "p.name != STATE", "True", SFT),
+    ("cache", "p.name != STATE", "True", COMMON),
     (COMMON, "ROOT / path).resolve()", "ROOT / path)", COMMON),
     (COMMON, "sum(v) / len(v) for k, v", "sum(v) for k, v", COMMON),
     (COMMON, 'group["lr"] = rate * group', 'group["lr"] = 1.0 * group', COMMON),

@@ -248,6 +248,19 @@ def test_a_kill_while_a_damaged_result_is_cleared_leaves_nothing_of_it(tmp_path,
     assert not (folder / "result.json").exists()  # the note goes last: what is left does not count as begun
 
 
+def test_what_a_run_goes_on_from_is_no_part_of_its_result(tmp_path):
+    made = []
+
+    def make(folder):
+        made.append(folder)
+        for name in ("weights", C.STATE):
+            (folder / name).write_text("x")
+
+    for _ in range(2):
+        folder = K.cached(tmp_path, "run", {}, make)
+    assert len(made) == 1 and not (folder / C.STATE).exists()
+
+
 def test_an_unfinished_result_goes_on(tmp_path):
     def make(folder: Path) -> None:
         if (folder / "part").is_file():
