@@ -310,7 +310,7 @@ def load_weights(module: torch.nn.Module, path: str | Path, assign: bool = False
 
     assign: the file's tensors become the parameters, for a module on the meta device."""
     tensors = load_tensors(path)
-    if wrong := [k for k, v in tensors.items() if not (v.is_floating_point() and v.isfinite().all())]:
+    if wrong := [k for k, v in tensors.items() if not (v.is_floating_point() and v.float().isfinite().all())]:
         raise InputError(f"{path}: {wrong[0]} is not finite, expected real numbers. Its run diverged.")
     with explained(f"{path}: expected the weights of {type(module).__name__} with the config beside it."):
         module.load_state_dict(tensors, assign=assign)

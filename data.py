@@ -27,7 +27,7 @@ from common import load_tensors, save_tensors, write_atomic
 from meshes import find_meshes, update_mesh
 from pictures import Views, kept, load_views, open_image, resize, write_png, write_views
 from render import CAMERAS, NUM_SIDES, VIEWS, make_toys
-from toys import KINDS
+from toys import toy_kind
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def load_furniture(split: str, size: int) -> tuple[list[str], Tensor]:  # names,
         "train": ("scopia", slice(120, None)),
         "validation": ("blendswap", slice(0, 64)),
         "heldout": ("blendswap", slice(64, None)),
-    }[split]
+    }[known(split)]
     path = ROOT / "furniture" / f"{library}.png"
     picture, S = open_image(path), FURNITURE_SIZE
     got = f"{picture.shape[2]} x {picture.shape[1]} pixels"
@@ -148,6 +148,13 @@ def load_furniture(split: str, size: int) -> tuple[list[str], Tensor]:  # names,
 SPLITS = {"train": 0, "preference": 1, "validation": 2, "heldout": 3}  # the seed of make_toys
 
 
+def known(split: str) -> str:
+    """The split, if there is one of that name."""
+    if split not in SPLITS:
+        raise InputError(f"split {split}: unknown, expected one of {', '.join(SPLITS)}.")
+    return split
+
+
 def split_of(ids: list, split: str) -> list:
     """The objects of a folder that belong to a split: N of them shuffled once by a fixed key, then cut.
 
@@ -157,7 +164,7 @@ def split_of(ids: list, split: str) -> list:
     fifth = -(-len(ids) // 5)  # rounded up
     a = min(64, fifth)
     b = a + min(200, fifth)
-    part = {"validation": order[:a], "heldout": order[a:b]}.get(split, order[b:])
+    part = {"validation": order[:a], "heldout": order[a:b]}.get(known(split), order[b:])
     if not part:
         raise InputError(f"{len(ids)} objects leave none for the {split} split, expected 3 or more objects.")
     return [ids[i] for i in part]
@@ -165,12 +172,12 @@ def split_of(ids: list, split: str) -> list:
 
 def toy_name(seed: int, i: int) -> str:
     """What object i of a split is called wherever it is written: its number, then its kind."""
-    return f"{i:06d}_{KINDS[key_seed(seed, i) % len(KINDS)].__name__}"  # as in make_toy
+    return f"{i:06d}_{toy_kind(key_seed(seed, i))}"
 
 
 def load_toys(split: str, n: int, size: int) -> Tensor:  # (n, V, 3, size, size) uint8
     """Rendered once. A cache is used only for what it was made for, by the same code."""
-    seed = SPLITS[split]
+    seed = SPLITS[known(split)]
 
     def make(folder: Path) -> None:
         bar = tqdm(range(0, n, 64), desc=f"{n} {split} toys", leave=False, disable=None)
@@ -187,10 +194,8 @@ def read_split(source: str, split: str, n: int, size: int) -> tuple[list[str], T
 
     The four splits of toys, and of furniture, share no object; of a folder, train and preference are one
     (split_of). A folder is left on disk until indexed: 100,000 objects of 512 pixels would be 390 GB."""
-    if split not in SPLITS:
-        raise InputError(f"split {split}: unknown, expected one of {', '.join(SPLITS)}.")
     if source == "toys":
-        return [toy_name(SPLITS[split], i) for i in range(n)], load_toys(split, n, size)
+        return [toy_name(SPLITS[known(split)], i) for i in range(n)], load_toys(split, n, size)
     if source == "furniture":
         names, views = load_furniture(split, size)
         return names[:n], views[:n]
@@ -227,11 +232,16 @@ def load_references(source: str, n: int, size: int, seed: int) -> Tensor:  # (n,
 
 def check_strangers(out: Path, names: Iterable[str]) -> None:
     """A folder holds what its command makes and nothing else: else old objects would pass for new ones."""
-    expected = set(names)
+    expected, strange = set(names), []
     for p in sorted(p for p in out.iterdir() if not p.name.startswith(".")):
         ours = p.name in expected and not p.is_symlink() and (p / "made_by.json").is_file()
         if not ours and (p.name in expected or p.is_dir()):
-            raise InputError(f"{p}: is not this command's, expected no other. Delete it, or change --out.")
+            strange.append(p.name)
+    if strange:
+        raise InputError(
+            f"{out}: {len(strange)} folders in it are not this command's (first: {strange[0]}), "
+            "expected none. Delete them, or take another --out."
+        )
 
 
 def render_meshes(root: Path, out: Path, size: int, up: str) -> list[str]:

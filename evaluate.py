@@ -188,15 +188,16 @@ def check_outputs(cfg: Config) -> None:
     """Nothing of the user's is overwritten, and what cannot be written is said before an hour of sampling."""
     named = (cfg.model, cfg.images, cfg.data, cfg.lpips, *cfg.scorer)
     inputs = [str(located(p)) for p in named if p and located(p).is_dir()]
-    place = check_output("out", cfg.out, ".json", inputs)
-    if cfg.grid:
-        check_output("grid", cfg.grid, ".png", inputs)
-    if cfg.against and place == Path(cfg.against).resolve():
-        raise InputError(f"--out {cfg.out}: is --against itself. Choose another name.")
-    if place.exists():
-        with explained(f"--out {cfg.out}: exists, and is no evaluation. Choose another name."):
-            if not {"objects", "ids"} <= {*load_json(place)}:
-                raise ValueError("it lacks objects or ids")
+    outputs = {"out": (cfg.out, ".json")} | ({"grid": (cfg.grid, ".png")} if cfg.grid else {})
+    for option, (path, suffix) in outputs.items():
+        name = f"--{option} {path}"
+        if cfg.against and Path(path).resolve() == Path(cfg.against).resolve():
+            raise InputError(f"{name}: is --against itself. Choose another name.")
+        place = check_output(option, path, suffix, inputs)
+        if option == "out" and place.exists():
+            with explained(f"{name}: exists, and is no evaluation. Choose another name."):
+                if not {"objects", "ids"} <= {*load_json(place)}:
+                    raise ValueError("it lacks objects or ids")
 
 
 def read_earlier(path: str, judged: Mapping[str, Any]) -> dict[str, Tensor]:  # metric -> (R, N)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor
 
-from common import explained, published
+from common import InputError, explained, published
 
 MIN_SIZE = 256  # both methods find next to nothing on a 64-pixel image: smaller ones are enlarged to this
 LOFTR_URL = "https://huggingface.co/kornia/loftr/resolve/main/loftr_outdoor.ckpt"
@@ -92,6 +92,10 @@ def count_matches(ref: Tensor, views: Tensor, method: str = "sift") -> Tensor:
     """(3, H, W) and (G, V, 3, H, W) in [0, 1] -> (G, V): correspondences of a reference with views of it.
 
     method: sift, loftr, or a file of LoFTR's weights. FORK: another matcher is another branch here."""
+    if ref.ndim != 3 or views.ndim != 5:
+        raise InputError(
+            f"got {tuple(ref.shape)} and {tuple(views.shape)}; expected (3,H,W) and (G,V,3,H,W)."
+        )
     if method == "sift":
         features, count = describe, sift_counts
     else:

@@ -67,13 +67,22 @@ class Lpips(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.features = nn.Sequential()
-        channels, how = (3, 64, 192, 384, 256, 256), ((11, 4, 2), (5, 1, 2), *[(3, 1, 1)] * 3)
-        for i, (c_in, c_out, size) in enumerate(zip(channels, channels[1:], how)):  # kernel, stride, padding
-            self.features.extend([nn.Conv2d(c_in, c_out, *size), nn.ReLU()])
-            self.features.extend([nn.MaxPool2d(3, 2)] * (i < 2))
-            # One weight a channel. The published name is lin0.model.1.weight: 0 was a dropout.
-            head = nn.Sequential(nn.Identity(), nn.Conv2d(c_out, 1, 1, bias=False))
+
+        def conv(c_in: int, c_out: int, kernel: int, stride: int, padding: int) -> list[nn.Module]:
+            return [nn.Conv2d(c_in, c_out, kernel, stride, padding), nn.ReLU()]
+
+        self.features = nn.Sequential(
+            *conv(3, 64, 11, 4, 2),
+            nn.MaxPool2d(3, 2),
+            *conv(64, 192, 5, 1, 2),
+            nn.MaxPool2d(3, 2),
+            *conv(192, 384, 3, 1, 1),
+            *conv(384, 256, 3, 1, 1),
+            *conv(256, 256, 3, 1, 1),
+        )
+        # One weight a channel. The published name is lin0.model.1.weight: 0 was a dropout.
+        for i, channels in enumerate((64, 192, 384, 256, 256)):
+            head = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
             self.add_module(f"lin{i}", nn.ModuleDict({"model": head}))
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1), persistent=False)
@@ -87,6 +96,8 @@ class Lpips(nn.Module):
             for name, url in Lpips.URLS.items():
                 tensors = published(url, "" if source == "hub" else Path(source) / name)
                 state |= {k: v for k, v in tensors.items() if not k.startswith("classifier.")}
+            if not all(v.is_floating_point() for v in state.values()):
+                raise ValueError("a weight is no real number")
             net.load_state_dict(state)
         return net.to(device).eval()
 

@@ -303,6 +303,11 @@ def boat(a, b, u) -> list[dict]:
 KINDS = (bear, duck, dog, car, train, house, chair, lamp, tree, robot, mug, boat)
 
 
+def toy_kind(seed: int) -> str:
+    """The name of the kind that `make_toy(seed)` builds."""
+    return KINDS[seed % len(KINDS)].__name__
+
+
 def make_toy(seed: int) -> list[dict]:
     """A kind, two colours, a few proportions, all from the seed; centred and scaled to the frame."""
     g = keyed_generator(seed)

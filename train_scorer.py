@@ -176,8 +176,11 @@ def make_batch(cfg: Config, truth: Tensor, fake: Tensor, step: int) -> Tensor:
 
 
 def auc(positive: Tensor, negative: Tensor) -> float:
-    """ROC-AUC = P(positive > negative) + P(equal) / 2, over all pairs."""
-    return float((positive[:, None] - negative).sign().double().mean() + 1) / 2
+    """ROC-AUC = P(positive > negative) + P(equal) / 2, from the ranks of the pooled values (Mann-Whitney)."""
+    n = len(positive)
+    _, where, count = torch.cat([positive, negative]).unique(return_inverse=True, return_counts=True)
+    ranks = (count.cumsum(0) - (count - 1) / 2)[where]  # equal values share the mean of their ranks
+    return float((ranks[:n].double().sum() - n * (n + 1) / 2) / (n * len(negative)))
 
 
 def evaluate(scorer: Scorer, truth: Tensor, fake: Tensor) -> dict[str, float]:

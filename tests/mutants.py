@@ -159,7 +159,7 @@ FAULTS: list[tuple[str, str, str, str]] = [
     (SCORER, "evaluate(scorer, truth[n:], fake[n:])", "evaluate(scorer, truth[:n], fake[:n])", SCORER),
     (SCORER, "order = MIRRORED_ORDER + [views - 1 + m", "order = list(range(5)) + [views - 1 + m", SCORER),
     (SCORER, "images = images[:, order].flip(-1)", "images = images[:, order]", SCORER),
-    (SCORER, "(positive[:, None] - negative).sign()", "(negative[:, None] - positive).sign()", SCORER),
+    (SCORER, "return float((ranks[:n].double().sum() - n * (n + 1) / 2)", "return float((ranks[:n].double().sum() - n * (n - 1) / 2)", SCORER),
     (SCORER, "margin = right.double().sum(1) - bad.double().sum(1)", "margin = bad.double().sum(1) - right.double().sum(1)", SCORER),
     (SCORER, "key_seed(cfg.seed, 9, i + j) for j", "key_seed(cfg.seed, i + j) for j", SCORER),
     ("scorer", "return scorer.score(ref, views)[:, 1:].sum(dim=1)", "return scorer.score(ref, views).sum(dim=1)", "scorer"),

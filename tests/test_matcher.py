@@ -50,12 +50,13 @@ def test_warped_copy_many_other_object_few() -> None:
 
 
 def test_reward_leaves_out_the_references_own_view() -> None:
-    views, ref = toys().clone(), toys()[0, 0]
-    counts, reward = matcher.count_matches(ref, views), matcher.matching_reward(ref, views)
-    assert torch.equal(reward, counts[:, 1:].sum(1).float())
-    views[:, 0] = 1.0
-    assert torch.equal(matcher.matching_reward(ref, views), reward)
-    assert reward[0] > reward[1:].max()  # truth beats another object
+    views, blank = toys(), toys().clone()
+    blank[:, 0] = 1.0
+    for i, ref in enumerate(views[:, 0]):
+        counts, reward = matcher.count_matches(ref, views), matcher.matching_reward(ref, views)
+        assert torch.equal(reward, counts[:, 1:].sum(1).float())
+        assert torch.equal(matcher.matching_reward(ref, blank), reward)
+        assert reward.argmax() == i and (reward == reward[i]).sum() == 1  # truth beats another object
 
 
 def test_grey_weighs_the_colours_as_the_eye_does() -> None:
@@ -82,11 +83,12 @@ def test_a_match_is_nearest_in_both_directions(monkeypatch) -> None:
 
 
 def test_batch_equals_one_by_one() -> None:
-    views, ref = toys(), toys()[0, 0]
-    batch = matcher.count_matches(ref, views)
-    for i in range(3):
-        for m in range(len(data.VIEWS)):
-            assert matcher.count_matches(ref, views[i : i + 1, m : m + 1]) == batch[i, m]
+    views = toys()
+    for ref in views[:2, 0]:  # features of one reference must not leak into the next
+        batch = matcher.count_matches(ref, views)
+        for i in range(3):
+            for m in range(len(data.VIEWS)):
+                assert matcher.count_matches(ref, views[i : i + 1, m : m + 1]) == batch[i, m]
 
 
 def test_loftr_from_a_file_counts_pairs_in_a_batch(tmp_path, monkeypatch) -> None:
@@ -127,6 +129,7 @@ def test_loftr_computes_the_features_of_a_reference_once(monkeypatch) -> None:
     assert matcher.count_matches(grey[3], views, "loftr").tolist() == [[31, 32], [34, 30]]
     assert stand_in.seen == [3]  # not again for the second candidate
     assert matcher.count_matches(grey[5], views, "loftr").tolist() == [[51, 52], [54, 50]]
+    assert stand_in.seen == [3, 5]  # but of another reference
     assert matcher.matching_reward(grey[3], views, "loftr").tolist() == [32, 30]
 
 
@@ -142,6 +145,9 @@ def test_missing_weights_and_wrong_names_are_one_line(tmp_path) -> None:
             matcher.count_matches(views[0, 0], views, str(tmp_path / name))
     with pytest.raises(InputError, match="matcher surf: expected sift, loftr or"):
         matcher.count_matches(views[0, 0], views, "surf")
+    for ref, batch in ((views[:, 0], views), (views[0, 0], views[0])):
+        with pytest.raises(InputError, match=r"expected \(3,H,W\) and \(G,V,3,H,W\)"):
+            matcher.count_matches(ref, batch)
 
 
 def test_loftr_offline_says_where_the_weights_go(tmp_path, monkeypatch) -> None:

@@ -92,6 +92,10 @@ def test_lpips_gives_the_published_packages_numbers(tmp_path) -> None:
     torch.save(heads, tmp_path / "alex.pth")
     with pytest.raises(InputError, match="a weight is not finite"):
         metrics.Lpips.load(str(tmp_path))
+    heads["lin0.model.1.weight"] = torch.ones(1, 64, 1, 1, dtype=torch.long)
+    torch.save(heads, tmp_path / "alex.pth")
+    with pytest.raises(InputError, match="a weight is no real number"):
+        metrics.Lpips.load(str(tmp_path))
     torch.save({}, tmp_path / "alex.pth")
     for folder in (tmp_path, tmp_path / "absent"):
         with pytest.raises(InputError, match="(?s)--lpips .*expected the published file"):
