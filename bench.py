@@ -471,12 +471,12 @@ def main(cfg: Config) -> dict:
         else:
             tables = {"speed": measure(cfg, device), "bf16": precision(cfg, device)}
     for name, rows in tables.items():
-        print(f"\n{table(rows)}")
         if cfg.out:
             save_json(Path(cfg.out) / f"{name}.json", provenance(cfg) | {"computed": cfg.count, "rows": rows})
             write_atomic(Path(cfg.out) / f"{name}.md", lambda p, rows=rows: p.write_text(table(rows)))
             if name == "scaling":
                 plot(Path(cfg.out) / "scaling.png", rows)
+        print(f"\n{table(rows)}")
     return tables
 
 

@@ -73,7 +73,7 @@ def cached(root: str | Path, name: str, made_by: dict[str, Any], make: Callable[
     common.py always count. made_by.json is written last, with the digest of every file: without it the
     folder is unfinished and `make` goes on with it; if a file differs from it, the folder is made again. The
     link root/name points to the folder that was asked for last."""
-    always = {"torch": torch.__version__, "common": code("common")}
+    always = {"torch": torch.__version__, "common": code("common", "render")}  # render: the cameras
     always |= {"make": digest(body(getattr(make, "func", make)))}  # of a partial: its function
     made_by = json.loads(json.dumps({**made_by, **always}, default=str))  # as in the file
     folder = Path(root) / f"{name}-{digest(made_by)[:8]}"
@@ -98,6 +98,7 @@ def cached(root: str | Path, name: str, made_by: dict[str, Any], make: Callable[
             save_json(note, {**made_by, "files": files})
         (folder / STATE).unlink(missing_ok=True)
     new = link.with_name(f".{os.getpid()}.{name}")  # moved in one step: another run may do the same
+    new.unlink(missing_ok=True)  # of a killed run of equal number
     new.symlink_to(folder.name)
     new.replace(link)
     return folder

@@ -40,7 +40,7 @@ for library in ("HF_HUB", "TRANSFORMERS", "DIFFUSERS"):  # what concerns the use
 def located(path: str | Path) -> Path:
     """The path, or if there is nothing there, the same path inside the repository. Links are followed now: a
     run moves them, and what was found at the start is what is meant at the end."""
-    return (Path(path) if Path(path).exists() else ROOT / path).resolve()
+    return (ROOT / path if (ROOT / path).exists() and not Path(path).exists() else Path(path)).resolve()
 
 
 # --- the command line: what goes wrong is one line ---
@@ -67,12 +67,14 @@ def cli(main: Callable[[Any], T], config: type, doc: str | None) -> T:
         with redirect_stderr(said):  # tyro draws a box of ten lines
             options = (tyro.conf.FlagConversionOff,)
             cfg = tyro.cli(config, description=doc, use_underscores=True, config=options, args=args)
+    except BrokenPipeError:  # of --help | head
+        raise SystemExit(1) from None
     except SystemExit as stop:
         if stop.code:
             text = re.sub("For full helptext.*", "See --help.", re.sub("[─│╭╮╰╯]|-{5,}", "", said.getvalue()))
             print("error: " + " ".join(text.split()), file=sys.stderr)
         raise
-    warnings.filterwarnings("ignore", module="huggingface_hub")  # its own old habits
+    warnings.filterwarnings("ignore", module="huggingface_hub|PIL")  # its own old habits; a large photo
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore  # a name that the terminal cannot show
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell job starts with it ignored
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
@@ -122,7 +124,7 @@ def check_options(cfg: Any) -> None:
     for option in fields(cfg):
         value = getattr(cfg, option.name)
         values = value if isinstance(value, tuple) else (value,)
-        if not values and option.default:
+        if option.default and (not values or "" in values):
             raise InputError(f"--{option.name}: is empty, expected one or more.")
         for v in values:
             limit = 2**63 if option.name.startswith("seed") else 10**9
@@ -261,8 +263,11 @@ def typed(kind: Callable[..., T], values: Any, where: str) -> T:
     """The dataclass `kind` from what a JSON file says: exactly its fields, each of its type."""
     hints = get_type_hints(kind)
     names = values.keys() if isinstance(values, dict) else set()
-    if wrong := ", ".join(sorted(names ^ hints.keys())):
-        raise InputError(f"{where}: {wrong} unknown or missing, expected the fields of {kind.__name__}.")
+    if names != hints.keys():
+        sets = (names - hints.keys(), hints.keys() - names)
+        unknown, missing = (", ".join(sorted(x)) or "none" for x in sets)
+        wrong = f"{where}: unknown {unknown}; missing {missing}"
+        raise InputError(f"{wrong}; expected the fields of {kind.__name__}. Is it of another kind?")
     made = {}
     for name, hint in hints.items():
         value: Any = values[name]
@@ -353,10 +358,11 @@ def provenance(cfg: Any) -> dict[str, Any]:
 
 def digest(what: Any) -> str:
     """16 hexadecimal digits of the SHA-256 of a tensor, a file (Path), a folder of weights (Path; its
-    config.json and model.safetensors, and the vae/ of a local folder that the config names as its base), or
-    anything JSON can say. A missing file raises InputError.
+    config.json and model.safetensors, and of a local folder that the config names as its base vae/ and the
+    architecture of unet/), or anything JSON can say. A missing file raises InputError.
 
-    Also of a function: its code, defaults and what it closes over, not the functions that it calls."""
+    Also of a function: its code, defaults, what it closes over and global constants that it names, not the
+    functions that it calls."""
     if isinstance(what, Tensor):
         plain = what.detach().cpu().contiguous().flatten().view(torch.uint8)  # numpy has no bfloat16
         return hashlib.sha256(plain.numpy().data).hexdigest()[:16]
@@ -368,7 +374,7 @@ def digest(what: Any) -> str:
         files = [what / name for name in ("config.json", "model.safetensors")]
         with suppress(InputError, KeyError, TypeError):  # it names none, or is refused on loading
             if base := load_json(files[0])["base"]:
-                files += sorted((Path(base) / "vae").glob("*.*"))
+                files += sorted((*Path(base).glob("vae/*.*"), *Path(base).glob("unet/config.json")))
         return digest([digest(file) for file in files])
     if not what.is_file():
         raise InputError(f"{what}: not found, expected a file, or a folder of weights.")
@@ -387,7 +393,9 @@ def parts(what: Any) -> Any:
     if isinstance(what, functools.partial):
         return [what.func, what.args, what.keywords]
     if isinstance(what, FunctionType):
-        held = [cell.cell_contents for cell in what.__closure__ or ()]
+        held: list[Any] = [cell.cell_contents for cell in what.__closure__ or ()]
+        named = [what.__globals__.get(name) for name in what.__code__.co_names]
+        held += [v for v in named if isinstance(v, (int, float, str, tuple, Tensor))]
         return [body(what), what.__defaults__, what.__kwdefaults__, held]
     if isinstance(what, CodeType):
         return [what.co_code.hex(), what.co_names, what.co_consts]
@@ -401,12 +409,17 @@ def parts(what: Any) -> Any:
 STATE = "state.pt"  # in a run's folder until it is finished
 
 
+def checksum(path: Path, content: bytes) -> bytes:  # 32 of them
+    """Of a state and of whose it is: a copy of another run's, which lies in another folder, is none."""
+    return hashlib.sha256(path.parent.name.encode() + content).digest()
+
+
 def save_state(path: Path, parts: dict[str, Any], **rest: Any) -> None:
     """What a killed run goes on from: state dicts of its parts, and plain values."""
     buffer = io.BytesIO()
     torch.save({**parts, **rest}, buffer)
     content = buffer.getvalue()
-    write_atomic(path, lambda p: p.write_bytes(hashlib.sha256(content).digest() + content))
+    write_atomic(path, lambda p: p.write_bytes(checksum(path, content) + content))
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -414,7 +427,7 @@ def load_state(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     content = path.read_bytes()
-    if hashlib.sha256(content[32:]).digest() != content[:32]:
+    if checksum(path, content[32:]) != content[:32]:
         print(f"{path}: damaged, starting again")
         return {}
     return torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)

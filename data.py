@@ -100,8 +100,9 @@ def write_strip(path: Path, folder: str | Path) -> list[str]:
 
     Returns what is left out and why."""
     text = path.with_suffix(".txt")
-    if text.exists() and not path.exists():
-        raise InputError(f"{text}: is there without {path.name}, would be overwritten. Move or delete it.")
+    if text.exists() != path.exists():  # a strip of ours has both
+        alone = path if path.exists() else text
+        raise InputError(f"{alone}: is there, and no strip, would be overwritten. Move or delete it.")
     every, views = load_views(folder, FURNITURE_SIZE)
     if wrong := [name for name in every if not name.isprintable()]:  # a line break, or no text at all
         raise InputError(f"{folder}: object {wrong[0]!r}, expected a name of printable text. Rename it.")
@@ -119,6 +120,7 @@ def write_strip(path: Path, folder: str | Path) -> list[str]:
         raise InputError(f"{folder}: no object of {len(every)} covers {LEAST_PIXELS} pixels in every view.")
     write_atomic(text, lambda p: p.write_text("".join(f"{name}\n" for name in rows), "utf-8"))
     write_png(path, rearrange(list(rows.values()), "N V c h w -> c (N h) (V w)"))
+    print(f"{path}: {len(rows)} objects, {len(dropped)} left out")
     return dropped
 
 
@@ -265,7 +267,7 @@ def render_meshes(root: Path, out: Path, size: int, up: str) -> list[str]:
 
 def render_toys(out: Path, n: int, seed: int, size: int) -> list[str]:
     """Write the toys that are not there yet. Nothing is left out."""
-    names, drawn_by = [toy_name(seed, i) for i in range(n)], code("render", "toys")
+    names, drawn_by = [toy_name(seed, i) for i in range(n)], code("common", "render", "toys")
     check_strangers(out, names)
     for i, name in enumerate(tqdm(names, desc="toys", disable=None)):
         made_by = {"toy": [seed, i], "size": size, "renderer": drawn_by}

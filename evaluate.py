@@ -178,6 +178,8 @@ def read_views(folder: str, names: list[str], size: int) -> Tensor:  # (N, V, 3,
 def read_truth(cfg: Config, size: int) -> tuple[list[str], Tensor]:  # names, (N, V, 3, size, size) in [0, 1]
     """The first n objects of the split."""
     if cfg.split == "all":
+        if cfg.data in ("toys", "furniture"):
+            raise InputError(f"--split all: --data {cfg.data} has none, expected a folder of renders.")
         ids = load_views(cfg.data, size)[0][: cfg.n]
         return ids, read_views(cfg.data, ids, size)
     ids, views = read_split(cfg.data, cfg.split, cfg.n, size)
@@ -269,21 +271,20 @@ def main(cfg: Config) -> dict:
         known = {"truth": truth, "all white": torch.ones_like(truth), "reference copied": copied}
         known |= {f"truth, {name}": spoilt for name, spoilt in spoilt_views(truth).items()}
         rows |= {name: summary(measure(x, truth, ref, scorers, lpips)) for name, x in known.items()}
-    print(f"\n{len(ids)} objects, {len(views)} seed(s), {size} px\n\n{markdown(rows)}")
-
+    text = f"\n{len(ids)} objects, {len(views)} seed(s), {size} px\n\n{markdown(rows)}\n"
     objects = {name: values.tolist() for name, values in measured.items()}
     weights = digest(Path(cfg.model)) if model else ""
     result = {**provenance(cfg), **judged, "weights": weights, "rows": rows, "objects": objects}
     if cfg.against:
         both = [name for name in measured if name in earlier]
         result["difference"] = {name: with_interval(measured[name] - earlier[name]) for name in both}
-        print(f"\nminus {cfg.against}, mean and 95 % interval over objects and seeds:")
+        text += f"\nminus {cfg.against}, mean and 95 % interval over objects and seeds:\n"
         for name, d in result["difference"].items():
-            print(f"    {name:16s} {d['difference']:+.4f}   [{d['low']:+.4f}, {d['high']:+.4f}]")
+            text += f"    {name:16s} {d['difference']:+.4f}   [{d['low']:+.4f}, {d['high']:+.4f}]\n"
     if cfg.grid:
         grid(cfg.grid, {"truth": truth[:8], Path(label).name: views[0][:8]}, ref[:8])
     save_json(cfg.out, result)  # last: a resumed experiment takes it for a sign that all is there
-    print(f"\nwrote {cfg.out}" + f" and {cfg.grid}" * bool(cfg.grid))
+    print(f"{text}\nwrote {cfg.out}" + f" and {cfg.grid}" * bool(cfg.grid))
     return result
 
 

@@ -57,6 +57,16 @@ def lean(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
     return geometry(ref, images, truth, cfg) - 0.32 * larger(ref, images, truth, cfg)
 
 
+def colours(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
+    """Ours: have the other views the reference's colours? (A copy of it has, see metrics.py.)"""
+    return metrics.colours(images, ref)
+
+
+def agreement(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
+    """Ours: do shapes agree with each other, and colours with the reference? A copy has 1, truth 1.9."""
+    return geometry(ref, images, truth, cfg) + colours(ref, images, truth, cfg)
+
+
 def redder(ref: Tensor, images: Tensor, truth: Tensor, cfg: Any) -> Tensor:
     """The control that everybody understands. If this does not work, the loop is at fault."""
     return (images[:, :, 0] - images[:, :, 1:].mean(2)).mean((1, 2, 3))
@@ -92,7 +102,20 @@ def rate(feedback: Callable[..., Tensor], images: Tensor, truth: Tensor, cfg: An
     return feedback(truth[0], images, truth, cfg).cpu()
 
 
-EVERY = (contrastive, matching, hull, geometry, lean, redder, random, least_noise, larger, oracle)
+EVERY = (
+    contrastive,
+    matching,
+    hull,
+    geometry,
+    lean,
+    colours,
+    agreement,
+    redder,
+    random,
+    least_noise,
+    larger,
+    oracle,
+)
 FEEDBACKS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in EVERY}
 
 

@@ -238,6 +238,16 @@ def geometry(views: Tensor, ref: Tensor) -> Tensor:  # (B, V, 3, S, S), ([B,] 3,
     return four * silhouette_iou(views[:, 0], ref) * ~no_object(views)
 
 
+def colours(views: Tensor, ref: Tensor) -> Tensor:  # (B, V, 3, S, S), ([B,] 3, S, S) -> (B,)
+    """Have the unseen views the reference's colours, white included? In [0, 1], without weights.
+
+    1 minus the Wasserstein-1 distance of a channel's values to the reference's, mean over views and channels.
+    In one dimension that is the mean difference of the sorted values. Where a colour is does not matter, so a
+    copied reference has 1: a feedback of it alone has an optimum that nobody wants."""
+    values, own = (z.flatten(-2).sort(-1).values for z in (views[:, 1:], ref.expand(len(views), -1, -1, -1)))
+    return 1 - (values - own[:, None]).abs().mean((1, 2, 3))
+
+
 # --- how much did pictures change? A gain that nobody can see is no gain ---
 
 

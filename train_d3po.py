@@ -174,7 +174,7 @@ def prefer(candidates: Path, references: Tensor, cfg: Config) -> Tensor:  # (N, 
     kept = load_tensors(folder / "rewards.safetensors")
     compared, wins = preference_pairs(kept["rewards"], cfg.pairs)
     if not wins.any():
-        raise InputError(f"--feedback {cfg.feedback}: all candidates tie, expected a winner.")
+        raise InputError(f"--feedback {cfg.feedback}: all tie, expected a winner. Is --model trained?")
     psnr = kept["psnr"].gather(1, compared)
     nearer, p = ((z[:, :, None] > z[:, None])[wins].float().mean() for z in (psnr, -compared))
     less = f", {p:.0%} less noised" if cfg.candidates == "noised" else ""  # -compared is the order of noise
@@ -451,6 +451,7 @@ def check(cfg: Config) -> ModelConfig:
         raise InputError(f"--num_candidates {cfg.num_candidates}: expected {G} (or 0) if they are noised.")
     if cfg.feedback == "matching" and cfg.matcher != "sift":  # are LoFTR's weights there?
         loftr_model(cfg.matcher, torch.device("cpu"))
+    check_at_least(cfg, 2, "num_candidates", "num_steps")
     (first, last), limit = cfg.trained_calls, cfg.num_steps - 2  # the last call of a chain has no density
     if not 0 <= first <= last <= limit:
         raise InputError(f"--trained_calls {first} {last}: expected 0 <= first <= last <= {limit}.")
@@ -459,7 +460,6 @@ def check(cfg: Config) -> ModelConfig:
         raise InputError(f"--model {link}: this run moves that link. Expected its folder, {link.resolve()}.")
     check_link(link)
     check_at_least(cfg, 1, "steps", "batch_objects", "batch_size", "num_references", "eval_objects", "rounds")
-    check_at_least(cfg, 2, "num_candidates")
     check_at_least(cfg, 0, "beta_dpo", "kl", "lambda_simple", "lr", "lora")
     model = load(cfg.model)
     if cfg.lora:

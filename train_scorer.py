@@ -141,7 +141,8 @@ def make_pairs(cfg: Config, device: torch.device) -> tuple[Tensor, Tensor, int]:
 
 def read_pairs(cfg: Config) -> tuple[Tensor, Tensor, int]:
     """`make_pairs` with another model's pictures of --data, such as Zero123's, drawn from the front views."""
-    if cfg.data in ("toys", "furniture") or load_views(cfg.data, 8)[0] != load_views(cfg.negatives, 8)[0]:
+    shipped = cfg.data in ("toys", "furniture") or not Path(cfg.negatives).is_dir()
+    if shipped or load_views(cfg.data, 8)[0] != load_views(cfg.negatives, 8)[0]:
         expected = f"expected a model's folder, or views of the objects of --data {cfg.data}"
         raise InputError(f"--negatives {cfg.negatives}: {expected}.")
     parts = (("preference", cfg.num_references), ("validation", cfg.num_val))
@@ -263,11 +264,12 @@ def run(truth: Tensor, fake: Tensor, n: int, cfg: Config, folder: Path) -> None:
 
 def main(cfg: Config) -> dict[str, Any]:
     """Negatives, training, evaluation; returns the content of results.json and the folder."""
-    check_at_least(cfg, 1, "steps", "eval_every", "backbone_size")
+    check_at_least(cfg, 1, "steps", "eval_every", "image_size", "backbone_size")
     check_at_least(cfg, 1, "patch_size", "hidden_size", "num_layers", "num_heads")
     check_at_least(cfg, 2, "num_references", "num_val", "batch_size", "num_steps")  # another object is needed
     check_at_least(cfg, 0, "lr", "head_lr", "weight_decay", "mismatch")
     out, device = check_link(Path(cfg.out)), get_device(cfg.device)
+    new_scorer(cfg)  # is it possible? Then the negatives, which take longer
     truth, fake, n = make_pairs(cfg, device)
     local = cfg.backbone and Path(cfg.backbone).is_dir()
     made_by = settings(cfg, "eval_every", "bf16", "data", "negatives", "backbone") | {

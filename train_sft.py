@@ -113,8 +113,8 @@ def training_batch(
     """The other arguments of `simple_loss`, a function of (seed, step) alone: resuming changes nothing."""
     g = keyed_generator(seed, step)
     chosen = []
-    for k in range(batch_size):  # object k of a batch comes from source k, and round again
-        source = sources[k % len(sources)]
+    for k in range(batch_size):  # the sources take turns
+        source = sources[(step * batch_size + k) % len(sources)]
         views = source[int(torch.randint(len(source), (), generator=g))]
         views = augment(views, g) if augmented else views
         # "randomly choose an image" of the sides as the reference, Sec. 6.1
@@ -295,12 +295,15 @@ def main(cfg: Config) -> dict:
     size = model.cfg.image_size
     by_name = {source: read_split(source, "train", cfg.num_objects, size)[1] for source in cfg.data}
     sources = [by_name[source] for source in cfg.data]  # one may take several turns
+    pictures = {source: fingerprint(views) for source, views in by_name.items()}
     val_views = load_split(cfg.data[0], "validation", cfg.eval_objects, size)
+    networks = [model.unet, model.vae] if model.cfg.is_sdxl else [model.unet]
+    built = [{k: v for k, v in n.config.items() if k[0] != "_"} for n in networks]
     weights = model.state_dict() | (model.vae.state_dict() if model.cfg.is_sdxl else {})
     made_by = settings(cfg, "eval_every", "bf16", "init", "base", "data") | {
-        "start": [digest({k: digest(v) for k, v in weights.items()}), asdict(model.cfg)],
+        "start": [digest({k: digest(v) for k, v in weights.items()}), asdict(model.cfg), built],
         "code": code("data", "grid", "metrics", "model", "muon", "pictures", "sample", "train_sft"),
-        "objects": [fingerprint(source) for source in sources],
+        "objects": [pictures[source] for source in cfg.data],
         "validation": digest(val_views),
     }
     folder = cached(out.parent, out.name, made_by | made_on, partial(run, model, sources, val_views, cfg))

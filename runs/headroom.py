@@ -55,6 +55,8 @@ def main(cfg: Config) -> dict:
     names = ("model", "scorer", "num_candidates", "num_steps", "seed", "out")
     shared: dict[str, Any] = {name: getattr(cfg, name) for name in names}
     calls = (min(cfg.branch_calls), max(cfg.branch_calls))
+    if not 0 <= calls[0] <= calls[1] <= cfg.num_steps - 2:
+        raise InputError(f"--branch_calls {cfg.branch_calls}: expected 0 to {cfg.num_steps - 2}.")
     base = D.Config(**shared, candidates="branch", trained_calls=calls)
     D.check(base)
     table, numbers = (check_output("out", cfg.out + suffix, suffix) for suffix in (".md", ".json"))
@@ -102,10 +104,10 @@ def main(cfg: Config) -> dict:
     text += ["|---" * (1 + len(cfg.feedbacks)) + "|"]
     for row in spreads:
         text.append(f"| {row['candidates']} | " + " | ".join(f"{row[k]:.3f}" for k in cfg.feedbacks) + " |")
-    print("\n".join(text))
     write_atomic(table, lambda p: p.write_text("\n".join(text) + "\n"))
     result = {**provenance(cfg), "rows": rows, "spread": spreads}
     save_json(numbers, result)
+    print("\n".join(text))
     return result
 
 

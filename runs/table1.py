@@ -57,6 +57,8 @@ FINISHED = {  # Diffusion-DPO on independent samples: name -> label, feedback, c
     "hull": ("hull (ours)", "hull", "hull"),
     "lean": ("geometry at equal size (ours)", "lean", ""),
     "geometry": ("geometry (ours)", "geometry", "geometry"),
+    "colours": ("colours (ours)", "colours", ""),
+    "agreement": ("geometry and colours (ours)", "agreement", ""),
 }
 # The start of a row's name -> the start of its label, options. Loose: a quarter of the default KL.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -216,8 +218,8 @@ def main(cfg: Config) -> dict:
     """Train, draw, measure, write."""
     check_at_least(cfg, 1, "n")
     check_at_least(cfg, 0, "rates")
-    if strange := [row for row in cfg.rows if row not in ROWS] or {"pre"} - {*cfg.rows}:
-        raise InputError(f"--rows {' '.join(strange)}: expected pre and others of {', '.join(ROWS)}.")
+    if {"pre"} - {*cfg.rows} or {*cfg.rows} - {*ROWS}:
+        raise InputError(f"--rows {' '.join(cfg.rows)}: expected pre and others of {', '.join(ROWS)}.")
     seeds = ", ".join(map(str, cfg.seeds))
     if len(set(cfg.seeds)) < len(cfg.seeds):
         raise InputError(f"--seeds {seeds}: one is there twice, expected it once.")

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -297,6 +298,11 @@ def test_states_come_back_and_damaged_ones_are_noticed(tmp_path, capsys):
     (tmp_path / "state.pt").write_bytes(content)
     assert C.load_state(tmp_path / "state.pt") == {} and "damaged" in capsys.readouterr().out
     assert C.load_state(tmp_path / "nothing") == {}
+    C.save_state(tmp_path / "run-1" / "state.pt", {}, step=3)
+    (tmp_path / "run-2").mkdir()
+    shutil.copy(tmp_path / "run-1" / "state.pt", tmp_path / "run-2")  # another run's
+    assert C.load_state(tmp_path / "run-1" / "state.pt") == {"step": 3}
+    assert C.load_state(tmp_path / "run-2" / "state.pt") == {}
 
 
 def test_the_log_writes_means_and_forgets_what_is_done_again(tmp_path):
@@ -355,9 +361,27 @@ def test_the_stage_and_the_plumbing_always_count(tmp_path, monkeypatch):
     monkeypatch.setitem(
         K.SOURCES, "common", K.SOURCES["common"].replace("clip: float = 1.0", "clip: float = 0.1")
     )
-    third = K.cached(tmp_path, "x", {}, functools.partial(write, what="a"))
+    again = functools.partial(K.cached, tmp_path, "x", {}, functools.partial(write, what="a"))
+    third = again()
+    monkeypatch.setitem(K.SOURCES, "render", K.SOURCES["render"] + "x = 1\n")  # cameras, which all files use
+    fourth = again()
     monkeypatch.setattr(torch, "__version__", "0.0")
-    assert len({one, other, third, K.cached(tmp_path, "x", {}, functools.partial(write, what="a"))}) == 4
+    (tmp_path / f".{os.getpid()}.x").symlink_to("nowhere")  # of a killed run that had our number
+    assert len({one, other, third, fourth, again()}) == 5
+
+
+FACTOR = 1.0
+
+
+def test_a_functions_digest_counts_the_constants_it_names(monkeypatch):
+    def scaled(x):
+        return FACTOR * x
+
+    seen = []
+    for value in (1.0, 2.0, 2, "2", torch.ones(2), 1.0):
+        monkeypatch.setattr(sys.modules[__name__], "FACTOR", value)
+        seen.append(C.digest(scaled))
+    assert len(set(seen)) == 5 and seen[0] == seen[-1]
 
 
 def test_a_models_digest_is_of_its_config_and_its_weights(tmp_path):
@@ -377,7 +401,8 @@ def test_a_models_digest_counts_the_vae_of_its_local_base(tmp_path):
         (tmp_path / "base" / "vae").mkdir(parents=True, exist_ok=True)
         (tmp_path / "base" / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(content)
         seen.add(C.digest(tmp_path))
-    assert len(seen) == 3
+    C.save_json(tmp_path / "base" / "unet" / "config.json", {"act_fn": "gelu"})  # not in the weights
+    assert len({*seen, C.digest(tmp_path)}) == 4
 
 
 def test_cuda_computes_in_float32(monkeypatch):
@@ -548,6 +573,15 @@ def test_a_stopped_script_says_one_line(tmp_path, number):
     process.send_signal(number)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 130 and errors.strip().startswith("stopped") and "\n" not in errors.strip()
+
+
+def test_help_into_a_closed_pipe_is_no_traceback(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    run = subprocess.run(script(tmp_path, "--help"), stdout=write, stderr=-1, text=True, env=env)
+    os.close(write)
+    assert run.returncode and not run.stderr
 
 
 def test_a_set_is_digested_in_one_order_in_every_process():

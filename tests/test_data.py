@@ -892,8 +892,12 @@ def test_a_strip_keeps_every_pixel_and_leaves_thin_objects_out(tmp_path, toys):
     with data.locked(tmp_path / "out"), pytest.raises(InputError, match="another run writes there"):
         data.main(cfg)
     (tmp_path / "other.txt").write_text("a user's")
-    with pytest.raises(InputError, match="other.txt: is there without other.png"):
-        data.main(replace(cfg, strip=str(tmp_path / "other.png")))
+    (tmp_path / "photo.png").write_text("a user's, too")
+    for name in ("other.txt", "photo.png"):
+        with pytest.raises(InputError, match=f"{name}: is there, and no strip"):
+            data.main(replace(cfg, strip=str((tmp_path / name).with_suffix(".png"))))
+    assert (tmp_path / "photo.png").read_text() == "a user's, too"
+    (tmp_path / "photo.png").unlink()
     for name in (b"two\nlines", b"no\xfftext"):
         shutil.copytree(tmp_path / "out" / "toy", wrong := tmp_path / "out" / os.fsdecode(name))
         with pytest.raises(InputError, match="expected a name of printable text"):
@@ -992,6 +996,10 @@ def test_fingerprint_follows_the_pictures(folder, toys):
         data.write_png(path, torch.full((3, SIZE, SIZE), value, dtype=torch.uint8))
         seen.append((path.stat().st_size, of(moved)))
     assert seen[0][0] == seen[1][0] and seen[0][1] != seen[1][1]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # also what no checksum at the end would tell, such as a palette
+    path.write_bytes(content)
+    assert of(moved) != seen[1][1]
     assert (
         pictures.fingerprint(toys[:2])
         == pictures.fingerprint(toys[:2].clone())

@@ -389,3 +389,17 @@ def test_two_way_bootstrap_equals_a_slow_loop() -> None:
     by_seed = torch.tensor([[0.0] * 6, [1.0] * 6])
     assert metrics.bootstrap_interval(by_seed) == pytest.approx((0, 1))  # 1 of 4 draws has no other seed
     assert metrics.bootstrap_interval(d[:1]) == pytest.approx(metrics.bootstrap_interval(d[0]), abs=0.03)
+
+
+def test_colours_by_hand():
+    ref, views = torch.ones(3, 4, 4), torch.ones(2, 5, 3, 4, 4)
+    ref[0, :2] = 0.2  # half of red
+    views[:, :, 0, :, :2] = 0.2  # the same, elsewhere
+    assert torch.equal(metrics.colours(views, ref), torch.ones(2))
+    views[1, 4, 1, 0] = 0.5  # a quarter of green in one of four views
+    views[:, 0] = 0.0  # the reference's own view does not count
+    found = metrics.colours(views, torch.stack([ref, ref]))
+    torch.testing.assert_close(found, torch.tensor([1.0, 1 - 0.5 / 4 / 3 / 4]))
+    torch.testing.assert_close(metrics.colours(views, ref), found)
+    white = metrics.colours(torch.ones(1, 5, 3, 4, 4), ref)
+    torch.testing.assert_close(white, torch.tensor([1 - 0.8 / 2 / 3]))

@@ -1054,6 +1054,7 @@ def test_redder_makes_pictures_redder(tmp_path):
         ({"feedback": "least_noise", "loss": "diffusion_dpo"}, "--candidates noised"),
         ({"trained_calls": (0, 4)}, "--trained_calls 0 4"),
         ({"trained_calls": (2, 1)}, "--trained_calls 2 1"),
+        ({"num_steps": 1}, "--num_steps"),
         ({"steps": 0}, "--steps"),
         ({"rounds": 0}, "--rounds"),
         ({"num_candidates": 1}, "--num_candidates"),

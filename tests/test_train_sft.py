@@ -5,13 +5,16 @@ import math
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from conftest import random_model
+from diffusers import UNet2DConditionModel
 
 import cache
 import common
+import model
 import train_sft as T
 from common import InputError, digest
 from data import load_furniture, make_toys, relative_views
@@ -21,6 +24,15 @@ from muon import Muon
 from sample import Schedule, forward_noise, noised_reference
 
 CPU = torch.device("cpu")
+
+
+def without_text(options: dict) -> Any:
+    """What README's fork of the backbone does."""
+    unet: Any = UNet2DConditionModel.from_config(options)
+    for block in [m for m in unet.modules() if hasattr(m, "attn2")]:
+        block.attn2 = block.norm2 = None
+    unet.conv_norm_out = None
+    return unet
 
 
 def config(tmp_path, **changes) -> T.Config:
@@ -102,6 +114,8 @@ def test_sources_take_turns_and_augmentation_is_asked_for():
     black, grey = (torch.full((3, 5, 3, 16, 16), z, dtype=torch.uint8) for z in (0, 51))
     latents = T.training_batch(model, schedule, [black, grey, grey], 5, 0, 0, CPU)[0]
     torch.testing.assert_close(latents[:, 0, 0, 0, 0], torch.tensor([-1.0, -0.6, -0.6, -1.0, -0.6]))
+    single = [T.training_batch(model, schedule, [black, grey, grey], 1, 0, i, CPU)[0] for i in range(4)]
+    assert torch.allclose(torch.cat(single)[:, 0, 0, 0, 0], torch.tensor([-1.0, -0.6, -0.6, -1.0]))
     augmented = T.training_batch(model, schedule, [black], 4, 0, 0, CPU, True)[0]
     each = augmented.flatten(1).mean(1)  # shrunk by itself
     assert (augmented == 1).any() and each.unique().numel() == 4
@@ -290,7 +304,11 @@ def test_a_network_of_another_kind_is_another_run(tmp_path, monkeypatch):
     for changes in ({}, {"prediction": "v"}, {"channels": 64}):
         monkeypatch.setitem(T.PRESETS, "toy", random_model(**changes).cfg)
         folders.add(T.main(config(tmp_path, init="", steps=1))["folder"])
-    assert len(folders) == 3
+    stock = model.small_unet  # nothing of this fork is in the weights or the config
+    gelu = {"_use_default_values": [], "act_fn": "gelu"}
+    monkeypatch.setattr(model, "small_unet", lambda cfg: without_text({**stock(cfg).config, **gelu}))
+    folders.add(T.main(config(tmp_path, init="", steps=1))["folder"])
+    assert len(folders) == 4
 
 
 def test_the_evaluation_by_hand(tmp_path, monkeypatch):
