@@ -16,7 +16,7 @@ Unlike in the paper the trained calls are early and a KL holds the policy. (The 
 
 Run:
     python train_d3po.py --feedback contrastive --loss both     # the main job: Eq. (2), then Diffusion-DPO
-    python train_d3po.py --feedback geometry            # or lean, hull, matching, redder: no scorer
+    python train_d3po.py --feedback agreement           # or geometry, hull, matching, redder: no scorer
     python train_d3po.py --feedback none                # L_simple-MV alone: the SFT baseline
 
     Writes out/<loss>_<feedback>-<content>/: the model, log.jsonl, report/results.json, report/grid.png"""

@@ -265,7 +265,9 @@ def main(cfg: Config) -> dict:
     result = {**made, "rows": rows, "minus": minus, "kl": kls, "sft_rate": rate}
     save_json(results / "table.json", result)
     write_atomic(results / "table.md", lambda p: p.write_text("\n".join(text) + "\n"))
-    shown = [row for row in ("truth", "pre", "forward_c", "forward_geometry") if row in first]
+    shown = [
+        row for row in ("truth", "pre", "forward_c", "forward_geometry", "loose_agreement") if row in first
+    ]
     pictures = {ROWS[row][0]: first[row][:10] for row in shown}  # the first ten objects, as they come
     grid(results / "grid.png", pictures, truth[:10, 0], side=64)
     if kls:

@@ -59,6 +59,11 @@ FAULTS: list[tuple[str, str, str, str]] = [
     (D3PO, '"policy": digest(policy),', '"policy": str(policy),', D3PO),
     (D3PO, "(images * 255).round().to(torch.uint8)\n            save", "(images * 255).to(torch.uint8)\n            save", D3PO),
     # preferences
+    ("feedback", "cfg) + colours(ref", "cfg) - colours(ref", D3PO),
+    ("feedback", "metrics.colours(images, ref)", "metrics.colours(images, images[0, 0])", D3PO),
+    ("metrics", "in (views[:, 1:], ref.expand", "in (views, ref.expand", "metrics"),
+    ("metrics", "1 - (values - own[:, None]).abs()", "1 - (values - own[:, None])", "metrics"),
+    ("metrics", "z.flatten(-2).sort(-1).values for", "z.flatten(-2) for", "metrics"),
     ("feedback", "rewards[:, :, None] > rewards[:, None]", "rewards[:, :, None] < rewards[:, None]", D3PO),
     ("feedback", "rewards[:, :, None] > rewards[:, None]", "rewards[:, :, None] >= rewards[:, None]", D3PO),
     ("feedback", "rewards = rewards.gather(1, compared)", "rewards = rewards[:, : compared.shape[1]]", D3PO),

@@ -3,6 +3,7 @@
 import fcntl
 import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import cache as K
 import common as C
@@ -214,11 +216,15 @@ def test_a_link_of_the_users_is_not_moved(tmp_path):
         with pytest.raises(InputError, match="no link to a result"):
             K.cached(tmp_path, name, {}, count)
         assert os.readlink(tmp_path / name) == target
+    for made_by in ({}, {"lr": 1}):  # ours is, whatever its name
+        folder = K.cached(tmp_path, "c++", made_by, count)
+    assert (tmp_path / "c++").resolve() == folder
 
 
 @pytest.mark.parametrize("damage", ["delete", "truncate", "flip", "note", "claim", "folder", "link"])
 def test_a_damaged_result_is_made_again(tmp_path, damage, capsys):
     folder = K.cached(tmp_path, "x", {}, count)
+    lock = (folder / ".lock").stat().st_ino
     file = folder / ("made_by.json" if damage in ("note", "claim") else "result.json")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -235,6 +241,7 @@ def test_a_damaged_result_is_made_again(tmp_path, damage, capsys):
     assert K.cached(tmp_path, "x", {}, count) == folder
     assert (tmp_path / "runs").read_text() == "2" and C.load_json(folder / "result.json") == {"run": 2}
     assert "made again" in capsys.readouterr().out and (damage != "link" or (tmp_path / "mine").is_dir())
+    assert (folder / ".lock").stat().st_ino == lock  # another lock would let another run in
 
 
 def test_a_kill_while_a_damaged_result_is_cleared_leaves_nothing_of_it(tmp_path, monkeypatch):
@@ -470,6 +477,9 @@ def test_optimizer_step_clips_scales_the_rate_and_clears():
     p.grad = torch.tensor([0.3, 0.4])
     C.optimizer_step([optimizer], [p], rate=1.0, step=1)  # of the peak, not of the last rate; short ones stay
     torch.testing.assert_close(p.detach(), torch.tensor([-0.03 - 0.15, -0.04 - 0.2]))
+    before, p.grad = p.detach().clone(), torch.tensor([3.0, 4.0])
+    C.optimizer_step([optimizer], [p], 1.0, step=2, clip=math.inf)
+    torch.testing.assert_close(p.detach(), before - 0.5 * torch.tensor([3.0, 4.0]))
     p.grad = torch.tensor([torch.nan, 0.0])
     with pytest.raises(InputError, match="step 7: the gradient is nan"):
         C.optimizer_step([optimizer], [p], 1.0, step=7)
@@ -484,6 +494,7 @@ class Config:
     seed: int = 0  # of nothing
     read: str = ""  # a file
     out: str = "out"  # another
+    device: str = "auto"  # which
 
 
 def test_settings_are_all_options_but_those_named_and_where_it_goes():
@@ -519,12 +530,14 @@ def test_every_wrong_option_is_one_line(monkeypatch, capsys, tmp_path, args, lin
         C.cli(lambda cfg: None, Config, "doc")
     errors = capsys.readouterr().err
     assert stop.value.code and re.match(line, errors) and errors.count("\n") == 1
-    monkeypatch.setattr(sys, "argv", ["x.py", "--seed", str(2**63 - 1), "--read", "there"])
+    Path("link").symlink_to("there")  # a run may read what its link points to, for it moves the link alone
+    given = ["--seed", str(2**63 - 1), "--read", "there", "--out", "link"]
+    monkeypatch.setattr(sys, "argv", ["x.py", *given])
     assert C.cli(lambda cfg: cfg.seed, Config, "doc") == 2**63 - 1
 
 
 SCRIPT = """
-import sys, time
+import os, signal, sys, time
 from dataclasses import dataclass
 sys.path.insert(0, {root!r})
 import common
@@ -534,6 +547,11 @@ class Config:
     what: str = "x"  # what to do
 
 def main(cfg):
+    if cfg.what == "train":
+        for step in common.training_steps(0, 10**6, "train", lambda done: print("saved", done, flush=True)):
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+                print("the step ends", flush=True)
     if cfg.what == "sleep":
         print("ready", flush=True)
         time.sleep(60)
@@ -553,6 +571,7 @@ def script(tmp_path: Path, *args: str) -> list[str]:
     [
         (("--what", "input"), "error: no chair: expected one"),
         (("--what", "system"), "error: OSError: [Errno 28] No space left"),
+        (("--what", ""), "error: --what: is empty, expected one or more."),
         (("--what", "input", "--what=system"), "error: --what is given twice, expected once."),
     ],
 )
@@ -582,6 +601,25 @@ def test_help_into_a_closed_pipe_is_no_traceback(tmp_path):
     run = subprocess.run(script(tmp_path, "--help"), stdout=write, stderr=-1, text=True, env=env)
     os.close(write)
     assert run.returncode and not run.stderr
+
+
+def test_sigterm_in_a_training_loop_saves_after_the_step(tmp_path):
+    done = subprocess.run(script(tmp_path, "--what", "train"), capture_output=True, text=True)
+    assert done.returncode == 130 and done.stdout.split("\n") == ["the step ends", "saved 4", ""]
+
+
+def test_a_partial_is_its_function_and_what_it_was_given():
+    one = functools.partial(count, "x", y=1)
+    others = [
+        functools.partial(*args, y=y)
+        for args, y in (((count, "x"), 2), ((count, "z"), 1), ((C.body, "x"), 1))
+    ]
+    assert C.digest(one) == C.digest(functools.partial(count, "x", y=1)) not in map(C.digest, others)
+
+
+def test_weights_of_other_tools_are_read(tmp_path):
+    save_file({"w": torch.ones(2)}, tmp_path / "w.safetensors")  # without what our files say of themselves
+    assert torch.equal(C.load_tensors(tmp_path / "w.safetensors")["w"], torch.ones(2))
 
 
 def test_a_set_is_digested_in_one_order_in_every_process():

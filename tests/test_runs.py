@@ -331,7 +331,14 @@ def test_the_best_of_five_is_known_by_all_that_it_depends_on(tmp_path, monkeypat
 FEEDBACK = dict(sft="none", noised_random="random", least_noise="least_noise", m="matching")
 FEEDBACK |= dict(c_pre="contrastive", c="contrastive", random="random", geometry="geometry")
 FORWARD = dict(
-    random="random", larger="larger", c="contrastive", hull="hull", lean="lean", geometry="geometry"
+    random="random",
+    larger="larger",
+    c="contrastive",
+    hull="hull",
+    lean="lean",
+    geometry="geometry",
+    colours="colours",
+    agreement="agreement",
 )
 FEEDBACK |= {
     f"{kind}_{name}": feedback for kind in ("forward", "loose") for name, feedback in FORWARD.items()

@@ -408,7 +408,10 @@ def test_the_matchers_file_counts_by_content_and_sift_has_none(tmp_path, monkeyp
         D.check(cfg)
 
 
-@pytest.mark.parametrize("feedback", ["contrastive", "matching", "hull", "geometry", "lean", "oracle"])
+NAMES = ["contrastive", "matching", "hull", "geometry", "lean", "colours", "agreement", "oracle"]
+
+
+@pytest.mark.parametrize("feedback", NAMES)
 def test_feedbacks_prefer_the_truth(tmp_path, feedback):
     """Truth against truth with another object's right view; all but the untrained scorer must prefer the truth. And
     what a candidate is compared with is the reference, not its own front: with another reference, another reward."""
@@ -441,6 +444,11 @@ def test_controls_by_hand(tmp_path):
     pair, lean = torch.stack([truth, stretch(truth, torch.tensor([0.5, 0.9, 0.7]))]), D.FEEDBACKS["lean"]
     sized = lean(truth[0], pair, truth, cfg) + 0.32 * D.FEEDBACKS["larger"](truth[0], pair, truth, cfg)
     torch.testing.assert_close(sized, D.FEEDBACKS["geometry"](truth[0], pair, truth, cfg))
+    tricks = torch.stack(
+        [truth, truth[:1].expand_as(truth), torch.ones_like(truth), 0.5 * torch.ones_like(truth)]
+    )
+    both, *each = (D.FEEDBACKS[f](truth[0], tricks, truth, cfg) for f in ("agreement", "geometry", "colours"))
+    assert torch.equal(both, each[0] + each[1]) and (both[0] > 0.5 + both[1:]).all()  # a copy, white, grey
     draw = D.FEEDBACKS["random"](*args)
     assert len(draw.unique()) == 3 and torch.equal(draw, D.FEEDBACKS["random"](*args))
     assert torch.equal(draw[[2, 0, 1]], D.FEEDBACKS["random"](args[0], images[[2, 0, 1]], args[2], cfg))
@@ -923,6 +931,8 @@ def test_rounds_collect_with_the_present_policy(tmp_path, monkeypatch, anchor):
         (first, pre if anchor == "pre" else first),
     ]
     assert first != pre and result["folder"] != str(first)
+    for folder in (first, Path(result["folder"])):  # each round's log counts its own steps
+        assert json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["step"] == cfg.steps
 
 
 @pytest.mark.parametrize(
