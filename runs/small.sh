@@ -15,7 +15,7 @@ python train_scorer.py --num_references 4 --num_val 2 --steps 4 --batch_size 4 -
 d3po="--num_references 4 --eval_objects 4 --steps 2 --batch_objects 2 --num_steps 4 --trained_calls 0 1"
 d3po="$d3po --scorer $out/scorer --out $out"
 python train_d3po.py --feedback contrastive $d3po
-python train_d3po.py --feedback geometry --loss diffusion_dpo --num_candidates 3 $d3po
+python train_d3po.py --feedback agreement --loss diffusion_dpo --num_candidates 3 $d3po
 python train_d3po.py --feedback geometry --candidates noised $d3po
 python train_d3po.py --feedback none $d3po
 
