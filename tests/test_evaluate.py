@@ -62,6 +62,9 @@ def test_measure_by_view_and_by_part(toys) -> None:
     assert got["geometry"][3] > 0.99 and got["geometry"].sum() < 1.01
     want = (images - toys[:, :1]).square().mean((2, 3, 4))[:, 1:].sum(1)
     assert torch.allclose(got["contrastive"].float(), want)
+    images[:, 0] = 0.5  # it is the reference that counts, not what the model made of it
+    moved = evaluate.measure(images, toys, toys[:, 0], JUDGES)  # pyright: ignore
+    assert torch.equal(moved["contrastive"], got["contrastive"])
     images[0, 0, 0, 0, 0] = float("nan")
     with pytest.raises(InputError, match="not finite"):
         evaluate.measure(images, toys, toys[:, 0])
@@ -87,6 +90,15 @@ def test_thresholds_are_known_for_64_pixels_alone(size, asked, monkeypatch) -> N
     truth = rand(1, 5, 3, size, size)
     evaluate.measure(truth, truth, truth[:, 0])
     assert len(made) == asked
+
+
+def test_an_interval_draws_seeds_and_objects_apart() -> None:
+    values = rand(3, 5) + torch.arange(3)[:, None]
+    got = evaluate.with_interval(values, "mean")
+    assert got["mean"] == pytest.approx(values.mean().item())
+    assert (got["low"], got["high"]) == metrics.bootstrap_interval(values)
+    alike = evaluate.with_interval(values.flatten(), "mean")
+    assert got["high"] - got["low"] > 1.5 * (alike["high"] - alike["low"])
 
 
 def test_before_after_and_its_lines(toys, capsys) -> None:
@@ -151,6 +163,8 @@ def test_grid_shows_each_image_where_it_belongs(tmp_path, monkeypatch) -> None:
     torch.testing.assert_close(at(0, picture.shape[1] - 128), images[2, 4], atol=0.003, rtol=0)  # ours, top
     written = [label for _, label in sorted(labels)]  # from left to right
     assert written == ["input", "front", "truth", *VIEWS, "ours", *VIEWS]
+    grid(tmp_path / "96.png", {"truth": rand(1, 5, 3, 96, 96)}, rand(1, 3, 96, 96))  # twice, not once
+    assert Image.open(tmp_path / "96.png").size == (192 + 12 + 5 * 192, 96 + 192)
     assert picture[:64].min() < 0.1 and picture[64 + 2 * 128 :, -640:].min() == 1  # labels; a shorter column
 
 
@@ -318,6 +332,7 @@ def test_nothing_is_overwritten(folder) -> None:
         ({"out": str(data / "object0" / "top.png")}, r"expected the name of a \.json"),
         ({"out": str(folder / "notes.json")}, "is no evaluation"),
         ({"out": earlier.out, "against": earlier.out}, "is --against itself"),
+        ({"out": str(data / ".." / "earlier.json"), "against": earlier.out}, "is --against itself"),
         ({"out": str(folder / "file" / "x.json")}, "cannot be written"),
         ({"out": str(folder / ("n" * 300 + ".json"))}, "cannot be written"),
         ({"out": ""}, r"expected the name of a \.json"),
@@ -347,6 +362,7 @@ def test_wrong_input_is_one_line_before_any_work(folder) -> None:
         ({"model": "m"}, "--model and --images"),
         ({"images": "", "model": none}, "none"),
         ({"images": none}, "no such folder"),
+        ({"images": str(folder / "truth, shifted")}, "a known row has this name"),
         ({"images": str(folder / "data2")}, "no top; expected front"),
         ({"images": str(folder / "data3")}, r"lacks 3 objects of --data \(first: object0\)"),
         ({"data": none}, "no such folder"),

@@ -47,6 +47,8 @@ def test_warped_copy_many_other_object_few() -> None:
         same, warped, another, empty = matcher.count_matches(y, views[None])[0]
         assert same > 100 and same >= warped > 2 * another and empty == 0
     assert (matcher.count_matches(blank[0], toys()) == 0).all()  # a blank reference, too
+    turned = matcher.count_matches(ref[0], ref[:1].rot90(1, (-2, -1))[None])  # all sides share "up"
+    assert 10 * int(turned) < int(matcher.count_matches(ref[0], ref[None, :1]))
 
 
 def test_reward_leaves_out_the_references_own_view() -> None:
@@ -131,6 +133,7 @@ def test_loftr_computes_the_features_of_a_reference_once(monkeypatch) -> None:
     assert matcher.count_matches(grey[5], views, "loftr").tolist() == [[51, 52], [54, 50]]
     assert stand_in.seen == [3, 5]  # but of another reference
     assert matcher.matching_reward(grey[3], views, "loftr").tolist() == [32, 30]
+    assert matcher.count_matches(grey[0], views, "loftr").tolist() == [[1, 2], [4, 0]]  # the last has none
 
 
 def test_missing_weights_and_wrong_names_are_one_line(tmp_path) -> None:

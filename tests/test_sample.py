@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, random_model
 from diffusers import DDIMScheduler
 from PIL import Image
 
@@ -177,6 +177,11 @@ def test_every_noise_has_a_key_of_its_own(monkeypatch, tiny):
     assert (torch.corrcoef(rows) - torch.eye(len(rows))).abs().max() < 0.25
 
 
+def test_drawing_keeps_no_graph():
+    model = random_model()
+    assert model.freeze() and not S.sample(model, refs(1), [0], 2).states.requires_grad
+
+
 def test_a_trajectory_can_be_replayed_bit_by_bit(tiny):
     """The stored states and noises are all that the policy depends on: its means are the same, bit by bit."""
     ours = S.Schedule(tiny.cfg)
@@ -252,4 +257,5 @@ def test_wrong_counts_are_refused():
         with pytest.raises(InputError, match=f"--num_steps {wrong}: expected 2 to 500"):
             schedule().timesteps(wrong)
     assert [len(schedule().timesteps(k)) for k in (2, 50, 500)] == [2, 50, 500]
+    assert schedule().timesteps(7)[:2] == [(853, 711), (711, 569)]  # 1000 / 7 is 142.9
     assert schedule().timesteps(2) == [(501, 1), (1, -1)] and schedule().timesteps(500)[0] == (999, 997)

@@ -2,6 +2,10 @@
 
 import math
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +39,9 @@ def test_lines_and_failures_are_counted(capsys):
     assert "{}, 0 failed; {} hold, {} refute".format(f"{sum(counts)} lines", *counts) in out
     assert theory.run_checks([lambda seed: [theory.Holds("Eq. (0)", "wrong", [1.0], 0.5)]], 0) == 1
     assert "FAIL holds   Eq. (0)" in capsys.readouterr().out
+    assert theory.run_checks([lambda seed: [theory.Refuted("Eq. (0)", "right", 0.1, 0.5, "")]], 0) == 1
+    seeds = []
+    assert theory.run_checks([lambda seed: seeds.append(seed) or []], 7) == 0 and seeds == [7]
 
 
 # --- the planted mistakes ---
@@ -167,3 +174,31 @@ def test_contrast_helps_if_it_beats_all_that_has_no_negative_term(capsys):
 def test_overshoot():
     step = torch.tensor([0.75, 5.0], dtype=torch.float64)
     assert theory.step_cosine(step, theory.direction(0.8)).tolist() == pytest.approx([1.0, 0.745], abs=1e-3)
+
+
+def test_eq_4_is_compared_with_the_quadrature(monkeypatch):
+    right = theory.mean_jacobian
+    monkeypatch.setattr(theory, "mean_jacobian", lambda *args: 1.01 * right(*args))  # as symmetric as before
+    assert "Eq. (4)" in [check.source for check in theory.check_quadrature(0) if not check.passed]
+
+
+def test_contrast_wins_if_it_beats_both_simple_guidances(monkeypatch):
+    cosines = iter([0.5, 0.4, 0.6])  # of contrast, of the guidance by ap, of that by a
+    monkeypatch.setattr(
+        theory_extra,
+        "mean_cosine",
+        lambda law, a, n: torch.full((len(a),), next(cosines), dtype=torch.float64),
+    )
+    statements = [check.statement for check in theory_extra.check_wins(0)]
+    assert any("(c) beats (a), (b) in 0 of" in s and s.endswith("lean above 1") for s in statements)
+
+
+def test_a_line_that_fails_is_exit_status_1(tmp_path):
+    folder, bound = Path(theory.__file__).parent, "scores, 1e-9)"
+    text = (folder / "theory.py").read_text()
+    assert text.count(bound) == 1
+    shutil.copy(folder / "common.py", tmp_path)
+    (tmp_path / "theory.py").write_text(text.replace(bound, "scores, 0.0)"))
+    command = [sys.executable, tmp_path / "theory.py", "--seed", "3"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout.count("FAIL") == 1 and "seed 3, float64" in done.stdout

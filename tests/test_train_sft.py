@@ -380,10 +380,11 @@ def test_bfloat16_is_for_every_forward(tmp_path, autocasts):
     assert autocasts and all(autocasts)
 
 
+@pytest.mark.parametrize("bf16", ["off", "on"])  # frozen weights of a small model keep their digits
 @pytest.mark.parametrize("fresh", [False, True])
-def test_attention_only_leaves_the_rest_alone_but_a_fresh_view_embedding(tmp_path, monkeypatch, fresh):
+def test_attention_only_leaves_the_rest_alone_but_a_fresh_view_embedding(tmp_path, monkeypatch, fresh, bf16):
     monkeypatch.setitem(T.PRESETS, "toy", random_model().cfg)
-    cfg = config(tmp_path, attention_only=True, **({"init": ""} if fresh else {}))
+    cfg = config(tmp_path, attention_only=True, bf16=bf16, **({"init": ""} if fresh else {}))
     before, after = T.new_model(cfg).state_dict(), load(T.main(cfg)["folder"]).state_dict()
     moved = {k for k in before if not torch.equal(before[k], after[k])}
     attention = {k for k in moved if ".attn1." in k}
@@ -395,9 +396,10 @@ def test_furniture_trains_on_its_training_split_and_is_judged_on_its_own(tmp_pat
     seen, original, judged = [], T.training_batch, []
     monkeypatch.setattr(T, "training_batch", lambda *args: seen.append(args) or original(*args))
     monkeypatch.setattr(T, "evaluate", lambda model, views, *rest: judged.append(views) or {})
-    changes = dict(data=("furniture", "toys"), augment=True, steps=1, num_objects=3)
+    changes = dict(data=("furniture", "toys", "furniture"), augment=True, steps=1, num_objects=3)
     T.main(config(tmp_path, init=str(tmp_path / "init64"), **changes))
-    furniture, toys = seen[0][2]
+    furniture, toys, again = seen[0][2]
+    assert again is furniture  # named twice, it takes two turns
     assert torch.equal(furniture, load_furniture("train", 64)[1][:3]) and seen[0][-1] is True
     assert torch.equal(toys, make_toys(3, 64, 0))
     assert torch.equal(judged[0], load_furniture("validation", 64)[1][:2])
