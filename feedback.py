@@ -102,20 +102,8 @@ def rate(feedback: Callable[..., Tensor], images: Tensor, truth: Tensor, cfg: An
     return feedback(truth[0], images, truth, cfg).cpu()
 
 
-EVERY = (
-    contrastive,
-    matching,
-    hull,
-    geometry,
-    lean,
-    colours,
-    agreement,
-    redder,
-    random,
-    least_noise,
-    larger,
-    oracle,
-)
+OURS = (hull, geometry, lean, colours, agreement)
+EVERY = (contrastive, matching, *OURS, redder, random, least_noise, larger, oracle)
 FEEDBACKS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in EVERY}
 
 
