@@ -131,7 +131,7 @@ def test_a_cache_is_used_only_for_what_made_it(tmp_path, monkeypatch):
 def test_pictures_are_known_by_the_code_that_drew_them(tmp_path):
     data.main(data.Config(toys=1, size=8, out=str(tmp_path)))
     (note,) = tmp_path.glob("*/made_by.json")
-    assert load_json(note)["renderer"] == code("render", "toys")
+    assert load_json(note)["renderer"] == code("common", "render", "toys")
     assert meshes.mesh_made_by(note, [], 8, "y")["renderer"] == code("render", "meshes")
 
 

@@ -115,8 +115,8 @@ def test_a_config_cannot_ask_for_code_or_nonsense(tmp_path: Path):
     Scorer.load(tmp_path)
     encoder = good["encoder"]
     for name, value, text in (
-        ("_attn_implementation", "someone/kernel", "encoder: _attn_implementation unknown"),
-        ("auto_map", {"AutoModel": "theirs--code.Model"}, "encoder: auto_map unknown"),
+        ("_attn_implementation", "someone/kernel", "encoder: unknown _attn_implementation"),
+        ("auto_map", {"AutoModel": "theirs--code.Model"}, "encoder: unknown auto_map"),
         ("hidden_act", "someone/activation", "hidden_act.*expected.*gelu"),
         ("hidden_size", 0, "hidden_size 0"),
         ("num_attention_heads", 7, "hidden_size 16: expected a multiple"),
@@ -126,7 +126,7 @@ def test_a_config_cannot_ask_for_code_or_nonsense(tmp_path: Path):
         with pytest.raises(InputError, match=text):
             Scorer.load(tmp_path)
     for change, text in (
-        ({"encoder": "dinov2"}, "encoder: .* missing"),
+        ({"encoder": "dinov2"}, "encoder: unknown none; missing .*num_hidden_layers"),
         ({"std": [0.3, 0.0, 0.3]}, "std .*more than 0"),
         ({"std": [0.3, float("inf"), 0.3]}, "std .*inf"),
         ({"mean": [0.5, 0.5]}, r"mean \[0.5, 0.5\], expected"),

@@ -252,6 +252,7 @@ def test_each_negative_has_its_noise_and_stands_beside_its_truth(folders, tmp_pa
 def test_a_local_backbone_counts_by_content(folders, tmp_path, monkeypatch):
     found, cfg = [], config(folders, tmp_path / "scorer", backbone=str(tmp_path / "dino"))
     monkeypatch.setattr(T, "make_pairs", lambda *_: (torch.zeros(1), torch.zeros(1), 1))
+    monkeypatch.setattr(T, "new_scorer", lambda _: None)
     monkeypatch.setattr(T, "cached", lambda root, name, note, make: found.append(note) or tmp_path)
     save_json(tmp_path / "results.json", {})
     for weights in (0.0, 1.0):
@@ -266,6 +267,7 @@ def test_the_notes_tell_all_that_results_depend_on_and_nothing_else(folders, tmp
     save_json(tmp_path / "made" / "results.json", {})  # stands for both results, which are not made
     save_tensors(tmp_path / "made" / "000000.safetensors", {"views": torch.zeros(6, 5, dtype=torch.uint8)})
     found = []
+    monkeypatch.setattr(T, "new_scorer", lambda _: None)
     monkeypatch.setattr(T, "cached", lambda root, name, note, make: found.append(note) or tmp_path / "made")
 
     def notes(**changes) -> list[dict]:

@@ -304,9 +304,14 @@ def test_a_network_of_another_kind_is_another_run(tmp_path, monkeypatch):
     for changes in ({}, {"prediction": "v"}, {"channels": 64}):
         monkeypatch.setitem(T.PRESETS, "toy", random_model(**changes).cfg)
         folders.add(T.main(config(tmp_path, init="", steps=1))["folder"])
-    stock = model.small_unet  # nothing of this fork is in the weights or the config
-    gelu = {"_use_default_values": [], "act_fn": "gelu"}
-    monkeypatch.setattr(model, "small_unet", lambda cfg: without_text({**stock(cfg).config, **gelu}))
+    stock = model.small_unet
+
+    def gelu(cfg):  # nothing of this fork is in the weights or the config
+        options = {**stock(cfg).config, "_use_default_values": [], "act_fn": "gelu"}
+        torch.manual_seed(0)
+        return without_text(options)
+
+    monkeypatch.setattr(model, "small_unet", gelu)
     folders.add(T.main(config(tmp_path, init="", steps=1))["folder"])
     assert len(folders) == 4
 
