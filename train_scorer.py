@@ -218,11 +218,11 @@ def new_scorer(cfg: Config) -> Scorer:
     return small_scorer(cfg.head, *sizes)
 
 
-def run(truth: Tensor, fake: Tensor, n: int, cfg: Config, folder: Path) -> None:
+def run(scorer: Scorer, truth: Tensor, fake: Tensor, n: int, cfg: Config, folder: Path) -> None:
     """The loop: train on the first n objects, evaluate on the others; weights, log, results in `folder`."""
     device = get_device(cfg.device)
     bf16 = device.type == "cuda" and use_bf16(cfg.bf16, device)
-    scorer = new_scorer(cfg).to(device)
+    scorer = scorer.to(device)
     parameters = list(scorer.parameters())
     head = [p for name, p in scorer.named_parameters() if not name.startswith("encoder.")]
     groups = [{"params": scorer.encoder.parameters(), "lr": cfg.lr}, {"params": head, "lr": cfg.head_lr}]
@@ -269,7 +269,7 @@ def main(cfg: Config) -> dict[str, Any]:
     check_at_least(cfg, 2, "num_references", "num_val", "batch_size", "num_steps")  # another object is needed
     check_at_least(cfg, 0, "lr", "head_lr", "weight_decay", "mismatch")
     out, device = check_link(Path(cfg.out)), get_device(cfg.device)
-    new_scorer(cfg)  # is it possible? Then the negatives, which take longer
+    scorer = new_scorer(cfg)  # what is impossible shows now, not after the negatives
     truth, fake, n = make_pairs(cfg, device)
     local = cfg.backbone and Path(cfg.backbone).is_dir()
     made_by = settings(cfg, "eval_every", "bf16", "data", "negatives", "backbone") | {
@@ -278,7 +278,8 @@ def main(cfg: Config) -> dict[str, Any]:
         "backbone": digest(Path(cfg.backbone)) if local else cfg.backbone,
         "code": code("data", "metrics", "scorer", "train_scorer"),
     }
-    folder = cached(out.parent, out.name, made_by | machine(cfg), partial(run, truth, fake, n, cfg))
+    make = partial(run, scorer, truth, fake, n, cfg)
+    folder = cached(out.parent, out.name, made_by | machine(cfg), make)
     return {**load_json(folder / "results.json"), "folder": str(folder)}
 
 
