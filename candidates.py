@@ -51,24 +51,22 @@ def draw_candidates(
 ) -> tuple[Rollouts, Tensor]:  # of B references (B, 3, S, S); images (B, G, V, 3, S, S)
     """By the design cfg.candidates: what is each candidate's own?"""
     first, last = cfg.trained_calls
-    scales, G, trained = None, cfg.num_candidates, range(first, last + 1)
+    scales, G, trained = (), cfg.num_candidates, range(first, last + 1)
     if cfg.candidates == "noised":  # its reference's noise, and no step noise
-        scales, G, own = list(NOISE_SCALES) * len(ref), len(NOISE_SCALES), range(0)
+        scales, G, own = NOISE_SCALES, len(NOISE_SCALES), range(0)
     elif cfg.candidates == "branch":  # the noise of one call, which is the one to train
         own = trained = range(call, call + 1)
     else:  # all step noises
         own = range(cfg.num_steps)
     if cfg.loss == "diffusion_dpo":  # it reads finished candidates, one state is enough
         trained = trained[:1]
-    rows = torch.arange(len(ref)).repeat_interleave(G)
-    each = ([seeds[i] for i in rows], cfg.num_steps, list(range(G)) * len(ref), own, scales, bf16)
-    chain = sample(model, ref[rows], *each)
+    chain = sample(model, ref, seeds, cfg.num_steps, G, own, scales, bf16)
     states = chain.states.unflatten(0, (len(ref), G)).transpose(1, 2)  # (B, K + 1, G, V, c, h, w)
     calls = torch.tensor(trained)
     x_t, action = states[:, calls], states[:, calls + 1]
     if cfg.candidates == "branch":  # up to its call all candidates are one chain
         x_t = x_t[:, :, :1]
-    made = (x_t, action, chain.y[::G], chain.ref_noise[::G], states[:, -1])
+    made = (x_t, action, chain.y, chain.ref_noise, states[:, -1])
     rollouts = Rollouts(calls.expand(len(ref), -1), *made)
     return Rollouts(*(z.cpu().contiguous() for z in rollouts)), chain.images.unflatten(0, (len(ref), G))
 

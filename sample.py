@@ -13,7 +13,8 @@ DEVIATION: the paper's step is its Eq. (1) with the score frozen between two tim
 and we take the DDPM posterior (Ho et al. 2020, Eq. 7), as D3PO's code and every peer does. Its variance is
 smaller by the factor (ab_t / ab_s) (1 - ab_s) / (1 - ab_t), because the clean image is taken to be known.
 
-Letters: B rows (an object with one candidate's noise), V views, K network calls, c h w latent sizes.
+Letters: B rows (an object with one candidate's noise), G candidates of an object, V views, K network calls,
+c h w latent sizes.
 Shapes: x, mean, noise, action (B, V, c, h, w); reference y and its noise (B, c, h, w); var (B, 1, 1, 1, 1);
 timestep t and the next, lower one s (B,), where -1 is clean.
 
@@ -166,44 +167,49 @@ def draw(shape: tuple[int, ...], keys: list[tuple[int, ...]]) -> Tensor:
 class Trajectory(NamedTuple):
     """What the chain did, in float32: half precision would move the log-ratio at equal weights from 0."""
 
-    states: Tensor  # (B, K + 1, V, c, h, w): x_T first, the clean latent last; action k is states[:, k + 1]
+    states: Tensor  # (B G, K + 1, V, c, h, w): x_T first, the clean latent last; action k is states[:, k + 1]
     y: Tensor  # (B, c, h, w) clean reference latent
     ref_noise: Tensor  # (B, c, h, w) epsilon_Y, one draw for the whole chain
-    images: Tensor  # (B, V, 3, H, W) in [0, 1]
+    images: Tensor  # (B G, V, 3, H, W) in [0, 1]
 
 
 @torch.no_grad()
 def sample(
     model: MultiViewUNet,
     ref: Tensor,  # (B, 3, H, W) reference images in [0, 1]
-    seeds: list[int],  # one a row: x_T and epsilon_Y depend on it alone
+    seeds: list[int],  # one a reference: x_T and epsilon_Y depend on it alone
     num_steps: int = 10,  # K
-    candidates: list[int] | None = None,  # one a row: step noises depend on (seed, call, candidate)
+    G: int = 1,  # candidates of each reference: step noises depend on (seed, call, candidate)
     own: Sequence[int] | None = None,  # the calls where they do; at others all have candidate 0's. None: all
-    noise_scales: list[float] | None = None,  # one a row: a of App. B, scale of noise on the reference latent
+    noise_scales: Sequence[float] = (),  # a_g of App. B: scale of candidate g's noise on the reference latent
     bf16: bool = False,  # run the network in bfloat16; states and steps stay float32
 ) -> Trajectory:
-    """Run the chain for B rows. The images are in `.images` (B, V, 3, H, W)."""
-    device, batch, schedule = ref.device, len(ref), Schedule(model.cfg)
-    candidates, own = candidates or [0] * batch, range(num_steps) if own is None else own
-    y = seen = model.encode(ref)
+    """Run the chain for G candidates of each of B references; candidate g of reference b is row b G + g."""
+    device, B, schedule = ref.device, len(ref), Schedule(model.cfg)
+    own = range(num_steps) if own is None else own
+    y = model.encode(ref)
     x = draw((len(VIEWS), *y.shape[1:]), [(seed, 0) for seed in seeds]).to(device)  # x_T
     ref_noise = draw(y.shape[1:], [(seed, 1) for seed in seeds]).to(device)  # epsilon_Y
+    seen, noise = y, ref_noise
     if noise_scales:  # candidate g of an object sees its reference through a_g n_g
-        scales = torch.tensor(noise_scales, device=device).view(-1, 1, 1, 1)
-        keys = [(seed, 2, round(1000 * a)) for seed, a in zip(seeds, noise_scales)]
-        seen = y + scales * draw(y.shape[1:], keys).to(device)
+        x, seen, noise = (z.repeat_interleave(G, 0) for z in (x, y, ref_noise))
+        scales = torch.tensor([*noise_scales] * B, device=device).view(-1, 1, 1, 1)
+        keys = [(seed, 2, round(1000 * a)) for seed in seeds for a in noise_scales]
+        seen = seen + scales * draw(y.shape[1:], keys).to(device)
     states = [x]
     for call, (t_int, s_int) in enumerate(schedule.timesteps(num_steps)):
-        t, s = (torch.full((batch,), z, device=device) for z in (t_int, s_int))
-        mean, var = policy_mean(model, schedule, x, seen, ref_noise, t, s, bf16)
-        keys = [(seed, 3, call, g if call in own else 0) for seed, g in zip(seeds, candidates)]
-        x = mean + var.sqrt() * draw(x.shape[1:], keys).to(device)
+        t, s = (torch.full((len(x),), z, device=device) for z in (t_int, s_int))
+        mean, var = policy_mean(model, schedule, x, seen, noise, t, s, bf16)
+        if call in own and len(x) == B:  # candidates part here: up to now one row was all of theirs
+            mean, var, seen, noise = (z.repeat_interleave(G, 0) for z in (mean, var, seen, noise))
+        keys = [(seed, 3, call, g * (call in own)) for seed in seeds for g in range(len(mean) // B)]
+        x = mean + var.sqrt() * draw(mean.shape[1:], keys).to(device)
         states.append(x)
-    images = model.decode(x)
+    states = torch.stack([z.repeat_interleave(B * G // len(z), 0) for z in states], 1)
+    images = model.decode(states[:, -1])
     if not images.isfinite().all():  # PNGs of them would be black
         raise InputError("the model's images are not finite, expected numbers. Its weights are broken.")
-    return Trajectory(torch.stack(states, 1), y, ref_noise, images)
+    return Trajectory(states, y, ref_noise, images)
 
 
 def sample_images(

@@ -128,15 +128,28 @@ def test_a_sample_does_not_depend_on_its_batch(tiny):
 
 
 def test_candidates_differ_by_their_step_noises_alone(tiny):
-    ref = refs(1).expand(3, -1, -1, -1)
-    chain = S.sample(tiny, ref, [5, 5, 5], 4, candidates=[0, 1, 1])
-    assert chain.states.shape == (3, 5, 5, 48, 4, 4)
+    chain = S.sample(tiny, refs(2), [5, 6], 4, G=3)
+    assert chain.states.shape == (6, 5, 5, 48, 4, 4) and chain.images.shape == (6, 5, 3, 16, 16)
     assert torch.equal(chain.states[0, 0], chain.states[1, 0])
-    assert torch.equal(chain.ref_noise[0], chain.ref_noise[1]) and torch.equal(chain.y[0], chain.y[1])
-    assert not torch.allclose(chain.states[0, 1], chain.states[1, 1])
-    assert torch.equal(chain.states[1], chain.states[2])
-    # without a number they are all candidate 0
-    assert torch.equal(S.sample(tiny, ref, [5, 5, 5], 4).states[2], chain.states[0])
+    assert len(chain.ref_noise) == len(chain.y) == 2
+    for k in range(1, 5):
+        flat = chain.states[:, k].flatten(1)
+        assert torch.pdist(flat).min() > 0.01 * flat.norm(dim=1).mean()  # no two are one
+    # the first is the plain chain, also if all are one
+    plain = S.sample(tiny, refs(2), [5, 6], 4).states
+    torch.testing.assert_close(chain.states[::3], plain, rtol=0, atol=1e-3)
+    same = S.sample(tiny, refs(2), [5, 6], 4, G=3, own=[]).states
+    assert torch.equal(same, plain.repeat_interleave(3, 0))
+
+
+def test_one_forward_serves_candidates_that_share_a_state(tiny, monkeypatch):
+    rows, original = [], S.policy_mean
+    monkeypatch.setattr(S, "policy_mean", lambda *args: rows.append(len(args[2])) or original(*args))
+    cases = [({}, [2, 6, 6, 6]), ({"own": [2]}, [2, 2, 2, 6]), ({"noise_scales": [0.0, 0.1, 0.8]}, [6] * 4)]
+    for how, expected in cases:
+        rows.clear()
+        S.sample(tiny, refs(2), [5, 6], 4, G=3, **how)
+        assert rows == expected, how
 
 
 def test_a_noise_scale_moves_the_reference_that_is_seen_and_nothing_else(tiny, monkeypatch):
@@ -148,12 +161,11 @@ def test_a_noise_scale_moves_the_reference_that_is_seen_and_nothing_else(tiny, m
         return original(model, schedule, x_t, y, *rest)
 
     monkeypatch.setattr(S, "policy_mean", spy)
-    ref = refs(1).expand(3, -1, -1, -1)
-    chain = S.sample(tiny, ref, [5, 5, 5], 3, noise_scales=[0.0, 0.4, 0.8])
+    chain = S.sample(tiny, refs(1), [5], 3, G=3, own=[], noise_scales=[0.0, 0.4, 0.8])
     assert torch.equal(chain.states[0, 0], chain.states[2, 0])
     assert not torch.equal(chain.states[0, 1], chain.states[2, 1])
     torch.testing.assert_close(chain.states[0], S.sample(tiny, refs(1), [5], 3).states[0], rtol=0, atol=1e-5)
-    noise = [(seen[0][i] - chain.y[i]) / a for i, a in ((1, 0.4), (2, 0.8))]
+    noise = [(seen[0][i] - chain.y[0]) / a for i, a in ((1, 0.4), (2, 0.8))]
     assert all(abs(n.std() - 1) < 0.1 for n in noise) and torch.equal(seen[0][0], chain.y[0])
     assert not torch.allclose(*noise, atol=0.1)  # n_g: each candidate has its own
     assert all(torch.equal(y, seen[0]) for y in seen[:3])  # one draw for the whole chain
@@ -163,14 +175,14 @@ def test_every_noise_has_a_key_of_its_own(monkeypatch, tiny):
     keys = []
     original = S.draw
     monkeypatch.setattr(S, "draw", lambda shape, k: keys.extend(k) or original(shape, k))
-    S.sample(tiny, refs(2), [7, 8], 3, candidates=[0, 1], noise_scales=[0.1, 0.3])
-    steps = [(seed, 3, call, g) for call in range(3) for seed, g in ((7, 0), (8, 1))]
-    assert keys == [(7, 0), (8, 0), (7, 1), (8, 1), (7, 2, 100), (8, 2, 300), *steps]
+    S.sample(tiny, refs(2), [7, 8], 3, G=2, noise_scales=[0.1, 0.3])
+    steps = [(seed, 3, call, g) for call in range(3) for seed in (7, 8) for g in (0, 1)]
+    scales = [(seed, 2, a) for seed in (7, 8) for a in (100, 300)]
+    assert keys == [(7, 0), (8, 0), (7, 1), (8, 1), *scales, *steps]
     keys.clear()
-    S.sample(tiny, refs(2), [7, 8], 3, candidates=[1, 2], own=[1])  # the others are shared
-    steps = [
-        (seed, 3, call, g) for call, gs in enumerate(((0, 0), (1, 2), (0, 0))) for seed, g in zip((7, 8), gs)
-    ]
+    S.sample(tiny, refs(2), [7, 8], 3, G=2, own=[1])  # the others are shared
+    steps = [(7, 3, 0, 0), (8, 3, 0, 0)]
+    steps += [(seed, 3, call, g) for call, gs in ((1, (0, 1)), (2, (0, 0))) for seed in (7, 8) for g in gs]
     assert keys == [(7, 0), (8, 0), (7, 1), (8, 1), *steps]
     chain = S.sample(tiny, refs(2), [7, 8], 2)  # nor do two views share one
     rows = torch.cat([chain.states[:, 0].flatten(0, 1), chain.ref_noise]).flatten(1)
@@ -185,12 +197,16 @@ def test_drawing_keeps_no_graph():
 def test_a_trajectory_can_be_replayed_bit_by_bit(tiny):
     """The stored states and noises are all that the policy depends on: its means are the same, bit by bit."""
     ours = S.Schedule(tiny.cfg)
-    chain = S.sample(tiny, refs(2), [1, 2], 5, candidates=[0, 3])
+    chain = S.sample(tiny, refs(2), [1, 2], 5, G=2, own=range(1, 5))
     with torch.no_grad():
         for k, (t, s) in enumerate(ours.timesteps(5)):
-            times = torch.full((2,), t), torch.full((2,), s)
-            mean, var = S.policy_mean(tiny, ours, chain.states[:, k], chain.y, chain.ref_noise, *times)
-            noise = S.draw(mean.shape[1:], [(1, 3, k, 0), (2, 3, k, 3)])
+            x, y, ref_noise = chain.states[:, k], *(z.repeat_interleave(2, 0) for z in chain[1:3])
+            if k < 2:  # one row for both candidates
+                x, y, ref_noise = x[::2], chain.y, chain.ref_noise
+            times = torch.full((len(x),), t), torch.full((len(x),), s)
+            mean, var = S.policy_mean(tiny, ours, x, y, ref_noise, *times)
+            mean, var = (z.repeat_interleave(4 // len(x), 0) for z in (mean, var))
+            noise = S.draw(mean.shape[1:], [(seed, 3, k, g * (k > 0)) for seed in (1, 2) for g in (0, 1)])
             assert torch.equal(mean + var.sqrt() * noise, chain.states[:, k + 1])
     assert torch.equal(tiny.decode(chain.states[:, -1]), chain.images)
 

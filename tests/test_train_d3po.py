@@ -285,11 +285,12 @@ def test_what_candidates_have_of_their_own(candidates):
     assert torch.equal(b.x_t[:, 1:], b.action[:, :-1])  # an action is the next state
     for i, seed in enumerate((3, 4)):
         for g in range(5):
-            own = [scales[g]] if candidates == "noised" else None
-            whose = [0 if own else g]
-            chain = sample(model, ref[i : i + 1], [seed], 4, candidates=whose, noise_scales=own)
-            torch.testing.assert_close(b.action[i, :, g], chain.states[0, 1:4], rtol=1e-3, atol=1e-3)
-            torch.testing.assert_close(b.x0[i, g], chain.states[0, -1], rtol=1e-3, atol=1e-3)
+            own, row = ({"noise_scales": [scales[g]], "own": []}, 0)
+            if candidates == "independent":
+                own, row = {"G": 5}, g
+            chain = sample(model, ref[i : i + 1], [seed], 4, **own)
+            torch.testing.assert_close(b.action[i, :, g], chain.states[row, 1:4], rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(b.x0[i, g], chain.states[row, -1], rtol=1e-3, atol=1e-3)
 
 
 def test_candidates_depend_on_seed_round_and_object_alone(tmp_path):
