@@ -13,8 +13,8 @@ Letters: N objects, V views, R sampler seeds, S side of a square picture. Images
 in [0, 1], references (N, 3, S, S).
 
 Run:
-    python evaluate.py --model checkpoints/objects --data toys --n 64 --grid out/views.png
-    python evaluate.py --model out/c --scorer out/scorer --against out/evaluation.json --out out/c.json
+    python evaluate.py --model checkpoints/objects --out out/pre.json --grid out/pre.png
+    python evaluate.py --model out/d3po_contrastive --scorer out/scorer --against out/pre.json
     python evaluate.py --images DIR --data renders     # any other model's views: DIR/<object>/{view}.png
 
     Writes --out (means by row, numbers of each seed and object, differences with intervals) and --grid.

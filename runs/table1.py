@@ -1,8 +1,8 @@
 """Table 1 on furniture: every row trained and measured on held-out objects by other hands (paper Sec. 6).
 
 One command does all of it, and goes on where it stopped: every stage is found by its content (cache.cached).
-Rows share candidates; all have the same references, batches and number of steps. The held-out objects are
-looked at here only.
+Rows share candidates; all have the same references, batches and number of steps. Only this file, and
+evaluate.py if asked with --split heldout, looks at the held-out objects.
 
 Run:
     python -m runs.table1                       # results/table1/{table.md, table.json, grid.png, curves.png}
@@ -16,7 +16,7 @@ objects."""
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from matplotlib.figure import Figure
@@ -102,12 +102,13 @@ class Config:
     lpips: str = ""  # "hub", or a folder with the two published files: adds that column
     out: str = "out/table1"  # where the runs go
     results: str = "results/table1"  # where the table goes
+    bf16: Literal["auto", "on", "off"] = "auto"  # run networks in bfloat16; auto: where it is fast
     device: str = "auto"  # auto, cpu or cuda
 
 
 def job(cfg: Config, **options: Any) -> D.Config:
     """The main job with some options."""
-    return D.Config(out=cfg.out, device=cfg.device, **options)
+    return D.Config(out=cfg.out, device=cfg.device, bf16=cfg.bf16, **options)
 
 
 def make_scorers(cfg: Config) -> dict[str, str]:
@@ -118,7 +119,8 @@ def make_scorers(cfg: Config) -> dict[str, str]:
         "contrastive_pre": {"out": f"{cfg.out}/scorer_pre", "negatives": base.model},
         "judge": {"out": f"{cfg.out}/scorer_judge", "patch_size": 16, "twins": False, "seed": 1},
     }
-    shared = {"num_references": base.num_references, "num_steps": base.num_steps, "device": cfg.device}
+    shared = {"num_references": base.num_references, "num_steps": base.num_steps}
+    shared |= {"device": cfg.device, "bf16": cfg.bf16}
     return {name: S.main(S.Config(**(shared | changes)))["folder"] for name, changes in kinds.items()}
 
 
