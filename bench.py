@@ -34,7 +34,6 @@ import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import combinations
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -56,7 +55,7 @@ import train_d3po as D
 from candidates import Batch, make_batch, read_rollouts
 from common import InputError, check_at_least, check_output, cli, get_device, keyed_generator, located
 from common import provenance, save_json, use_bf16, write_atomic
-from model import NUM_VIEWS, PRESETS, ModelConfig, MultiViewAttention, MultiViewUNet, from_pipeline, load
+from model import NUM_VIEWS, PRESETS, ModelConfig, MultiViewUNet, from_pipeline, load
 from sample import Schedule, log_ratio, policy_mean, sample
 from train_sft import simple_loss
 
@@ -118,7 +117,7 @@ class TwoPass:
         return layer.to_out[0](out).reshape(x.shape)
 
     def __call__(self, x_t: Tensor, t: Tensor, ref_t: Tensor) -> Tensor:
-        layers: list[Any] = [m for m in self.model.modules() if isinstance(m, MultiViewAttention)]
+        layers: list[Any] = self.model.attention_layers()
         for layer in layers:
             layer.forward = partial(self.attend, layer)
         label = torch.full((len(ref_t),), NUM_VIEWS, device=ref_t.device)
@@ -131,7 +130,7 @@ class TwoPass:
 
 def published_loop(policy: MultiViewUNet, pre: MultiViewUNet, batch: Batch, limit: int, bf16: bool) -> Tensor:
     """Eq. (2) of all pairs, or of the first `limit`, in D3PO's order: four calls of a network for each."""
-    pairs, R = list(combinations(range(batch.action.shape[1]), 2)), batch.x_t.shape[1]
+    pairs, R = torch.combinations(torch.arange(batch.action.shape[1])).tolist(), batch.x_t.shape[1]
     schedule, losses = Schedule(policy.cfg), []
     for pair in pairs[:limit]:
         ratios = []
@@ -289,6 +288,9 @@ def measure(cfg: Config, device: torch.device) -> list[dict[str, Any]]:
             scale = max(1, pairs / TIMED_PAIRS)
             rows.append(to_row(label, *forms, quick=partial(loop, TIMED_PAIRS), scale=scale))
 
+    two = random_batch(pre.cfg, device, B=2)
+    ref = torch.rand(1, 3, pre.cfg.image_size, pre.cfg.image_size, generator=g).to(device)
+
     def step(network: Any, bf16: bool) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss = network(two.x_t[:, 0], two.t, two.y).square().mean()
@@ -298,8 +300,6 @@ def measure(cfg: Config, device: torch.device) -> list[dict[str, Any]]:
     def draw(network: Any, bf16: bool) -> Tensor:
         return sample(network, ref, [0], bf16=bf16).images.flatten()
 
-    two = random_batch(pre.cfg, device, B=2)
-    ref = torch.rand(1, 3, pre.cfg.image_size, pre.cfg.image_size, generator=g).to(device)
     for label, run in (("reference attention, step of 2 objects", step), ("sampling, 10 calls", draw)):
         rows.append(to_row(label, partial(run, TwoPass(policy)), partial(run, policy)))
     return rows

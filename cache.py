@@ -69,10 +69,10 @@ def check_link(link: Path) -> Path:
 def cached(root: str | Path, name: str, made_by: dict[str, Any], make: Callable[[Path], object]) -> Path:
     """root/name-<8 digits of made_by>/, filled by make(folder) unless it is complete. Returns the folder.
 
-    `made_by` names inputs by their `digest`, never by their path, and our files by their `code`; `make` and
-    common.py always count. made_by.json is written last, with the digest of every file: without it the
-    folder is unfinished and `make` goes on with it; if a file differs from it, the folder is made again. The
-    link root/name points to the folder that was asked for last."""
+    `made_by` names inputs by their `digest`, never by their path, and our files by their `code`; the body
+    of `make`, common.py, the cameras and torch's version always count. made_by.json is written last, with the
+    digest of every file: without it the folder is unfinished and `make` goes on with it; if a file differs
+    from it, the folder is made again. The link root/name points to the folder that was asked for last."""
     always = {"torch": torch.__version__, "common": code("common", "render")}  # render: the cameras
     always |= {"make": digest(body(getattr(make, "func", make)))}  # of a partial: its function
     made_by = json.loads(json.dumps({**made_by, **always}, default=str))  # as in the file

@@ -49,7 +49,8 @@ class Rollouts(NamedTuple):
 def draw_candidates(
     model: MultiViewUNet, ref: Tensor, seeds: list[int], call: int, cfg: Any, bf16: bool
 ) -> tuple[Rollouts, Tensor]:  # of B references (B, 3, S, S); images (B, G, V, 3, S, S)
-    """By the design cfg.candidates: what is each candidate's own?"""
+    """G candidates of each. cfg.candidates says which noises are a candidate's own, and which calls are kept
+    for training."""
     first, last = cfg.trained_calls
     scales, G, trained = (), cfg.num_candidates, range(first, last + 1)
     if cfg.candidates == "noised":  # its reference's noise, and no step noise
@@ -84,7 +85,7 @@ def read_rollouts(folder: Path, which: Tensor | None = None) -> Rollouts:
             part["x0"] = part["x0"][b, chosen]
             for name in ("x_t", "action"):
                 if part[name].shape[2] > 1:  # (B, J, G or 1, ...): candidates of one state share it
-                    part[name] = part[name].transpose(1, 2)[b, chosen].transpose(1, 2)
+                    part[name] = part[name][b, :, chosen].transpose(1, 2)
         parts.append({k: v.clone() for k, v in part.items() if k != "images"})  # the file is let go
     reference = torch.cat([p["reference"] for p in parts])
     if not torch.equal(reference.sort().values, torch.arange(len(reference))):  # a copy beside a file

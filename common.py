@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -106,7 +107,7 @@ def explained(message: str) -> Iterator[None]:
     """Turn whatever a foreign reader raises into an InputError: `message`, and its own in brackets."""
     try:
         yield
-    except (InputError, KeyboardInterrupt):
+    except InputError:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
@@ -124,13 +125,14 @@ def check_options(cfg: Any) -> None:
     for option in fields(cfg):
         value = getattr(cfg, option.name)
         values = value if isinstance(value, tuple) else (value,)
+        word = option.name in ("out", "feedback", "rows") or get_origin(option.type) is Literal  # no path
         if option.default and (not values or "" in values):
             raise InputError(f"--{option.name}: is empty, expected one or more.")
         for v in values:
             limit = 2**63 if option.name.startswith("seed") else 10**9
             if isinstance(v, int | float) and not abs(v) < limit:
                 raise InputError(f"--{option.name} {v}: expected a number below {limit}.")
-            if isinstance(v, str) and out and option.name != "out" and os.path.lexists(v):
+            if out and isinstance(v, str) and not (word or v in ("toys", "furniture")) and os.path.lexists(v):
                 if same_place(v, out):
                     raise InputError(f"--out {out}: is --{option.name}, too. Expected another place.")
                 if Path(v).is_dir() and Path(v).resolve() in Path(out).absolute().parents:
@@ -199,8 +201,9 @@ def hardware(cfg: Any) -> tuple[torch.device, bool]:
 def key_seed(*key: int) -> int:
     """Mix integers, e.g. (seed, object, candidate), into one 63-bit seed (splitmix64's finaliser after each).
 
-    What follows the seed names the use. In a chain: 0 x_T, 1 reference, 2 App. B, 3 step noises. Of the
-    preference stage: 5 references, 6 batches, 8 candidates, 9 negatives, 10 calls, 11 Diffusion-DPO."""
+    (seed, i) and (seed, step) number objects and steps. Otherwise the second part names the use. In a chain:
+    0 x_T, 1 reference, 2 App. B, 3 step noises. Of the preference stage: 5 references, 6 batches, 8
+    candidates, 9 negatives, 10 calls, 11 Diffusion-DPO."""
     state = 0x9E3779B97F4A7C15
     for part in key:
         state = (state ^ (int(part) + 0x9E3779B97F4A7C15)) & 0xFFFFFFFFFFFFFFFF
@@ -285,7 +288,7 @@ def typed(kind: Callable[..., T], values: Any, where: str) -> T:
 def save_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
     """Write a flat dict of tensors as safetensors, with a digest that `load_tensors` checks."""
     whole = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    noted = {"digest": digest({k: digest(v) for k, v in whole.items()})}
+    noted = {"digest": digest(whole)}
     write_atomic(path, lambda p: save_file(whole, str(p), metadata=noted))
 
 
@@ -295,7 +298,7 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
         regular(path).close()
         with safe_open(path, "pt") as file:
             tensors, noted = {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
-        if noted.get("digest") not in (None, digest({k: digest(v) for k, v in tensors.items()})):
+        if noted.get("digest") not in (None, digest(tensors)):
             raise ValueError("its numbers are not those that were written")
         return tensors
 
@@ -341,12 +344,13 @@ def provenance(cfg: Any) -> dict[str, Any]:
     script = Path(sys.argv[0]).resolve()
     name = f"-m runs.{script.stem}" if script.parent.name == "runs" else script.name
     device = get_device(getattr(cfg, "device", "cpu"))
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return {
-        "command": " ".join(["python", name, *sys.argv[1:]]),
+        "command": f"python {name} {shlex.join(sys.argv[1:])}".strip(),
         "config": asdict(cfg),
         "commit": commit,
         "torch": torch.__version__,
-        "hardware": torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores",
+        "hardware": gpu or f"{os.cpu_count()} CPU cores",
         "threads": torch.get_num_threads(),
         "bf16": use_bf16(getattr(cfg, "bf16", "auto"), device),  # what "auto" came to
         "date": time.strftime("%Y-%m-%d"),
@@ -414,10 +418,10 @@ def checksum(path: Path, content: bytes) -> bytes:  # 32 of them
     return hashlib.sha256(path.parent.name.encode() + content).digest()
 
 
-def save_state(path: Path, parts: dict[str, Any], **rest: Any) -> None:
+def save_state(path: Path, held: dict[str, Any], **rest: Any) -> None:
     """What a killed run goes on from: state dicts of its parts, and plain values."""
     buffer = io.BytesIO()
-    torch.save({**parts, **rest}, buffer)
+    torch.save({**held, **rest}, buffer)
     content = buffer.getvalue()
     write_atomic(path, lambda p: p.write_bytes(checksum(path, content) + content))
 
@@ -467,25 +471,22 @@ class Log:
     def __init__(self, path: Path, every: int, last: int, state: dict[str, Any] | None = None) -> None:
         """`state`: of a killed run. Its file may tell of steps that are now done again."""
         self.path, self.every, self.last = path, every, last
-        self.text, self.sums = (state or {}).get("text", ""), dict((state or {}).get("sums", {}))
-        write_atomic(path, lambda p: p.write_text(self.text))
-
-    def state(self) -> dict[str, Any]:
-        """What `save_state` needs to go on: all lines, and the numbers of the unfinished one."""
-        return {"text": self.text, "sums": self.sums}
+        self.state = state or {"text": "", "sums": {}}  # all lines, and the numbers of the unfinished one
+        write_atomic(path, lambda p: p.write_text(self.state["text"]))
 
     def add(self, step: int, **values: float) -> None:
         """Add one step's numbers; `step` counts from 0."""
+        sums = self.state["sums"]
         for name, value in values.items():
-            self.sums.setdefault(name, []).append(value)
+            sums.setdefault(name, []).append(value)
         if (step + 1) % self.every == 0 or step + 1 == self.last:
-            self.line(step + 1, **{k: sum(v) / len(v) for k, v in self.sums.items()})
-            self.sums = {}
+            self.line(step + 1, **{k: sum(v) / len(v) for k, v in sums.items()})
+            sums.clear()
 
     def line(self, step: int, **values: Any) -> None:
         """Write one line now."""
-        self.text += json.dumps({"step": step, **values}) + "\n"
-        write_atomic(self.path, lambda p: p.write_text(self.text))
+        self.state["text"] += json.dumps({"step": step, **values}) + "\n"
+        write_atomic(self.path, lambda p: p.write_text(self.state["text"]))
 
 
 def optimizer_step(

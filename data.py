@@ -21,11 +21,11 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from cache import cached, code, locked
+from cache import cached, code, damage, locked
 from common import ROOT, InputError, check_at_least, check_output, cli, explained, key_seed, keyed_generator
 from common import load_tensors, save_tensors, write_atomic
 from meshes import find_meshes, update_mesh
-from pictures import Views, kept, load_views, open_image, resize, write_png, write_views
+from pictures import Views, load_views, open_image, resize, write_png, write_views
 from render import CAMERAS, NUM_SIDES, VIEWS, make_toys
 from toys import toy_kind
 
@@ -68,8 +68,7 @@ def stretch(images: Tensor, factors: Tensor, cameras: Sequence[int] = range(len(
     Its views stay views of one object."""
     # A view's columns run along one world axis, its rows along another; a pixel looks up where it came from.
     scale = CAMERAS[list(cameras), :2].abs() @ factors  # (R, 2)
-    theta = torch.zeros(len(images), 2, 3)
-    theta[:, 0, 0], theta[:, 1, 1] = 1 / scale[:, 0], 1 / scale[:, 1]
+    theta = F.pad(torch.diag_embed(1 / scale), (0, 1))  # (R, 2, 3): no shift
     places = F.affine_grid(theta, list(images.shape), align_corners=False)
     return 1 - F.grid_sample(1 - images, places, align_corners=False)  # outside is white
 
@@ -153,7 +152,7 @@ SPLITS = {"train": 0, "preference": 1, "validation": 2, "heldout": 3}  # the see
 def known(split: str) -> str:
     """The split, if there is one of that name."""
     if split not in SPLITS:
-        raise InputError(f"split {split}: unknown, expected one of {', '.join(SPLITS)}.")
+        raise InputError(f"split {split}: expected one of {', '.join(SPLITS)}, or of a folder all.")
     return split
 
 
@@ -161,7 +160,9 @@ def split_of(ids: list, split: str) -> list:
     """The objects of a folder that belong to a split: N of them shuffled once by a fixed key, then cut.
 
     The first fifth, rounded up (64 at most), validates, the second fifth (200 at most) is held out, and the
-    rest both trains and is the preference set, as in the paper (App. B)."""
+    rest both trains and is the preference set, as in the paper (App. B). "all" is all N."""
+    if split == "all":
+        return ids
     order = torch.randperm(len(ids), generator=keyed_generator(0)).tolist()
     fifth = -(-len(ids) // 5)  # rounded up
     a = min(64, fifth)
@@ -216,12 +217,13 @@ def load_split(source: str, split: str, n: int, size: int) -> Tensor:
     return in_memory(read_split(source, split, n, size)[1])
 
 
-def load_references(source: str, n: int, size: int, seed: int) -> Tensor:  # (n, V, 3, size, size) uint8
-    """What preferences are about: n references of the preference split, view 0 being the reference.
+def make_references(objects: Tensor, n: int, seed: int) -> Tensor:  # (N, V, 3, S, S) uint8 -> (n, ...)
+    """What preferences are about: n references of N objects of the preference split, view 0 being the
+    reference.
 
-    Each shows its object from one of its sides, drawn by (seed, number). If the split has fewer than n
-    objects they come again, as augmented objects (`augment`)."""
-    objects, references = load_split(source, "preference", n, size), []
+    Each shows its object from one of its sides, drawn by (seed, number). If N is below n, objects come again,
+    augmented (`augment`)."""
+    references = []
     for i in range(n):
         g = keyed_generator(seed, 5, i)
         side, views = int(torch.randint(NUM_SIDES, (), generator=g)), objects[i % len(objects)]
@@ -240,10 +242,8 @@ def check_strangers(out: Path, names: Iterable[str]) -> None:
         if not ours and (p.name in expected or p.is_dir()):
             strange.append(p.name)
     if strange:
-        raise InputError(
-            f"{out}: {len(strange)} folders in it are not this command's (first: {strange[0]}), "
-            "expected none. Delete them, or take another --out."
-        )
+        first = f"{out}: {len(strange)} folders in it are not this command's (first: {strange[0]})"
+        raise InputError(f"{first}, expected none. Delete them, or take another --out.")
 
 
 def render_meshes(root: Path, out: Path, size: int, up: str) -> list[str]:
@@ -271,7 +271,7 @@ def render_toys(out: Path, n: int, seed: int, size: int) -> list[str]:
     check_strangers(out, names)
     for i, name in enumerate(tqdm(names, desc="toys", disable=None)):
         made_by = {"toy": [seed, i], "size": size, "renderer": drawn_by}
-        if not kept(out / name, made_by):
+        if damage(out / name, made_by):
             write_views(out / name, make_toys(1, size, seed, first=i)[0], made_by)
     print(f"{out}: {n} toys, {names[0]} to {names[-1]}")
     return []

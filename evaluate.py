@@ -175,17 +175,6 @@ def read_views(folder: str, names: list[str], size: int) -> Tensor:  # (N, V, 3,
     return torch.stack([views[ids.index(n)] for n in tqdm(names, desc=folder, disable=None)]).float() / 255
 
 
-def read_truth(cfg: Config, size: int) -> tuple[list[str], Tensor]:  # names, (N, V, 3, size, size) in [0, 1]
-    """The first n objects of the split."""
-    if cfg.split == "all":
-        if cfg.data in ("toys", "furniture"):
-            raise InputError(f"--split all: --data {cfg.data} has none, expected a folder of renders.")
-        ids = load_views(cfg.data, size)[0][: cfg.n]
-        return ids, read_views(cfg.data, ids, size)
-    ids, views = read_split(cfg.data, cfg.split, cfg.n, size)
-    return ids, in_memory(views).float() / 255
-
-
 def check_outputs(cfg: Config) -> None:
     """Nothing of the user's is overwritten, and what cannot be written is said before an hour of sampling."""
     named = (cfg.model, cfg.images, cfg.data, cfg.lpips, *cfg.scorer)
@@ -248,13 +237,16 @@ def main(cfg: Config) -> dict:
         raise InputError(f"--scorer {' '.join(cfg.scorer)}: two are one or have one name, expected neither.")
     scorers = {name: Scorer.load(folder, device) for name, folder in zip(columns, cfg.scorer)}
     lpips = Lpips.load(cfg.lpips, device) if cfg.lpips else None
-    ids, truth = read_truth(cfg, size)
+    ids, objects = read_split(cfg.data, cfg.split, cfg.n, size)
+    truth = in_memory(objects).float() / 255
     ref = truth[:, 0]  # evaluation always takes the front
+    for scorer in scorers.values():  # does it see images of this size?
+        scorer.score(ref[:1], truth[:1])
     views = [] if model else [read_views(cfg.images, ids, size)]
     seeds = list(range(cfg.seed, cfg.seed + cfg.seeds))
     judges = {name: digest(Path(folder)) for name, folder in zip(scorers, cfg.scorer)}
     if lpips:
-        judges["lpips"] = digest([digest(v) for v in lpips.state_dict().values()])
+        judges["lpips"] = digest([*lpips.state_dict().values()])
     sampler = {"seeds": seeds, "num_steps": cfg.num_steps} if model else None
     judged = {"ids": ids, "size": size, "truth": digest(truth), "judges": judges, "sampler": sampler}
     earlier = read_earlier(cfg.against, judged) if cfg.against else {}

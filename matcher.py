@@ -93,9 +93,7 @@ def count_matches(ref: Tensor, views: Tensor, method: str = "sift") -> Tensor:
 
     method: sift, loftr, or a file of LoFTR's weights. FORK: another matcher is another branch here."""
     if ref.ndim != 3 or views.ndim != 5:
-        raise InputError(
-            f"got {tuple(ref.shape)} and {tuple(views.shape)}; expected (3,H,W) and (G,V,3,H,W)."
-        )
+        raise InputError(f"{tuple(ref.shape)}, {tuple(views.shape)}: expected (3,H,W) and (G,V,3,H,W).")
     if method == "sift":
         features, count = describe, sift_counts
     else:

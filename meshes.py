@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from cache import code
+from cache import code, damage
 from common import InputError, digest, explained, load_json, regular
-from pictures import kept, write_views
+from pictures import write_views
 from render import ANTIALIAS, CAMERAS, VIEWS, fragments, nearest, project, shaded, to_uint8
 
 # --- reading ---
@@ -275,7 +275,7 @@ def find_meshes(root: Path) -> dict[str, Path]:
     the path. A leading dot would hide the object or lead out of the folder."""
     found = (p for p in root.rglob("*") if p.suffix.lower() in (".glb", ".gltf", ".obj") and not p.is_dir())
     paths = sorted(p.relative_to(root) for p in found)
-    names = ["__".join([*p.parts[:-1], p.name[: -len(p.suffix)]]) for p in paths]
+    names = ["__".join([*p.parts[:-1], p.stem]) for p in paths]
     names = [re.sub(r"^\.+|\s", "_", name) for name in names]
     count = Counter(name.lower() for name in names)
     for i, (name, path) in enumerate(zip(names, paths, strict=True)):
@@ -298,7 +298,7 @@ def update_mesh(folder: Path, path: Path, size: int, up: str) -> str:
     made_by: dict = {}
     with suppress(InputError, OSError, TypeError, KeyError, AttributeError):  # none or damaged: made again
         made_by = mesh_made_by(path, list(load_json(folder / "made_by.json")["beside"]), size, up)
-    if not kept(folder, made_by):
+    if damage(folder, made_by):
         try:
             views, asked = render_mesh(path, size, up)
         except InputError as error:

@@ -82,7 +82,7 @@ class ModelConfig:
 
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
-# FORK: another size is another line here.
+# FORK: another size is another line here, and a word in train_sft.Config.
 PRESETS = {
     "toy": ModelConfig(),
     "small": ModelConfig(image_size=128, channels=384, head_dim=64),

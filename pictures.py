@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from common import InputError, digest, explained, load_json, save_json, write_atomic
+from common import InputError, digest, explained, save_json, write_atomic
 from render import VIEWS
 
 # --- pictures ---
@@ -67,7 +67,8 @@ def write_png(path: str | Path, image: Tensor) -> None:
 def write_views(folder: str | Path, views: Tensor, made_by: dict | None = None) -> None:
     """(V, 3, S, S) to folder/{front,right,back,left,top}.png. A new folder appears whole or not at all.
 
-    made_by: what the pictures depend on, for `kept`. It is written beside them with the digest of each."""
+    made_by: what the pictures depend on. It is written beside them with the digest of each, for
+    `cache.damage`."""
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a killed run
@@ -75,7 +76,8 @@ def write_views(folder: str | Path, views: Tensor, made_by: dict | None = None) 
         for name, view in zip(VIEWS, views, strict=True):
             write_png(partial / f"{name}.png", view)
         if made_by is not None:
-            save_json(partial / "made_by.json", {**made_by, "files": picture_digests(partial)})
+            files = {path.name: digest(path) for path in partial.iterdir()}
+            save_json(partial / "made_by.json", {**made_by, "files": files})
         with explained(f"{folder}: cannot be written, expected files and room. Delete what is in the way."):
             if folder.exists():
                 for path in partial.iterdir():  # if killed between, the digests in the note say so
@@ -84,19 +86,6 @@ def write_views(folder: str | Path, views: Tensor, made_by: dict | None = None) 
                 partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def picture_digests(folder: Path) -> dict[str, str]:
-    """Of all views of one object."""
-    return {view: digest(folder / f"{view}.png") for view in VIEWS}
-
-
-def kept(folder: Path, made_by: dict) -> bool:
-    """Whether the pictures in a folder are whole and were made by just this."""
-    try:
-        return load_json(folder / "made_by.json") == {**made_by, "files": picture_digests(folder)}
-    except InputError:  # nothing there, or not whole
-        return False
 
 
 class Views:

@@ -13,8 +13,8 @@ DEVIATION: the paper's step is its Eq. (1) with the score frozen between two tim
 and we take the DDPM posterior (Ho et al. 2020, Eq. 7), as D3PO's code and every peer does. Its variance is
 smaller by the factor (ab_t / ab_s) (1 - ab_s) / (1 - ab_t), because the clean image is taken to be known.
 
-Letters: B rows (an object with one candidate's noise), G candidates of an object, V views, K network calls,
-c h w latent sizes.
+Letters: B rows (in `sample` references, whose candidates are rows b G + g), G candidates of each, V views,
+K network calls, c h w latent sizes.
 Shapes: x, mean, noise, action (B, V, c, h, w); reference y and its noise (B, c, h, w); var (B, 1, 1, 1, 1);
 timestep t and the next, lower one s (B,), where -1 is clean.
 
@@ -179,8 +179,8 @@ def sample(
     ref: Tensor,  # (B, 3, H, W) reference images in [0, 1]
     seeds: list[int],  # one a reference: x_T and epsilon_Y depend on it alone
     num_steps: int = 10,  # K
-    G: int = 1,  # candidates of each reference: step noises depend on (seed, call, candidate)
-    own: Sequence[int] | None = None,  # the calls where they do; at others all have candidate 0's. None: all
+    G: int = 1,  # candidates of each reference
+    own: Sequence[int] | None = None,  # calls at which each draws its own step noise (None: all); else 0's
     noise_scales: Sequence[float] = (),  # a_g of App. B: scale of candidate g's noise on the reference latent
     bf16: bool = False,  # run the network in bfloat16; states and steps stay float32
 ) -> Trajectory:

@@ -19,7 +19,8 @@ Run:
     python train_d3po.py --feedback agreement           # or geometry, hull, matching, redder: no scorer
     python train_d3po.py --feedback none                # L_simple-MV alone: the SFT baseline
 
-    Writes out/<loss>_<feedback>-<content>/: the model, log.jsonl, report/results.json, report/grid.png"""
+    Writes out/<loss>_<feedback>-<content>/ (none: out/sft_baseline-<content>/): the model, log.jsonl,
+    report/results.json, report/grid.png"""
 
 import copy
 import time
@@ -39,7 +40,7 @@ from cache import cached, check_link, code, machine, settings
 from common import STATE, InputError, Log, check_at_least, cli, digest, hardware, key_seed
 from common import keyed_generator, load_json, load_state, load_tensors, located, optimizer_step, provenance
 from common import same_place, save_json, save_state, save_tensors, training_steps
-from data import load_references, load_split
+from data import load_split, make_references
 from evaluate import before_after, print_table
 from feedback import FEEDBACKS, preference_pairs, rate
 from grid import grid
@@ -63,7 +64,9 @@ Preferences = tuple[Path, Tensor] | None  # what `collect` and `prefer` return; 
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are Eq. (2) on a CPU; the comments name the paper's. `collect` prints what RECIPES came to."""
+    """Defaults are Eq. (2) on a CPU; the comments name the paper's. `collect` prints what RECIPES came to.
+
+    They are filled in at once: dataclasses.replace with another loss keeps them. Make a new Config."""
 
     feedback: str = "contrastive"  # a name in feedback.FEEDBACKS, or none: the SFT baseline
     model: str = "checkpoints/objects"  # pi_pre: a folder that train_sft.py wrote
@@ -105,7 +108,7 @@ class Config:
         suits = {"d3po": "noised" if papers else "branch", "diffusion_dpo": "independent"}[self.loss]
         chosen = suits if self.candidates == "auto" else self.candidates
         for name, value in ({"candidates": chosen} | RECIPES[chosen] | RECIPES[self.loss]).items():
-            if getattr(self, name) == type(self).__dataclass_fields__[name].default:
+            if getattr(self, name) == getattr(type(self), name):
                 object.__setattr__(self, name, value)  # the dataclass is frozen
 
 
@@ -199,7 +202,7 @@ def d3po_loss(
     return loss, {
         "loss_d3po": loss.item(),  # log 2 = 0.693 at theta = pre
         "margin": margin.mean().item(),
-        "accuracy": ((margin > 0).float() + 0.5 * (margin == 0).float()).mean().item(),
+        "accuracy": (margin.sign() + 1).mean().item() / 2,
         "log_ratio_w": log_ratio_w.mean().item(),
         "log_ratio_l": log_ratio_l.mean().item(),
     }
@@ -209,8 +212,9 @@ def batch_means(policy: MultiViewUNet, schedule: Schedule, batch: Batch, bf16: b
     """Mean (B R, V, c, h, w) and variance of the policy at a batch's states: one forward for all candidates.
 
     The loss always shows it the CLEAN reference, without App. B's noise, so the actions of "noised" are not
-    its own. With the one that a candidate was drawn with, the noise scale alone may decide who wins, and then
-    the expected gradient vanishes at theta = pre: E_pi[grad log pi] = 0, for winner and loser each."""
+    its own. Under the reference that a candidate was drawn with, each action is a sample of pi_pre, and
+    E_pi[grad log pi] = 0: where the noise scale alone decides who wins, no gradient is expected at theta =
+    pre, neither of winners nor of losers."""
     R = batch.x_t.shape[1]
     y, noise, t, s = (z.repeat_interleave(R, 0) for z in (batch.y, batch.ref_noise, batch.t, batch.s))
     return policy_mean(policy, schedule, batch.x_t.flatten(0, 1), y, noise, t, s, bf16)
@@ -293,11 +297,11 @@ def frozen_means(
     return means
 
 
-def prepare(folder: Path, cfg: Config, device: Any) -> tuple[MultiViewUNet, list[Any]]:
+def prepare(folder: Path, cfg: Config) -> tuple[MultiViewUNet, list[Any]]:
     """A model to fine-tune, and its trained parameters."""
     model = load(folder)
     torch.manual_seed(cfg.seed)  # of LoRA's start; all other noise has keys of its own
-    return model, trained_parameters(model, cfg, device)
+    return model, trained_parameters(model, cfg)
 
 
 def run_name(cfg: Config) -> str:
@@ -325,13 +329,14 @@ def run(
 ) -> None:
     """The loop: L = L_MV-D3PO + lambda L_simple-MV + kl beta KL."""
     device, bf16 = hardware(cfg)
-    policy, parameters = prepare(start, cfg, device)
+    policy, parameters = prepare(start, cfg)
     schedule = Schedule(policy.cfg)
     if preferences:
         compared, wins = preference_pairs(preferences[1], cfg.pairs)
         rollouts = read_rollouts(preferences[0], compared)
         usable = wins.flatten(1).any(1).nonzero()[:, 0]  # references whose candidates do not all tie
-        frozen = policy if digest(pre) == digest(start) else prepare(pre, cfg, device)[0]
+        equal = digest(pre) == digest(start)
+        frozen = policy if equal else prepare(pre, cfg)[0]
         drawn = draw_states(usable, rollouts.call.shape[1], cfg, round)
         if cfg.loss == "d3po":
             mean_pre = frozen_means(frozen, rollouts, drawn.flatten(0, 1).unique(dim=0), cfg, bf16, device)
@@ -348,7 +353,7 @@ def run(
     log = Log(folder / "log.jsonl", 10, cfg.steps, state.get("log"))
 
     def save(done: int) -> None:
-        parts = {"model": policy.trained_state(), "optimizer": optimizer.state_dict(), "log": log.state()}
+        parts = {"model": policy.trained_state(), "optimizer": optimizer.state_dict(), "log": log.state}
         save_state(folder / STATE, parts, step=done)
 
     for step in training_steps(state.get("step", 0), cfg.steps, "train_d3po", save):
@@ -363,8 +368,7 @@ def run(
                 ratio, kl = step_log_ratio(policy, schedule, batch, mean_pre[chosen, js].to(device), bf16)
             else:
                 ratio, kl = forward_log_ratio(policy, frozen, batch, cfg.seed, n, bf16)
-            equal = step == 0 and digest(start) == digest(pre)
-            if equal and (top := ratio.abs().max()) * cfg.beta_dpo > 1e-3:
+            if equal and step == 0 and (top := ratio.abs().max()) * cfg.beta_dpo > 1e-3:
                 raise InputError(f"before the first update the log-ratio is {top:.2g}, expected 0.")
             b, w, l = wins[chosen].nonzero(as_tuple=True)  # noqa: E741
             loss_d3po, metrics = d3po_loss(ratio[b, w], ratio[b, l], cfg.beta_dpo)
@@ -482,8 +486,8 @@ def main(cfg: Config) -> dict:
     model = check(cfg)
     pre = policy = located(cfg.model)
     n, size = cfg.num_references, model.image_size
-    references = load_references(cfg.data, n, size, cfg.seed)  # (N, V, 3, S, S) uint8
-    objects = load_split(cfg.data, "preference", n, size)  # ground truth for L_simple-MV
+    objects = load_split(cfg.data, "preference", n, size)  # (N, V, 3, S, S) uint8, also for L_simple-MV
+    references = make_references(objects, n, cfg.seed)  # (n, V, 3, S, S)
     cfg, preferences = replace(cfg, scorer=find_scorer(cfg, model)), None
     for round in range(cfg.rounds):
         if cfg.feedback != "none":

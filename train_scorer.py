@@ -35,10 +35,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cache import cached, check_link, code, machine, settings
-from common import STATE, InputError, Log, check_at_least, cli, digest, get_device, key_seed, keyed_generator
+from common import STATE, InputError, Log, check_at_least, cli, digest, hardware, key_seed, keyed_generator
 from common import load_json, load_state, load_tensors, located, optimizer_step, provenance, save_json
-from common import save_state, save_tensors, training_steps, use_bf16
-from data import MIRRORED_ORDER, load_references, load_split, stretch
+from common import save_state, save_tensors, training_steps
+from data import MIRRORED_ORDER, load_split, make_references, stretch
 from metrics import spoilt_views
 from model import load
 from pictures import load_views
@@ -105,9 +105,9 @@ def scorer_loss(scorer: Scorer, images: Tensor, bf16: bool = False) -> tuple[Ten
 # --- objects, negatives, batches ---
 
 
-def generate(cfg: Config, references: Tensor, device: torch.device, folder: Path) -> None:
+def generate(cfg: Config, references: Tensor, folder: Path) -> None:
     """Five views of each reference (N, 3, S, S) uint8 by the model cfg.negatives, a file for every few."""
-    bf16 = use_bf16(cfg.bf16, device)
+    device, bf16 = hardware(cfg)
     generator = load(cfg.negatives, device, half=bf16)
     if (size := generator.cfg.image_size) != cfg.image_size:
         made = f"{cfg.negatives}: makes images of {size} px, expected {cfg.image_size}."
@@ -119,21 +119,22 @@ def generate(cfg: Config, references: Tensor, device: torch.device, folder: Path
         ref = references[i : i + 16].to(device).float() / 255
         seeds = [key_seed(cfg.seed, 9, i + j) for j in range(len(ref))]  # 9: other noise than in evaluation
         images = sample(generator, ref, seeds, cfg.num_steps, bf16=bf16).images  # (B, V, 3, S, S) in [0, 1]
-        save_tensors(path, {"views": (images.clamp(0, 1) * 255).round().to(torch.uint8)})
+        save_tensors(path, {"views": (images * 255).round().to(torch.uint8)})
 
 
-def make_pairs(cfg: Config, device: torch.device) -> tuple[Tensor, Tensor, int]:
+def make_pairs(cfg: Config) -> tuple[Tensor, Tensor, int]:
     """True and generated views, both (N, V, 3, S, S) uint8, and how many of N are to train on.
 
     An object has one reference, any of its four sides, and it stands in its positive and in its negative
     pairs. Were the truth shown in other frames too, f could learn which references come with the truth."""
     if not (located(cfg.negatives) / "model.safetensors").is_file():
         return read_pairs(cfg)
-    train = load_references(cfg.data, cfg.num_references, cfg.image_size, cfg.seed)
+    train = load_split(cfg.data, "preference", cfg.num_references, cfg.image_size)
+    train = make_references(train, cfg.num_references, cfg.seed)
     truth = torch.cat([train, load_split(cfg.data, "validation", cfg.num_val, cfg.image_size)])
     made_by = {"generator": digest(Path(cfg.negatives)), "references": digest(truth[:, 0])}
     made_by |= {"num_steps": cfg.num_steps, "seed": cfg.seed, "code": code("model", "sample")}
-    make = partial(generate, cfg, truth[:, 0], device)
+    make = partial(generate, cfg, truth[:, 0])
     folder = cached(Path(cfg.out).parent, "negatives", made_by | machine(cfg), make)
     fake = torch.cat([load_tensors(path)["views"] for path in sorted(folder.glob("*.safetensors"))])
     return truth, fake, len(train)
@@ -220,9 +221,8 @@ def new_scorer(cfg: Config) -> Scorer:
 
 def run(scorer: Scorer, truth: Tensor, fake: Tensor, n: int, cfg: Config, folder: Path) -> None:
     """The loop: train on the first n objects, evaluate on the others; weights, log, results in `folder`."""
-    device = get_device(cfg.device)
-    bf16 = device.type == "cuda" and use_bf16(cfg.bf16, device)
-    scorer = scorer.to(device)
+    device, bf16 = hardware(cfg)
+    bf16, scorer = bf16 and device.type == "cuda", scorer.to(device)
     parameters = list(scorer.parameters())
     head = [p for name, p in scorer.named_parameters() if not name.startswith("encoder.")]
     groups = [{"params": scorer.encoder.parameters(), "lr": cfg.lr}, {"params": head, "lr": cfg.head_lr}]
@@ -236,7 +236,7 @@ def run(scorer: Scorer, truth: Tensor, fake: Tensor, n: int, cfg: Config, folder
     clock = time.time() - state.get("seconds", 0)
 
     def save(done: int) -> None:
-        parts = {"model": scorer.state_dict(), "optimizer": optimizer.state_dict(), "log": log.state()}
+        parts = {"model": scorer.state_dict(), "optimizer": optimizer.state_dict(), "log": log.state}
         save_state(folder / STATE, parts, step=done, seconds=time.time() - clock)
 
     def validate(step: int) -> None:
@@ -268,9 +268,9 @@ def main(cfg: Config) -> dict[str, Any]:
     check_at_least(cfg, 1, "patch_size", "hidden_size", "num_layers", "num_heads")
     check_at_least(cfg, 2, "num_references", "num_val", "batch_size", "num_steps")  # another object is needed
     check_at_least(cfg, 0, "lr", "head_lr", "weight_decay", "mismatch")
-    out, device = check_link(Path(cfg.out)), get_device(cfg.device)
+    out, made_on = check_link(Path(cfg.out)), machine(cfg)
     scorer = new_scorer(cfg)  # what is impossible shows now, not after the negatives
-    truth, fake, n = make_pairs(cfg, device)
+    truth, fake, n = make_pairs(cfg)
     local = cfg.backbone and Path(cfg.backbone).is_dir()
     made_by = settings(cfg, "eval_every", "bf16", "data", "negatives", "backbone") | {
         "truth": digest(truth),
@@ -279,7 +279,7 @@ def main(cfg: Config) -> dict[str, Any]:
         "code": code("data", "metrics", "scorer", "train_scorer"),
     }
     make = partial(run, scorer, truth, fake, n, cfg)
-    folder = cached(out.parent, out.name, made_by | machine(cfg), make)
+    folder = cached(out.parent, out.name, made_by | made_on, make)
     return {**load_json(folder / "results.json"), "folder": str(folder)}
 
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from cache import cached, check_link, code, machine, settings
 from common import STATE, InputError, Log, check_at_least, cli, digest, hardware, keyed_generator, load_json
-from common import load_state, optimizer_step, provenance, save_json, save_state, training_steps, use_bf16
+from common import load_state, optimizer_step, provenance, save_json, save_state, training_steps
 from data import augment, load_split, read_split, relative_views
 from grid import grid
 from metrics import hull_iou, psnr
@@ -81,11 +81,11 @@ class Config:
 def simple_loss(
     model: MultiViewUNet,
     schedule: Schedule,
-    latents: Tensor,  # (B, V, c, h, w) clean views, and their noise
-    y: Tensor,  # (B, c, h, w) clean reference, and its noise
+    latents: Tensor,  # (B, V, c, h, w) clean views
+    y: Tensor,  # (B, c, h, w) clean reference
     t: Tensor,  # (B,)
-    noise: Tensor,
-    ref_noise: Tensor,
+    noise: Tensor,  # of the views
+    ref_noise: Tensor,  # of the reference
 ) -> Tensor:  # (B,) weighted squared error, mean over V c h w
     """L_simple-MV of each object at one t."""
     x_t = forward_noise(schedule, latents, t, noise)
@@ -153,12 +153,9 @@ def reference_use(model: MultiViewUNet, views: Tensor, batch_size: int) -> dict[
     return result
 
 
-def evaluate(
-    model: MultiViewUNet, views: Tensor, cfg: Config, device: torch.device, picture: Path
-) -> dict[str, float]:
+def evaluate(model: MultiViewUNet, views: Tensor, cfg: Config, picture: Path) -> dict[str, float]:
     """Sample the validation objects from their front view; numbers, and a picture of the first eight."""
-    truth = views.float() / 255
-    bf16 = use_bf16(cfg.bf16, device)
+    truth, (device, bf16) = views.float() / 255, hardware(cfg)
     images = sample_images(model, truth[:, 0], cfg.seed, cfg.num_steps, cfg.batch_size, "evaluate", bf16)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         use = reference_use(model, views.to(device), cfg.batch_size)
@@ -210,14 +207,12 @@ def new_optimizers(model: MultiViewUNet, parameters: list[Any], cfg: Config) -> 
     return [adamw, Muon(inner, lr=cfg.muon_lr)] if inner else [adamw]
 
 
-def trained_parameters(
-    model: MultiViewUNet, cfg: Any, device: torch.device, view_embedding: bool = False
-) -> list[Any]:
+def trained_parameters(model: MultiViewUNet, cfg: Any, view_embedding: bool = False) -> list[Any]:
     """Say what is trained, and return it. Of SDXL what is frozen is stored in bfloat16."""
+    device, bf16 = hardware(cfg)
     if cfg.lora:
         model.add_lora(cfg.lora)
-    frozen_bf16 = model.cfg.is_sdxl and use_bf16(cfg.bf16, device)
-    parameters = model.train().freeze(cfg.attention_only, frozen_bf16, view_embedding)
+    parameters = model.train().freeze(cfg.attention_only, model.cfg.is_sdxl and bf16, view_embedding)
     model.to(device)  # after what is frozen has lost half its size
     if cfg.checkpointing:
         model.unet.enable_gradient_checkpointing()
@@ -234,7 +229,7 @@ def average(ema: dict[str, Tensor], weights: dict[str, Tensor], decay: float, st
 def run(model: MultiViewUNet, sources: list[Any], val_views: Tensor, cfg: Config, folder: Path) -> None:
     """The loop: train, evaluate, and leave averaged weights, log and results in `folder`."""
     device, bf16 = hardware(cfg)
-    parameters = trained_parameters(model, cfg, device, view_embedding=not cfg.init)
+    parameters = trained_parameters(model, cfg, view_embedding=not cfg.init)
     schedule = Schedule(model.cfg)
     optimizers = new_optimizers(model, parameters, cfg)
     ema = {k: v.clone() for k, v in model.trained_state().items()}
@@ -249,14 +244,14 @@ def run(model: MultiViewUNet, sources: list[Any], val_views: Tensor, cfg: Config
     clock = time.time() - state.get("seconds", 0)
 
     def save(done: int) -> None:
-        parts = {"model": model.trained_state(), "ema": ema, "log": log.state()}
+        parts = {"model": model.trained_state(), "ema": ema, "log": log.state}
         parts["optimizers"] = [o.state_dict() for o in optimizers]
         save_state(folder / STATE, parts, step=done, seconds=time.time() - clock)
 
     def validate(step: int) -> None:  # with the averaged weights, which are saved
         weights = {k: v.clone() for k, v in model.trained_state().items()}
         model.load_state_dict(ema, strict=False)
-        result = evaluate(model.eval(), val_views, cfg, device, folder / "grid.png")
+        result = evaluate(model.eval(), val_views, cfg, folder / "grid.png")
         model.save(folder)
         model.train().load_state_dict(weights, strict=False)
         seconds = round(time.time() - clock)
@@ -301,7 +296,7 @@ def main(cfg: Config) -> dict:
     built = [{k: v for k, v in n.config.items() if k[0] != "_"} for n in networks]
     weights = model.state_dict() | (model.vae.state_dict() if model.cfg.is_sdxl else {})
     made_by = settings(cfg, "eval_every", "bf16", "init", "base", "data") | {
-        "start": [digest({k: digest(v) for k, v in weights.items()}), asdict(model.cfg), built],
+        "start": [digest(weights), asdict(model.cfg), built],
         "code": code("data", "grid", "metrics", "model", "muon", "pictures", "sample", "train_sft"),
         "objects": [pictures[source] for source in cfg.data],
         "validation": digest(val_views),

@@ -16,7 +16,7 @@ objects."""
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -36,19 +36,29 @@ from model import load
 from scorer import Scorer, contrastive_reward
 
 FORWARD = {"loss": "diffusion_dpo"}
-# row -> label; options of train_d3po.py that are not at their defaults, if it is trained at all
-ROWS: dict[str, tuple[str, Any]] = {
-    "pre": ("pre-trained", None),
-    "sft": ("SFT", {"feedback": "none"}),
+
+
+class Row(NamedTuple):
+    label: str
+    options: dict[str, Any] = {}  # of train_d3po.py, where they are not at their defaults; none: not trained
+    own: str = ""  # the column of its own reward
+    control: str = ""  # the row of random preferences with its loss and candidates
+
+
+ROWS = {
+    "pre": Row("pre-trained"),
+    "sft": Row("SFT", {"feedback": "none"}),
     # Eq. (2) on App. B's candidates: noise on the reference
-    "noised_random": ("control: random preferences, noised", {"feedback": "random", "candidates": "noised"}),
-    "least_noise": ("control: least noise", {"feedback": "least_noise"}),
-    "m": ("MV-D3PO-M", {"feedback": "matching"}),
-    "c_pre": ("MV-D3PO-C (pre)", {"feedback": "contrastive"}),
-    "c": ("MV-D3PO-C", {"feedback": "contrastive"}),
+    "noised_random": Row(
+        "control: random preferences, noised", {"feedback": "random", "candidates": "noised"}
+    ),
+    "least_noise": Row("control: least noise", {"feedback": "least_noise"}, "", "noised_random"),
+    "m": Row("MV-D3PO-M", {"feedback": "matching"}, "", "noised_random"),
+    "c_pre": Row("MV-D3PO-C (pre)", {"feedback": "contrastive"}, "contrastive_pre", "noised_random"),
+    "c": Row("MV-D3PO-C", {"feedback": "contrastive"}, "contrastive", "noised_random"),
     # Eq. (2) on branches: one action
-    "random": ("control: random preferences, branches", {"feedback": "random"}),
-    "geometry": ("MV-D3PO, geometry (ours)", {"feedback": "geometry"}),
+    "random": Row("control: random preferences, branches", {"feedback": "random"}),
+    "geometry": Row("MV-D3PO, geometry (ours)", {"feedback": "geometry"}, "geometry", "random"),
 }
 FINISHED = {  # Diffusion-DPO on independent samples: name -> label, feedback, column of its reward
     "random": ("random preferences", "random", ""),
@@ -66,13 +76,11 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "loose": ("Diffusion-DPO, --kl .05", {**FORWARD, "kl": 0.05}),
 }
 for kind, (how, options) in KINDS.items():
-    for name, (label, feedback, _) in FINISHED.items():
-        ROWS[f"{kind}_{name}"] = f"{how}, {label}", {"feedback": feedback, **options}
-ROWS["best"] = "best of five by the scorer, no training", None
-ROWS["truth"] = "ground truth", None
-CONTROL = {"geometry": "random"}  # row -> random preferences with its loss and candidates
-CONTROL |= {row: "noised_random" for row in ("least_noise", "m", "c_pre", "c")}
-CONTROL |= {f"{kind}_{name}": f"{kind}_random" for kind in KINDS for name in FINISHED if name != "random"}
+    for name, (label, feedback, own) in FINISHED.items():
+        control = "" if name == "random" else f"{kind}_random"
+        ROWS[f"{kind}_{name}"] = Row(f"{how}, {label}", {"feedback": feedback, **options}, own, control)
+ROWS["best"] = Row("best of five by the scorer, no training", own="contrastive")
+ROWS["truth"] = Row("ground truth")
 METRICS = {  # column -> heading, digits, factor
     "psnr_unseen": ("PSNR, dB", 2, 1),
     "ssim_unseen": ("SSIM", 3, 1),
@@ -88,9 +96,6 @@ METRICS = {  # column -> heading, digits, factor
     "grey_levels": ("changed, grey levels", 1, 1),
 }
 BASES = {"pre": "pre-trained", "sft": "SFT", "random": "random preferences, same loss and candidates"}
-OWN = {"geometry": "geometry", "c_pre": "contrastive_pre"}  # row -> the column of its own reward
-OWN |= dict.fromkeys(("c", "best"), "contrastive")
-OWN |= {f"{kind}_{name}": own for kind in KINDS for name, (*_, own) in FINISHED.items() if own}
 
 
 @dataclass(frozen=True)
@@ -119,15 +124,15 @@ def make_scorers(cfg: Config) -> dict[str, str]:
         "contrastive_pre": {"out": f"{cfg.out}/scorer_pre", "negatives": base.model},
         "judge": {"out": f"{cfg.out}/scorer_judge", "patch_size": 16, "twins": False, "seed": 1},
     }
-    shared = {"num_references": base.num_references, "num_steps": base.num_steps}
+    shared: dict[str, Any] = {"num_references": base.num_references, "num_steps": base.num_steps}
     shared |= {"device": cfg.device, "bf16": cfg.bf16}
     return {name: S.main(S.Config(**(shared | changes)))["folder"] for name, changes in kinds.items()}
 
 
 def train_row(row: str, seed: int, scorers: dict[str, str], cfg: Config) -> Path:
     """The model of a row."""
-    changes = ROWS[row][1]
-    if changes is None:
+    changes = ROWS[row].options
+    if not changes:
         return located(job(cfg).model)
     scorer = scorers["contrastive_pre" if row == "c_pre" else "contrastive"]
     options = job(cfg, seed=seed, scorer=scorer, **changes)
@@ -141,7 +146,7 @@ def train_row(row: str, seed: int, scorers: dict[str, str], cfg: Config) -> Path
 
 def draw(row: str, model: Path, seed: int, truth: Tensor, scorers: dict[str, str], cfg: Config) -> Tensor:
     """The row's images of the held-out objects (N, V, 3, S, S), from the front view."""
-    base, ref = job(cfg, seed=seed), truth[:, 0]
+    base, five, ref = job(cfg, seed=seed), job(cfg, seed=seed, **FORWARD), truth[:, 0]
     if row == "truth":
         return truth
     if row != "best":
@@ -149,7 +154,6 @@ def draw(row: str, model: Path, seed: int, truth: Tensor, scorers: dict[str, str
 
     def make(folder: Path) -> None:  # of the five candidates of Diffusion-DPO the scorer takes one
         device, bf16 = hardware(base)
-        five = job(cfg, seed=seed, **FORWARD)
         policy, scorer = load(model, device, half=bf16), Scorer.load(scorers["contrastive"], device)
         chosen = []
         for i, y in enumerate(ref.to(device)):
@@ -160,7 +164,7 @@ def draw(row: str, model: Path, seed: int, truth: Tensor, scorers: dict[str, str
         save_tensors(folder / "images.safetensors", {"images": images})
 
     made_by = {"model": digest(model), "ref": digest(ref), "seed": seed, "num_steps": base.num_steps}
-    made_by |= {"scorer": digest(Path(scorers["contrastive"]))}
+    made_by |= {"scorer": digest(Path(scorers["contrastive"])), "G": five.num_candidates}
     made_by |= {"code": code("candidates", "model", "sample", "scorer")}
     folder = cached(cfg.out, "heldout_best", made_by | machine(base), make)
     return load_tensors(folder / "images.safetensors")["images"].float() / 255
@@ -177,8 +181,8 @@ def markdown(rows: dict, columns: list[str], sign: str = "") -> list[str]:
             digits += bool(sign)
             cell = f"{mean:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
             cell = f"**{cell}**" if sign and low * high > 0 else cell
-            cells.append(cell + " *" * (OWN.get(row) == c))
-        lines.append(f"| {ROWS[row][0]} | " + " | ".join(cells) + " |")
+            cells.append(cell + " *" * (ROWS[row].own == c))
+        lines.append(f"| {ROWS[row].label} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -190,12 +194,12 @@ def curves(path: Path, kls: dict[str, list[float]], measured: dict[str, dict[str
     columns = [c for c in METRICS if c in measured["pre"] and c not in ("grey_levels", "ssim_unseen")]
     figure = Figure(figsize=(17, 7), layout="constrained")
     axes = figure.subplots(2, -(-len(columns) // 2), squeeze=False)
-    feedbacks = list(dict.fromkeys(ROWS[row][1]["feedback"] for row in kls))
+    feedbacks = list(dict.fromkeys(ROWS[row].options["feedback"] for row in kls))
     for axis, c in zip(axes.flat, columns):
         means: dict[str, list[tuple[float, float]]] = {}  # a curve for each feedback of Diffusion-DPO
         for row, runs in kls.items():
             change = (measured[row][c] - measured["pre"][c]).mean(1) * METRICS[c][2]  # (seeds,)
-            x, kind, feedback = [kl**0.5 for kl in runs], row.split("_")[0], ROWS[row][1]["feedback"]
+            x, kind, feedback = [kl**0.5 for kl in runs], row.split("_")[0], ROWS[row].options["feedback"]
             mark = {"forward": "o", "loose": "s"}.get(kind, "+" if row == "c_pre" else "x")
             axis.plot(x, change.tolist(), mark, color=f"C{feedbacks.index(feedback)}", label=feedback)
             if kind in KINDS:
@@ -207,11 +211,9 @@ def curves(path: Path, kls: dict[str, list[float]], measured: dict[str, dict[str
         axis.set_xticks((0.3, 1, 3, 6), ("0.3", "1", "3", "6"))
         axis.minorticks_off()
         axis.set(title=METRICS[c][0], xlabel="sqrt(KL / nats)")
-    handles = dict(zip(*axes.flat[0].get_legend_handles_labels()[::-1]))
+    lines = dict(zip(*axes.flat[0].get_legend_handles_labels()[::-1]))
     marks = "x Eq. (2), + with C (pre)'s scorer; o Diffusion-DPO, squares with --kl .05"
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), title=marks
-    )
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), title=marks)
     figure.suptitle("minus pre-trained")
     write_atomic(path, lambda p: figure.savefig(p, dpi=80, format="png"))
 
@@ -220,7 +222,7 @@ def main(cfg: Config) -> dict:
     """Train, draw, measure, write."""
     check_at_least(cfg, 1, "n")
     check_at_least(cfg, 0, "rates")
-    if {"pre"} - {*cfg.rows} or {*cfg.rows} - {*ROWS}:
+    if "pre" not in cfg.rows or {*cfg.rows} - {*ROWS}:
         raise InputError(f"--rows {' '.join(cfg.rows)}: expected pre and others of {', '.join(ROWS)}.")
     seeds = ", ".join(map(str, cfg.seeds))
     if len(set(cfg.seeds)) < len(cfg.seeds):
@@ -245,7 +247,7 @@ def main(cfg: Config) -> dict:
             by_seed.append(values | {"grey_levels": grey_levels_changed(images, before).double()})
             first.setdefault(row, images)
             rate = load_json(model / "made_by.json")["lr"] if row == "sft" else rate
-            if ROWS[row][1] and row != "sft":
+            if ROWS[row].options and row != "sft":
                 last = (model / "log.jsonl").read_text().splitlines()[-1]
                 kls.setdefault(row, []).append(json.loads(last)["kl"])
         measured[row] = {k: torch.stack([v[k] for v in by_seed]) for k in by_seed[0]}
@@ -254,7 +256,7 @@ def main(cfg: Config) -> dict:
     rows = {row: {c: with_interval(values[c], "mean") for c in columns} for row, values in measured.items()}
     minus: dict[str, dict] = {"pre": {}, "sft": {}, "random": {}}
     for row, values in measured.items():
-        for name, base in (("pre", "pre"), ("sft", "sft"), ("random", CONTROL.get(row))):
+        for name, base in (("pre", "pre"), ("sft", "sft"), ("random", ROWS[row].control)):
             if row not in (base, "pre", "truth") and base in measured:
                 minus[name][row] = {c: with_interval(values[c] - measured[base][c], "mean") for c in columns}
     text = [f"{len(truth)} held-out objects, seeds {seeds}; [95 % interval over both]."]
@@ -267,10 +269,10 @@ def main(cfg: Config) -> dict:
     result = {**made, "rows": rows, "minus": minus, "kl": kls, "sft_rate": rate}
     save_json(results / "table.json", result)
     write_atomic(results / "table.md", lambda p: p.write_text("\n".join(text) + "\n"))
-    shown = [
-        row for row in ("truth", "pre", "forward_c", "forward_geometry", "loose_agreement") if row in first
-    ]
-    pictures = {ROWS[row][0]: first[row][:10] for row in shown}  # the first ten objects, as they come
+    order = ("truth", "pre", "forward_c", "forward_geometry", "loose_agreement")
+    pictures = {
+        ROWS[row].label: first[row][:10] for row in order if row in first
+    }  # the first ten, as they come
     grid(results / "grid.png", pictures, truth[:10, 0], side=64)
     if kls:
         curves(results / "curves.png", kls, measured)

@@ -11,9 +11,10 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 import torch
@@ -321,7 +322,7 @@ def test_the_log_writes_means_and_forgets_what_is_done_again(tmp_path):
     log = C.Log(tmp_path / "log.jsonl", every=2, last=9)
     for step in range(3):
         log.add(step, loss=5.0)
-    state = json.loads(json.dumps(log.state()))
+    state = json.loads(json.dumps(log.state))
     (tmp_path / "log.jsonl").write_bytes(b"{\n\xff")  # whatever happened to it: the state knows
     again = C.Log(tmp_path / "log.jsonl", 2, 9, state)
     again.add(3, loss=1.0)
@@ -497,6 +498,20 @@ class Config:
     device: str = "auto"  # which
 
 
+@pytest.mark.parametrize("said", [{"feedback": "w"}, {"kind": "w"}, {"data": "toys"}])
+def test_a_word_that_is_the_name_of_the_output_is_no_path(said, monkeypatch, tmp_path):
+    """Otherwise the second run of `--feedback w --out w` would be refused."""
+    monkeypatch.chdir(tmp_path)
+    kinds = {"feedback": str, "kind": Literal["w", "z"], "data": str, "other": str}
+    place = next(iter(said.values()))
+    Path(place).mkdir()
+    made = make_dataclass("Words", [*kinds.items(), ("out", str)])
+    C.check_options(made(**{**dict.fromkeys(kinds, "z"), **said}, out=place))
+    if place == "w":
+        with pytest.raises(InputError, match="is --other, too"):
+            C.check_options(made(**dict.fromkeys(kinds, "z") | {"other": place}, out=place))
+
+
 def test_settings_are_all_options_but_those_named_and_where_it_goes():
     assert K.settings(Config(), "read") == {"n": (1.0,), "seed": 0}
 
@@ -538,7 +553,7 @@ def test_every_wrong_option_is_one_line(monkeypatch, capsys, tmp_path, args, lin
 
 SCRIPT = """
 import os, signal, sys, time
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 sys.path.insert(0, {root!r})
 import common
 

@@ -19,6 +19,7 @@ from trimesh.visual.material import PBRMaterial
 import data
 import meshes
 import pictures
+from cache import damage
 from cache import code
 from common import ROOT, InputError, key_seed, keyed_generator, load_json, save_json
 from metrics import hull_iou
@@ -150,7 +151,10 @@ def test_names_and_lazy_reading_agree_with_the_split(source, tmp_path, monkeypat
             assert names == [data.toy_name(data.SPLITS[split], i) for i in range(2)]
         if source not in ("toys", "furniture"):
             assert [int(v.amax()) for v in views] == [int(name) for name in names]
-    with pytest.raises(InputError, match="split test: unknown, expected one of train"):
+    with pytest.raises(
+        InputError,
+        match="split test: expected one of train, preference, validation, heldout, or of a folder all",
+    ):
         data.load_split(source, "test", 2, 8)
 
 
@@ -158,22 +162,22 @@ def test_references_show_a_side_drawn_by_their_number_and_come_again_changed(tmp
     for i in range(10):
         data.write_views(tmp_path / f"{i}", toys[i])
     objects = data.load_split(str(tmp_path), "preference", 99, SIZE)  # 6 of them
-    references = data.load_references(str(tmp_path), 8, SIZE, 3)
+    references = data.make_references(objects, 8, 3)
     turned = [[data.relative_views(views, r) for r in range(4)] for views in objects]
     shown = [[torch.equal(references[i], view) for view in turned[i % 6]] for i in range(8)]
     assert all(map(any, shown[:6])) and len({tuple(sides) for sides in shown[:6]}) > 1
     assert not any(map(any, shown[6:]))
-    assert not torch.equal(references, data.load_references(str(tmp_path), 8, SIZE, 4))
+    assert not torch.equal(references, data.make_references(objects, 8, 4))
     changes = set()
     sides = [torch.randint(4, (), generator=data.keyed_generator(3, 5, i)) for i in range(40)]
     expected = [data.relative_views(objects[i % 6], int(side)) for i, side in enumerate(sides)]
     with monkeypatch.context() as plain:  # object 0 is reference 0, 6, 12...: from other sides
         plain.setattr(data, "augment", lambda views, g: views)
-        assert torch.equal(data.load_references(str(tmp_path), 40, SIZE, 3), torch.stack(expected))
+        assert torch.equal(data.make_references(objects, 40, 3), torch.stack(expected))
     spy = lambda views, g: changes.add(torch.rand((), generator=g).item()) or views  # noqa: E731
     monkeypatch.setattr(data, "augment", spy)
     for seed in (3, 4):
-        data.load_references(str(tmp_path), 8, SIZE, seed)
+        data.make_references(objects, 8, seed)
     assert len(changes) == 4  # two of each seed, all others
 
 
@@ -828,9 +832,9 @@ def test_killed_write_leaves_no_half_object_and_nothing_to_trip_over(tmp_path, m
     for _ in range(2):  # also over one that is there
         data.write_views(tmp_path / "a", views, made_by={"x": 1})
     assert [p.name for p in tmp_path.iterdir()] == ["a"] and len(list((tmp_path / "a").iterdir())) == 6
-    assert pictures.kept(tmp_path / "a", {"x": 1}) and not pictures.kept(tmp_path / "a", {"x": 2})
+    assert not damage(tmp_path / "a", {"x": 1}) and damage(tmp_path / "a", {"x": 2})
     data.write_views(tmp_path / "a", 1 - views)  # by someone else: the note does not vouch for it
-    assert not pictures.kept(tmp_path / "a", {"x": 1})
+    assert damage(tmp_path / "a", {"x": 1}) == "back.png"
 
 
 def test_two_runs_in_one_folder_are_one_too_many(tmp_path):

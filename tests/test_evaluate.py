@@ -315,6 +315,15 @@ def test_views_are_sampled_with_the_options_named(bf16, tmp_path, monkeypatch) -
     assert asked == [(6, options | {"bf16": bf16 == "on"})]
 
 
+def test_a_scorer_of_another_size_is_refused_before_sampling(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(evaluate, "sample_images", lambda *a, **how: pytest.fail("too late"))
+    MultiViewUNet(ModelConfig(channels=32)).save(tmp_path / "model")
+    small_scorer("bilinear", 32, 16, 32, 1, 2).save(tmp_path / "judge")
+    options = dict(data="toys", n=2, scorer=(str(tmp_path / "judge"),))
+    with pytest.raises(InputError, match="images of 64 x 64 px, expected 32 x 32"):
+        evaluate.main(evaluate.Config(str(tmp_path / "model"), **options))
+
+
 def test_nothing_is_overwritten(folder) -> None:
     data, model = folder / "data", folder / "model"
     MultiViewUNet(ModelConfig(channels=32)).save(model)
@@ -366,8 +375,8 @@ def test_wrong_input_is_one_line_before_any_work(folder) -> None:
         ({"images": str(folder / "data2")}, "no top; expected front"),
         ({"images": str(folder / "data3")}, r"lacks 3 objects of --data \(first: object0\)"),
         ({"data": none}, "no such folder"),
-        ({"data": "toys"}, "--split all: --data toys has none"),
-        ({"data": "furniture"}, "--split all: --data furniture has none"),
+        ({"data": "toys"}, "split all: expected one of train"),
+        ({"data": "furniture"}, "split all: expected one of train"),
         ({"n": 0}, "--n 0"),
         ({"seeds": 0}, "--seeds 0"),
         ({"seed": -1}, "--seed -1"),

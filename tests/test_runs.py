@@ -316,14 +316,16 @@ def test_the_best_of_five_is_known_by_all_that_it_depends_on(tmp_path, monkeypat
     monkeypatch.setattr(table1, "cached", ends)
     random_model().save(tmp_path / "model")
     cfg, truth, found = table1.Config(device="cpu"), torch.zeros(2, 5, 3, 16, 16), set()
-    for change in ("", "truth", "scorer", "candidates"):
+    for change in ("", "truth", "scorer", "candidates", "G"):
         torch.manual_seed(change == "scorer")
         small_scorer("bilinear", 16, 8, 32, 1, 2).save(tmp_path / "s")
         truth[1, 0] = change == "truth"
         with monkeypatch.context() as edited:
             edited.setitem(cache.SOURCES, "candidates", f"x = {change == 'candidates'}")
+            recipe = {**table1.D.RECIPES["independent"], "num_candidates": 5 + (change == "G")}
+            edited.setitem(table1.D.RECIPES, "independent", recipe)
             found.add(note())
-    assert len(found) == 4
+    assert len(found) == 5
 
 
 FEEDBACK = dict(sft="none", noised_random="random", least_noise="least_noise", m="matching")
@@ -345,7 +347,7 @@ FEEDBACK |= {
 
 def test_each_row_of_table_1_has_its_feedback_and_its_scorer(monkeypatch):
     told, ran = {"folder": "x", "table": {"psnr_unseen": {"after": 0.0}}}, {}
-    assert FEEDBACK.keys() == {row for row, (_, changes) in table1.ROWS.items() if changes}
+    assert FEEDBACK.keys() == {name for name, row in table1.ROWS.items() if row.options}
     for row, feedback in FEEDBACK.items():
         monkeypatch.setattr(table1.D, "main", lambda cfg, row=row: ran.update({row: cfg}) or told)
         table1.train_row(row, 5, {"contrastive": "c", "contrastive_pre": "p"}, table1.Config())
@@ -359,15 +361,17 @@ def test_each_row_of_table_1_has_its_feedback_and_its_scorer(monkeypatch):
     assert asked == [(4, 1e-5), (4, 1e-4), (5, 1e-5)]  # the rate is chosen with the first seed
     judges = {"geometry": "geometry", "hull": "hull", "contrastive": "contrastive", "larger": "covered"}
     own = {row: judges[f] for row, f in FEEDBACK.items() if f in judges} | {"best": "contrastive"}
-    assert table1.OWN == own | {"c_pre": "contrastive_pre"}  # which the table marks
+    marked = {name: row.own for name, row in table1.ROWS.items() if row.own}
+    assert marked == own | {"c_pre": "contrastive_pre"}  # which the table marks
 
 
 def test_a_control_of_table_1_differs_in_its_feedback_alone():
-    rows = {row: changes for row, (_, changes) in table1.ROWS.items() if changes and row != "sft"}
+    rows = {name: row.options for name, row in table1.ROWS.items() if row.options and name != "sft"}
     trained = {row: table1.job(table1.Config(), **changes) for row, changes in rows.items()}
     random = {row for row, cfg in trained.items() if cfg.feedback == "random"}
-    assert table1.CONTROL.keys() == trained.keys() - random
-    for row, control in table1.CONTROL.items():
+    controls = {name: row.control for name, row in table1.ROWS.items() if row.control}
+    assert controls.keys() == trained.keys() - random
+    for row, control in controls.items():
         assert control in random and trained[control] == replace(trained[row], feedback="random"), row
 
 

@@ -19,7 +19,7 @@ import train_scorer
 from bench import random_batch
 from candidates import draw_candidates
 from common import InputError, load_json, load_tensors, located
-from data import load_references, make_toys, stretch
+from data import load_split, make_references, make_toys, stretch
 from model import load
 from sample import Schedule, log_prob, sample
 from scorer import small_scorer
@@ -48,9 +48,13 @@ def config(tmp_path, **changes) -> D.Config:
     return D.Config(**options)
 
 
+def toy_references(n: int, seed: int) -> torch.Tensor:
+    return make_references(load_split("toys", "preference", n, 16), n, seed)
+
+
 def collected(tmp_path, **changes):
     cfg = config(tmp_path, **changes)
-    references = load_references("toys", cfg.num_references, 16, cfg.seed)
+    references = toy_references(cfg.num_references, cfg.seed)
     folder = D.collect(Path(cfg.model), references, cfg, 0)
     return cfg, references, folder, D.read_rollouts(folder)
 
@@ -162,7 +166,7 @@ def test_from_one_state_the_quadratic_parts_cancel(tmp_path):
 @pytest.mark.parametrize("candidates", ["branch", "noised"])
 def test_the_log_ratio_is_exactly_0_before_the_first_update(tmp_path, candidates, bf16):
     cfg, _, _, rollouts = collected(tmp_path, candidates=candidates)
-    model, parameters = D.prepare(cfg.model, cfg, CPU)
+    model, parameters = D.prepare(cfg.model, cfg)
     means = D.frozen_means(model, rollouts, every_state(rollouts), cfg, bf16, CPU)
     for chosen, js in (((4, 1), (0, 0)), ((1, 2), (rollouts.call.shape[1] - 1, 0))):
         batch = batch_of(rollouts, model, chosen, js)
@@ -511,8 +515,8 @@ def test_the_gradient_is_that_of_the_sum(tmp_path, monkeypatch, kl, lambda_simpl
     logged = []
     monkeypatch.setattr(D.Log, "add", lambda self, step, **values: logged.append(values))
     steps = captured(monkeypatch, cfg)
-    policy, parameters = D.prepare(cfg.model, cfg, CPU)
-    references = load_references("toys", 5, 16, 0)
+    policy, parameters = D.prepare(cfg.model, cfg)
+    references = toy_references(5, 0)
     folder = D.collect(Path(cfg.model), references, cfg, 0)
     rollouts, wins = D.read_rollouts(folder), D.preference_pairs(D.prefer(folder, references, cfg), "all")[1]
     means = D.frozen_means(policy, rollouts, every_state(rollouts), cfg, False, CPU)
@@ -547,7 +551,7 @@ def test_the_gradient_is_that_of_the_sum(tmp_path, monkeypatch, kl, lambda_simpl
 
 def test_the_update_is_adams_without_weight_decay(tmp_path, monkeypatch):
     cfg = config(tmp_path, steps=3, lr=1e-2)
-    steps, (model, parameters) = captured(monkeypatch, cfg), D.prepare(Path(cfg.model), cfg, CPU)
+    steps, (model, parameters) = captured(monkeypatch, cfg), D.prepare(Path(cfg.model), cfg)
     m, v = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
     for k, step in enumerate(steps):
         cut = min(1, 1 / torch.cat([g.flatten() for g in step["grad"]]).norm().item())
@@ -565,12 +569,13 @@ def test_the_seed_draws_references_and_the_start_of_lora(tmp_path, monkeypatch):
         raise Asked(*args)
 
     cfg = config(tmp_path, seed=3, lora=2)
-    start = [D.prepare(Path(cfg.model), replace(cfg, seed=seed), CPU)[1] for seed in (3, 3, 4)]
+    start = [D.prepare(Path(cfg.model), replace(cfg, seed=seed))[1] for seed in (3, 3, 4)]
     assert all(map(torch.equal, start[0], start[1])) and not all(map(torch.equal, start[0], start[2]))
-    monkeypatch.setattr(D, "load_references", ends)
+    monkeypatch.setattr(D, "make_references", ends)
     with pytest.raises(Asked) as asked:
         D.main(cfg)
-    assert asked.value.args == ("toys", 5, 16, 3)
+    objects, *rest = asked.value.args
+    assert torch.equal(objects, load_split("toys", "preference", 5, 16)) and rest == [5, 3]
 
 
 def test_diffusion_dpo_draws_by_seed_and_step(tmp_path, monkeypatch):
@@ -605,7 +610,7 @@ def test_recipes_fill_what_is_not_said():
 @pytest.mark.parametrize(("seed", "round"), [(0, 0), (3, 0), (3, 2)])
 def test_batches_by_seed_and_step_never_of_references_that_tie(tmp_path, monkeypatch, seed, round):
     """Of several trained calls, others than the first are visited, too; stage 1's batch is of the same step."""
-    references = load_references("toys", 5, 16, 0)
+    references = toy_references(5, 0)
     tied = references[1].float() / 255
 
     def rate(ref, images, truth, cfg):
@@ -851,7 +856,7 @@ def test_whatever_is_upstream_is_noticed(tmp_path, monkeypatch, what):
     elif what == "seed":
         cfg = replace(cfg, seed=1)
     elif what == "references":
-        monkeypatch.setattr(D, "load_references", lambda data, n, size, seed: make_toys(n, size, 5))
+        monkeypatch.setattr(D, "make_references", lambda objects, n, seed: make_toys(n, 16, 5))
     elif what == "feedback's code":
         darker(1)
     else:
@@ -902,7 +907,7 @@ def test_without_feedback_it_is_sft_and_needs_no_candidates(tmp_path, monkeypatc
     )
     log = [json.loads(line) for line in (out / "sft_baseline" / "log.jsonl").read_text().splitlines()]
     assert log and "loss_d3po" not in log[0]
-    policy, parameters = D.prepare(config(tmp_path).model, config(tmp_path), CPU)
+    policy, parameters = D.prepare(config(tmp_path).model, config(tmp_path))
     real = D.training_batch(
         policy, Schedule(policy.cfg), [D.load_split("toys", "preference", 5, 16)], 2, 0, 0, CPU
     )

@@ -15,7 +15,7 @@ import cache
 import common
 import train_scorer as T
 from common import InputError, load_tensors, save_json, save_tensors
-from data import MIRRORED_ORDER, load_references, load_split, make_toys, write_views
+from data import MIRRORED_ORDER, load_split, make_references, make_toys, write_views
 from metrics import hull_iou
 from render import render_primitives
 from sample import sample
@@ -49,7 +49,7 @@ def test_negatives_of_another_model_are_read_from_a_folder(folders, tmp_path):
     for i, drawn in enumerate(views):
         write_views(tmp_path / "drawn" / f"object_{i}", drawn)
     cfg = config(folders, tmp_path / "run" / "scorer", negatives=str(tmp_path / "drawn"))
-    truth, fake, n = T.make_pairs(cfg, CPU)
+    truth, fake, n = T.make_pairs(cfg)
     assert n == 4 and truth.shape == fake.shape == (6, 5, 3, 16, 16)
     order: list[list[int]] = []
     for loaded, source in (
@@ -60,7 +60,7 @@ def test_negatives_of_another_model_are_read_from_a_folder(folders, tmp_path):
     assert order[0] == order[1]
     (tmp_path / "drawn" / "object_3").rename(tmp_path / "drawn" / "chair")
     with pytest.raises(InputError, match="views of the objects of --data"):
-        T.make_pairs(cfg, CPU)
+        T.make_pairs(cfg)
 
 
 # --- losses ---
@@ -107,7 +107,7 @@ def test_the_gradient_is_that_of_all_terms(folders, tmp_path, monkeypatch, misma
 
     monkeypatch.setattr(T, "optimizer_step", spy)
     T.main(cfg)
-    truth, fake, n = T.make_pairs(cfg, CPU)
+    truth, fake, n = T.make_pairs(cfg)
     scorer = T.new_scorer(cfg)
     loss, other = T.scorer_loss(scorer, T.make_batch(cfg, truth[:n], fake[:n], 0))
     grads = torch.autograd.grad(loss + mismatch * other, list(scorer.parameters()), allow_unused=True)
@@ -123,7 +123,7 @@ def test_the_first_step_and_its_line_by_hand(folders, tmp_path):
     """Of Adam the first step is the gradient's sign; the weights decay besides."""
     cfg = config(folders, tmp_path / "run" / "scorer", mismatch=2.0, steps=1, weight_decay=10.0, seed=1)
     folder = Path(T.main(cfg)["folder"])
-    truth, fake, n = T.make_pairs(cfg, CPU)
+    truth, fake, n = T.make_pairs(cfg)
     scorer, trained = T.new_scorer(cfg), T.Scorer.load(folder)
     loss, other = T.scorer_loss(scorer, T.make_batch(cfg, truth[:n], fake[:n], 0))
     grads = torch.autograd.grad(loss + 2 * other, parameters := list(scorer.parameters()), allow_unused=True)
@@ -151,9 +151,9 @@ def test_a_new_scorer_is_what_was_asked_for(folders, tmp_path, monkeypatch):
 
 def test_it_trains_on_preference_objects_and_validates_on_others(folders, tmp_path, monkeypatch):
     cfg = config(folders, tmp_path / "run" / "scorer", data="toys", seed=1)
-    truth, fake, n = T.make_pairs(cfg, CPU)
+    truth, fake, n = T.make_pairs(cfg)
     assert n == 4 and truth.shape == fake.shape == (6, 5, 3, 16, 16)
-    assert torch.equal(truth[:4], load_references("toys", 4, 16, 1))
+    assert torch.equal(truth[:4], make_references(load_split("toys", "preference", 4, 16), 4, 1))
     assert torch.equal(truth[4:], make_toys(2, 16, 2))
     trained_on, judged_on = [], []
     batch, judge = T.make_batch, T.evaluate
@@ -167,7 +167,7 @@ def test_it_trains_on_preference_objects_and_validates_on_others(folders, tmp_pa
 
 def test_negatives_are_the_generators_own_and_made_once(folders, tmp_path, monkeypatch):
     cfg = config(folders, tmp_path / "run" / "scorer", num_steps=3)
-    truth, fake, n = T.make_pairs(cfg, CPU)
+    truth, fake, n = T.make_pairs(cfg)
     assert torch.equal(truth[n:], load_split(cfg.data, "validation", 2, 16))
     for key, low, high in (((0, 9), 0, 0.35), ((0,), 1, 255)):  # rounded; other noise than in evaluation
         seeds = [T.key_seed(*key, i) for i in range(6)]
@@ -175,11 +175,11 @@ def test_negatives_are_the_generators_own_and_made_once(folders, tmp_path, monke
         assert low <= (images * 255 - fake.float()).abs().mean() <= high
     calls = []
     monkeypatch.setattr(T, "sample", lambda *args, **kw: calls.append(0))
-    assert torch.equal(T.make_pairs(cfg, CPU)[1], fake) and not calls
+    assert torch.equal(T.make_pairs(cfg)[1], fake) and not calls
     (path,) = (tmp_path / "run").glob("negatives-*/000000.safetensors")
     assert torch.equal(load_tensors(path)["views"], fake)
     with pytest.raises(InputError, match="makes images of 16 px"):
-        T.make_pairs(replace(cfg, image_size=32), CPU)
+        T.make_pairs(replace(cfg, image_size=32))
 
 
 def test_bfloat16_is_for_the_generator_but_on_a_cpu_not_for_the_scorer(
@@ -244,7 +244,7 @@ def test_each_negative_has_its_noise_and_stands_beside_its_truth(folders, tmp_pa
     monkeypatch.setattr(Path, "glob", lambda self, pattern: sorted(listed(self, pattern), reverse=True))
     monkeypatch.setattr(T, "sample", draw)
     truth, fake, _ = T.make_pairs(
-        config(folders, tmp_path / "run" / "scorer", data="toys", num_references=18), CPU
+        config(folders, tmp_path / "run" / "scorer", data="toys", num_references=18)
     )
     assert torch.equal(fake[:, 1], truth[:, 0]) and len(set(seen)) == len(seen) == 20
 

@@ -323,7 +323,7 @@ def test_the_evaluation_by_hand(tmp_path, monkeypatch):
     monkeypatch.setattr(T, "sample_images", lambda model, ref, *args: asked.append((ref, args)) or drawn)
     monkeypatch.setattr(T, "grid", lambda *args: shown.append(args))
     cfg = config(tmp_path, seed=5, num_steps=7, batch_size=3)
-    result = T.evaluate(random_model(), views, cfg, CPU, tmp_path / "grid.png")
+    result = T.evaluate(random_model(), views, cfg, tmp_path / "grid.png")
     ((ref, how),), ((path, columns, refs),) = asked, shown
     assert torch.equal(ref, truth[:, 0]) and how == (5, 7, 3, "evaluate", False)
     assert path == tmp_path / "grid.png" and torch.equal(refs, truth[:8, 0])
