@@ -401,9 +401,9 @@ def test_furniture_trains_on_its_training_split_and_is_judged_on_its_own(tmp_pat
     seen, original, judged = [], T.training_batch, []
     monkeypatch.setattr(T, "training_batch", lambda *args: seen.append(args) or original(*args))
     monkeypatch.setattr(T, "evaluate", lambda model, views, *rest: judged.append(views) or {})
-    changes = dict(data=("furniture", "toys", "furniture"), augment=True, steps=1, num_objects=3)
+    changes = dict(data=("furniture", "furniture", "toys"), augment=True, steps=1, num_objects=3)
     T.main(config(tmp_path, init=str(tmp_path / "init64"), **changes))
-    furniture, toys, again = seen[0][2]
+    furniture, again, toys = seen[0][2]
     assert again is furniture  # named twice, it takes two turns
     assert torch.equal(furniture, load_furniture("train", 64)[1][:3]) and seen[0][-1] is True
     assert torch.equal(toys, make_toys(3, 64, 0))
