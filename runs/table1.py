@@ -36,6 +36,7 @@ from model import load
 from scorer import Scorer, contrastive_reward
 
 FORWARD = {"loss": "diffusion_dpo"}
+FRESH = {"num_references": 960, "steps": 240}
 
 
 class Row(NamedTuple):
@@ -59,6 +60,14 @@ ROWS = {
     # Eq. (2) on branches: one action
     "random": Row("control: random preferences, branches", {"feedback": "random"}),
     "geometry": Row("MV-D3PO, geometry (ours)", {"feedback": "geometry"}, "geometry", "random"),
+    # the same from four times as many states, each seen twice, not four times
+    "fresh_random": Row("control: random preferences, 960 branched states", {"feedback": "random", **FRESH}),
+    "fresh_agreement": Row(
+        "MV-D3PO, geometry and colours (ours), 960 states",
+        {"feedback": "agreement", **FRESH},
+        "",
+        "fresh_random",
+    ),
 }
 FINISHED = {  # Diffusion-DPO on independent samples: name -> label, feedback, column of its reward
     "random": ("random preferences", "random", ""),
