@@ -36,6 +36,7 @@ from model import load
 from scorer import Scorer, contrastive_reward
 
 FORWARD = {"loss": "diffusion_dpo"}
+FRESH = {"num_references": 960, "steps": 240}
 # row -> label; options of train_d3po.py that are not at their defaults, if it is trained at all
 ROWS: dict[str, tuple[str, Any]] = {
     "pre": ("pre-trained", None),
@@ -49,6 +50,12 @@ ROWS: dict[str, tuple[str, Any]] = {
     # Eq. (2) on branches: one action
     "random": ("control: random preferences, branches", {"feedback": "random"}),
     "geometry": ("MV-D3PO, geometry (ours)", {"feedback": "geometry"}),
+    # the same with four times as many references, each seen twice
+    "fresh_random": ("control: random preferences, 960 branched states", {"feedback": "random", **FRESH}),
+    "fresh_agreement": (
+        "MV-D3PO, geometry and colours (ours), 960 states",
+        {"feedback": "agreement", **FRESH},
+    ),
 }
 FINISHED = {  # Diffusion-DPO on independent samples: name -> label, feedback, column of its reward
     "random": ("random preferences", "random", ""),
@@ -70,7 +77,10 @@ for kind, (how, options) in KINDS.items():
         ROWS[f"{kind}_{name}"] = f"{how}, {label}", {"feedback": feedback, **options}
 ROWS["best"] = "best of five by the scorer, no training", None
 ROWS["truth"] = "ground truth", None
-CONTROL = {"geometry": "random"}  # row -> random preferences with its loss and candidates
+CONTROL = {
+    "geometry": "random",
+    "fresh_agreement": "fresh_random",
+}  # row -> random preferences with its loss and candidates
 CONTROL |= {row: "noised_random" for row in ("least_noise", "m", "c_pre", "c")}
 CONTROL |= {f"{kind}_{name}": f"{kind}_random" for kind in KINDS for name in FINISHED if name != "random"}
 METRICS = {  # column -> heading, digits, factor
