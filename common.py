@@ -132,7 +132,8 @@ def check_options(cfg: Any) -> None:
             limit = 2**63 if option.name.startswith("seed") else 10**9
             if isinstance(v, int | float) and not abs(v) < limit:
                 raise InputError(f"--{option.name} {v}: expected a number below {limit}.")
-            if out and isinstance(v, str) and not (word or v in ("toys", "furniture")) and os.path.lexists(v):
+            shipped = option.name == "data" and v in ("toys", "furniture")
+            if out and isinstance(v, str) and not (word or shipped) and os.path.lexists(v):
                 if same_place(v, out):
                     raise InputError(f"--out {out}: is --{option.name}, too. Expected another place.")
                 if Path(v).is_dir() and Path(v).resolve() in Path(out).absolute().parents:

@@ -152,7 +152,7 @@ SPLITS = {"train": 0, "preference": 1, "validation": 2, "heldout": 3}  # the see
 def known(split: str) -> str:
     """The split, if there is one of that name."""
     if split not in SPLITS:
-        raise InputError(f"split {split}: expected one of {', '.join(SPLITS)}, or of a folder all.")
+        raise InputError(f"split {split}: unknown, expected one of {', '.join(SPLITS)}, or of a folder all.")
     return split
 
 

@@ -200,7 +200,7 @@ def sample(
     for call, (t_int, s_int) in enumerate(schedule.timesteps(num_steps)):
         t, s = (torch.full((len(x),), z, device=device) for z in (t_int, s_int))
         mean, var = policy_mean(model, schedule, x, seen, noise, t, s, bf16)
-        if call in own and len(x) == B:  # candidates part here: up to now one row was all of theirs
+        if call in own and len(x) < B * G:  # candidates part here: up to now one row was all of theirs
             mean, var, seen, noise = (z.repeat_interleave(G, 0) for z in (mean, var, seen, noise))
         keys = [(seed, 3, call, g * (call in own)) for seed in seeds for g in range(len(mean) // B)]
         x = mean + var.sqrt() * draw(mean.shape[1:], keys).to(device)

@@ -1,8 +1,8 @@
 """Table 1 on furniture: every row trained and measured on held-out objects by other hands (paper Sec. 6).
 
 One command does all of it, and goes on where it stopped: every stage is found by its content (cache.cached).
-Rows share candidates; all have the same references, batches and number of steps. Only this file, and
-evaluate.py if asked with --split heldout, looks at the held-out objects.
+Rows share candidates; all but the two of 960 states have the same references, batches and steps. Only this
+file, and evaluate.py if asked with --split heldout, looks at the held-out objects.
 
 Run:
     python -m runs.table1                       # results/table1/{table.md, table.json, grid.png, curves.png}
@@ -278,10 +278,9 @@ def main(cfg: Config) -> dict:
     result = {**made, "rows": rows, "minus": minus, "kl": kls, "sft_rate": rate}
     save_json(results / "table.json", result)
     write_atomic(results / "table.md", lambda p: p.write_text("\n".join(text) + "\n"))
+    # the first ten objects, as they come
     order = ("truth", "pre", "forward_c", "forward_geometry", "loose_agreement")
-    pictures = {
-        ROWS[row].label: first[row][:10] for row in order if row in first
-    }  # the first ten, as they come
+    pictures = {ROWS[row].label: first[row][:10] for row in order if row in first}
     grid(results / "grid.png", pictures, truth[:10, 0], side=64)
     if kls:
         curves(results / "curves.png", kls, measured)

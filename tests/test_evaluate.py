@@ -375,8 +375,14 @@ def test_wrong_input_is_one_line_before_any_work(folder) -> None:
         ({"images": str(folder / "data2")}, "no top; expected front"),
         ({"images": str(folder / "data3")}, r"lacks 3 objects of --data \(first: object0\)"),
         ({"data": none}, "no such folder"),
-        ({"data": "toys"}, "split all: expected one of train"),
-        ({"data": "furniture"}, "split all: expected one of train"),
+        (
+            {"data": "toys"},
+            "split all: unknown, expected one of train, preference, validation, heldout, or of a folder all",
+        ),
+        (
+            {"data": "furniture"},
+            "split all: unknown, expected one of train, preference, validation, heldout, or of a folder all",
+        ),
         ({"n": 0}, "--n 0"),
         ({"seeds": 0}, "--seeds 0"),
         ({"seed": -1}, "--seed -1"),
