@@ -305,8 +305,7 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def pretrained(kind: Any, name: str, **where: Any) -> Any:
-    """kind.from_pretrained with all weights. Where some are missing, diffusers and transformers only warn
-    and go on with random ones."""
+    """kind.from_pretrained with all weights: where some are missing, it only warns, and draws random ones."""
     model, report = kind.from_pretrained(name, output_loading_info=True, **where)
     broken = [n for n, p in model.named_parameters() if not p.isfinite().all()]
     if wrong := [*report["missing_keys"], *broken]:
@@ -364,10 +363,8 @@ def provenance(cfg: Any) -> dict[str, Any]:
 def digest(what: Any) -> str:
     """16 hexadecimal digits of the SHA-256 of a tensor, a file (Path), a folder of weights (Path; its
     config.json and model.safetensors, and of a local folder that the config names as its base vae/ and the
-    architecture of unet/), or anything JSON can say. A missing file raises InputError.
-
-    Also of a function: its code, defaults, what it closes over and global constants that it names, not the
-    functions that it calls."""
+    architecture of unet/), or anything JSON can say. A missing file raises InputError. Also of a function:
+    code, defaults, what it closes over and global constants that it names, not functions that it calls."""
     if isinstance(what, Tensor):
         plain = what.detach().cpu().contiguous().flatten().view(torch.uint8)  # numpy has no bfloat16
         return hashlib.sha256(plain.numpy().data).hexdigest()[:16]
@@ -443,8 +440,7 @@ SAVE_SECONDS = 120.0  # a killed run loses no more than this
 
 def training_steps(start: int, total: int, label: str, save: Callable[[int], None]) -> Iterator[int]:
     """The numbers start .. total - 1, with a progress bar. `save(done)` is called every SAVE_SECONDS, after
-    the last, and when Ctrl-C or SIGTERM asks to stop: then after the step under way, so that what is saved is
-    whole."""
+    the last and, when Ctrl-C or SIGTERM asks to stop, after the step under way: what is saved is whole."""
     asked: list[int] = []
 
     def handler(number: int, frame: Any) -> None:
@@ -466,8 +462,7 @@ def training_steps(start: int, total: int, label: str, save: Callable[[int], Non
 
 
 class Log:
-    """log.jsonl: every `every` steps, and after the last, the number of steps done and means since the line
-    before."""
+    """log.jsonl: every `every` steps, and after the last, the steps done and means since the line before."""
 
     def __init__(self, path: Path, every: int, last: int, state: dict[str, Any] | None = None) -> None:
         """`state`: of a killed run. Its file may tell of steps that are now done again."""

@@ -160,8 +160,9 @@ def policy_mean(
 
 
 def draw(shape: tuple[int, ...], keys: list[tuple[int, ...]]) -> Tensor:
-    """Standard normal (len(keys), *shape), each row from its own key."""
-    return torch.stack([torch.randn(shape, generator=keyed_generator(*key)) for key in keys])
+    """Standard normal (len(keys), *shape), each row from its own key; equal keys are drawn once."""
+    noise = {key: torch.randn(shape, generator=keyed_generator(*key)) for key in set(keys)}
+    return torch.stack([noise[key] for key in keys])
 
 
 class Trajectory(NamedTuple):

@@ -65,7 +65,6 @@ Preferences = tuple[Path, Tensor] | None  # what `collect` and `prefer` return; 
 @dataclass(frozen=True)
 class Config:
     """Defaults are Eq. (2) on a CPU; the comments name the paper's. `collect` prints what RECIPES came to.
-
     They are filled in at once: dataclasses.replace with another loss keeps them. Make a new Config."""
 
     feedback: str = "contrastive"  # a name in feedback.FEEDBACKS, or none: the SFT baseline
@@ -173,8 +172,7 @@ def prefer(candidates: Path, references: Tensor, cfg: Config) -> Tensor:  # (N, 
             raise InputError(f"--feedback {cfg.feedback}: {bad} rewards are not finite, expected numbers.")
         save_tensors(folder / "rewards.safetensors", {"rewards": rewards, "psnr": psnr})
 
-    folder = cached(cfg.out, f"rewards_{cfg.feedback}", made_by, make)
-    kept = load_tensors(folder / "rewards.safetensors")
+    kept = load_tensors(cached(cfg.out, f"rewards_{cfg.feedback}", made_by, make) / "rewards.safetensors")
     compared, wins = preference_pairs(kept["rewards"], cfg.pairs)
     if not wins.any():
         raise InputError(f"--feedback {cfg.feedback}: all tie, expected a winner. Is --model trained?")

@@ -16,6 +16,7 @@ from common import InputError
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [p.stem for p in ROOT.glob("*.py") if "\nclass Config:" in p.read_text()]
+SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("runs/*.py")]
 DOCUMENTS = ["README.md", "PAPER.md", "LOG.md", "results/README.md", "runs/paper.md", "checkpoints/README.md"]
 
 
@@ -75,6 +76,19 @@ def test_every_option_has_help(script, capsys):
             lines = source.splitlines()[node.lineno - 1 : node.end_lineno]
             comment = next(line for line in lines if "#" in line).split("#", 1)[1]
             assert "".join(comment.split()) in shown, f"{script}: {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_a_file_is_read_in_one_sitting(path):
+    """At most 500 lines, 80 a function, and 30 options a script."""
+    source = path.read_text()
+    assert source.count("\n") <= 500
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 80, node.name
+        if isinstance(node, ast.ClassDef) and node.name == "Config":
+            options = [member for member in node.body if isinstance(member, ast.AnnAssign)]
+            assert len(options) <= 30
 
 
 LEAST = {  # script -> least value -> options
