@@ -1,6 +1,6 @@
 """The multi-view denoiser: a diffusers UNet whose self-attention looks across views and at the reference.
 
-Sec. 3.2.1. One forward carries V + 1 rows per object: the V noised views and, as a last row, the reference
+Sec. 3.2.1. One forward carries the V noised views of every object and, as further rows, their references
 noised to the same t. All layers treat rows as a batch, except self-attention, which `MultiViewAttention`
 replaces:
 
@@ -9,11 +9,12 @@ replaces:
 
 The paper (after Zero123++) runs the UNet on the reference first, and appends its keys and values to the
 views' layers. The reference never looks at the views, so the single forward gives the same numbers and stores
-no keys. A pre-trained UNet keeps its state dict: new are only a view embedding and, for small networks,
-position tables. So the same class holds a toy that learns from nothing and SDXL (Sec. 6.1), which starts out
-as the stock model.
+no keys; and candidates of one reference share its row. A pre-trained UNet keeps its state dict: new are only
+a view embedding and, for small networks, position tables. So the same class holds a toy that learns from
+nothing and SDXL (Sec. 6.1), which starts out as the stock model.
 
-Letters: B objects, V views, R = V + 1 rows, N tokens of one image, C channels of a layer, c h w latent sizes.
+Letters: B objects, V views, n references (n = B, or fewer: each of B / n objects in a row), N tokens of one
+image, C channels of a layer, c h w latent sizes.
 """
 
 from dataclasses import asdict, dataclass
@@ -142,37 +143,34 @@ class MultiViewAttention(nn.Module):
 
     def forward(
         self,
-        x: Tensor,  # ((B R), N, C)
-        layout: tuple[int, bool],  # what the rows are: V views, then a reference or none
+        x: Tensor,  # (B V + n, N, C)
+        layout: tuple[int, int],  # what the rows are: V views of each object, then n references
         encoder_hidden_states: None = None,  # diffusers passes these two, always None
         attention_mask: None = None,
-    ) -> Tensor:  # ((B R), N, C)
+    ) -> Tensor:  # (B V + n, N, C)
         """The layout is an argument, no attribute: gradient checkpointing calls this again in the backward,
         when a forward with other rows may have come between."""
-        views, has_ref = layout
-        placed = x
+        V, n = layout
+        placed, rows = x, len(x) - n
         if self.position is not None:
-            tables = self.position[[*range(views)] + [NUM_VIEWS] * has_ref]  # (R, N, C)
-            placed = x + repeat(tables, "R N C -> (B R) N C", B=len(x) // len(tables))
+            placed = x + self.position[[*range(V)] * (rows // V) + [NUM_VIEWS] * n]
         q, k, v = (
-            rearrange(project(z), "(B R) N (H d) -> B R H N d", R=views + has_ref, H=self.heads)
+            rearrange(project(z), "rows N (H d) -> rows H N d", H=self.heads)
             for project, z in ((self.to_q, placed), (self.to_k, placed), (self.to_v, x))
         )
         # One projection served all rows; what is left to say is who attends to whom.
-        split, join = "B V H N d -> B H (V N) d", "B H (V N) d -> B V N (H d)"  # V N queries on V N keys
-        if not self.cross_view:
-            split, join = "B V H N d -> (B V) H N d", "(B V) H N d -> B V N (H d)"  # each view by itself
-        queries, keys, values = (rearrange(z[:, :views], split) for z in (q, k, v))
-        if has_ref:  # N more keys, the reference's
-            keys, values = (
-                torch.cat([own, repeat(z[:, views], "B ... -> (B n) ...", n=len(own) // len(z))], dim=-2)
-                for own, z in ((keys, k), (values, v))
+        V = V if self.cross_view else 1  # 1: each view by itself
+        (q, q_ref), (k, k_ref), (v, v_ref) = (z.split([rows, n]) for z in (q, k, v))
+        q, k, v = (rearrange(z, "(B V) H N d -> B H (V N) d", V=V) for z in (q, k, v))
+        if n:  # N more keys, the reference's
+            k, v = (
+                torch.cat([own, repeat(z, "n ... -> (n g) ...", g=len(own) // n)], dim=-2)
+                for own, z in ((k, k_ref), (v, v_ref))
             )
-        out = rearrange(F.scaled_dot_product_attention(queries, keys, values), join, V=views)
-        if has_ref:
-            out_ref = F.scaled_dot_product_attention(q[:, views], k[:, views], v[:, views])
-            out = torch.cat([out, rearrange(out_ref, "B H N d -> B 1 N (H d)")], dim=1)
-        out = rearrange(out, "B R N C -> (B R) N C")
+        out = rearrange(F.scaled_dot_product_attention(q, k, v), "B H (V N) d -> (B V) N (H d)", V=V)
+        if n:
+            out_ref = F.scaled_dot_product_attention(q_ref, k_ref, v_ref)
+            out = torch.cat([out, rearrange(out_ref, "n H N d -> n N (H d)")])
         for module in self.to_out:  # a linear layer and a dropout
             out = module(out)
         return out
@@ -181,7 +179,7 @@ class MultiViewAttention(nn.Module):
 class PromptAttention(AttnProcessor2_0):
     """SDXL's stock attention to the prompt. diffusers hands it the layout too; it has no use for that."""
 
-    def __call__(self, *args: Any, layout: tuple[int, bool] | None = None, **kwargs: Any) -> Tensor:
+    def __call__(self, *args: Any, layout: tuple[int, int] | None = None, **kwargs: Any) -> Tensor:
         return super().__call__(*args, **kwargs)
 
 
@@ -321,25 +319,23 @@ class MultiViewUNet(nn.Module):
         self,
         x_t: Tensor,  # (B, V, c, h, w) noised views
         t: Tensor,  # (B,) integer timesteps, shared by an object's views and its reference
-        ref_t: Tensor | None,  # (B, c, h, w) reference noised to the same t, or None for no reference at all
+        ref_t: Tensor | None,  # (n, c, h, w) references noised to the same t, or None for none at all
     ) -> Tensor:  # (B, V, c, h, w) prediction of x0, epsilon or v, in float32
         """Predict an object's views jointly. No reference, no row: a blank one would still be seen."""
-        batch, views = x_t.shape[:2]
+        (B, V), n = x_t.shape[:2], 0 if ref_t is None else len(ref_t)
         if not self.cfg.is_sdxl:  # a VAE's latent, turned over, is not the latent of a mirrored view
             x_t = unmirrored(x_t, self.cfg.patch)
-        rows, labels = x_t, torch.arange(views, device=x_t.device)
+        rows, times = x_t.flatten(0, 1), t.repeat_interleave(V)
         if ref_t is not None:
-            rows = torch.cat([x_t, ref_t[:, None]], dim=1)  # (B, R, c, h, w)
-            labels = torch.cat([labels, labels.new_tensor([NUM_VIEWS])])
-        rows = rearrange(rows, "B R c h w -> (B R) c h w")
+            rows, times = torch.cat([rows, ref_t]), torch.cat([times, t[:: B // n]])
         output = self.unet(
             rows,
-            repeat(t, "B -> (B R)", R=len(labels)),
-            class_labels=repeat(labels, "R -> (B R)", B=batch),
-            cross_attention_kwargs={"layout": (views, ref_t is not None)},  # reaches every MultiViewAttention
+            times,
+            class_labels=torch.tensor([*range(V)] * B + [NUM_VIEWS] * n, device=rows.device),
+            cross_attention_kwargs={"layout": (V, n)},  # reaches every MultiViewAttention
             **self.conditions(rows),
         ).sample
-        output = rearrange(output, "(B R) c h w -> B R c h w", B=batch)[:, :views].float()
+        output = output[: B * V].unflatten(0, (B, V)).float()
         return output if self.cfg.is_sdxl else unmirrored(output, self.cfg.patch)
 
     def conditions(self, rows: Tensor) -> dict[str, Any]:

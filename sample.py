@@ -144,15 +144,16 @@ def policy_mean(
     model: MultiViewUNet,
     schedule: Schedule,
     x_t: Tensor,
-    y: Tensor,  # what the policy is shown
-    ref_noise: Tensor,
+    y: Tensor,  # what the policy is shown: (B, c, h, w), or fewer if B / n rows in a row share it, and t
+    ref_noise: Tensor,  # of each y
     t: Tensor,
     s: Tensor,
     bf16: bool = False,  # run the network in bfloat16; the step itself stays float32
 ) -> tuple[Tensor, Tensor]:  # mean, var
     """The policy pi_theta(. | x_t, t, c) = N(mean, var I) of one call of the network."""
     with torch.autocast(x_t.device.type, torch.bfloat16, enabled=bf16):
-        prediction = model(x_t, t, noised_reference(schedule, model.cfg, y, t, ref_noise))
+        ref_t = noised_reference(schedule, model.cfg, y, t[:: len(t) // len(y)], ref_noise)
+        prediction = model(x_t, t, ref_t)
     return ddpm_step(schedule, prediction, x_t, t, s)
 
 
@@ -202,7 +203,7 @@ def sample(
         t, s = (torch.full((len(x),), z, device=device) for z in (t_int, s_int))
         mean, var = policy_mean(model, schedule, x, seen, noise, t, s, bf16)
         if call in own and len(x) < B * G:  # candidates part here: up to now one row was all of theirs
-            mean, var, seen, noise = (z.repeat_interleave(G, 0) for z in (mean, var, seen, noise))
+            mean, var = (z.repeat_interleave(G, 0) for z in (mean, var))
         keys = [(seed, 3, call, g * (call in own)) for seed in seeds for g in range(len(mean) // B)]
         x = mean + var.sqrt() * draw(mean.shape[1:], keys).to(device)
         states.append(x)

@@ -213,9 +213,8 @@ def batch_means(policy: MultiViewUNet, schedule: Schedule, batch: Batch, bf16: b
     its own. Under the reference that a candidate was drawn with, each action is a sample of pi_pre, and
     E_pi[grad log pi] = 0: where the noise scale alone decides who wins, no gradient is expected at theta =
     pre, neither of winners nor of losers."""
-    R = batch.x_t.shape[1]
-    y, noise, t, s = (z.repeat_interleave(R, 0) for z in (batch.y, batch.ref_noise, batch.t, batch.s))
-    return policy_mean(policy, schedule, batch.x_t.flatten(0, 1), y, noise, t, s, bf16)
+    t, s = (z.repeat_interleave(batch.x_t.shape[1], 0) for z in (batch.t, batch.s))
+    return policy_mean(policy, schedule, batch.x_t.flatten(0, 1), batch.y, batch.ref_noise, t, s, bf16)
 
 
 def step_log_ratio(
@@ -250,10 +249,9 @@ def forward_log_ratio(
     schedule, (B, G), g = Schedule(policy.cfg), batch.x0.shape[:2], keyed_generator(seed, 11, step)
     t = torch.randint(100, 951, (B,), generator=g).to(batch.t)
     noise, ref_noise = (torch.randn(z.shape, generator=g).to(t.device) for z in (batch.x0[:, 0], batch.y))
-    t, y, noise, ref_noise = (z.repeat_interleave(G, 0) for z in (t, batch.y, noise, ref_noise))  # B G rows
-    x0 = batch.x0.flatten(0, 1)
+    ref_t = noised_reference(schedule, policy.cfg, batch.y, t, ref_noise)  # one for all candidates
+    x0, t, noise = batch.x0.flatten(0, 1), *(z.repeat_interleave(G, 0) for z in (t, noise))  # B G rows
     x_t = forward_noise(schedule, x0, t, noise)
-    ref_t = noised_reference(schedule, policy.cfg, y, t, ref_noise)
 
     def predict(network: MultiViewUNet) -> Tensor:
         with torch.autocast(t.device.type, torch.bfloat16, enabled=bf16):

@@ -157,13 +157,28 @@ def test_the_reference_does_not_see_the_views(tiny):
     x, t, ref = inputs()
     rows = []
     for m in tiny.attention_layers():
-        m.register_forward_hook(lambda m, args, out: rows.append(out.unflatten(0, (B, V + 1))))
+        m.register_forward_hook(lambda m, args, out: rows.append(out.split([B * V, B])))
     tiny(x, t, ref)
     tiny(inputs(1)[0], t, ref)
     n = len(rows) // 2
-    for first, second in zip(rows[:n], rows[n:], strict=True):
-        assert torch.equal(first[:, V], second[:, V])
-        assert not torch.allclose(first[:, :V], second[:, :V])
+    for (views, first), (others, second) in zip(rows[:n], rows[n:], strict=True):
+        assert torch.equal(first, second)
+        assert not torch.allclose(views, others)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cross_view", [True, False])
+def test_candidates_of_a_reference_may_share_its_row(cross_view):
+    """The same numbers as with a row for each: candidates in a row have one reference, at their t."""
+    model, (x, t, ref) = random_model(cross_view=cross_view), inputs()
+    x = torch.cat([x, inputs(1)[0], inputs(2)[0]])[[0, 2, 4, 1, 3, 5]]  # three of each reference
+    own = model(x, t.repeat_interleave(3), ref.repeat_interleave(3, 0))
+    rows = []
+    model.unet.register_forward_pre_hook(lambda m, args: rows.append(len(args[0])))
+    shared = model(x, t.repeat_interleave(3), ref)
+    assert rows == [6 * V + 2]
+    torch.testing.assert_close(shared, own, rtol=0, atol=1e-6)
+    assert (own[:3] - model(x, t.repeat_interleave(3), ref.flip(0))[:3]).abs().max() > 1e-4
 
 
 @torch.no_grad()
@@ -203,7 +218,7 @@ def test_rows_are_labelled_views_first_and_the_reference_last(tiny):
     blank = tiny(x, t, None) - tiny(x, t, torch.zeros_like(ref))
     assert seen.pop() == seen[0] and blank.abs().max() > 1e-4  # no reference is not a blank reference
     tiny(x[:, :2], t, ref)
-    assert seen == [[*range(V), V] * B, [*range(V)] * B, [0, 1, V] * B]
+    assert seen == [[*range(V)] * B + [V] * B, [*range(V)] * B, [0, 1] * B + [V] * B]
 
 
 # --- the position table ---

@@ -144,8 +144,11 @@ def test_candidates_differ_by_their_step_noises_alone(tiny):
 
 def test_one_forward_serves_candidates_that_share_a_state(tiny, monkeypatch):
     rows, original = [], S.policy_mean
-    monkeypatch.setattr(S, "policy_mean", lambda *args: rows.append(len(args[2])) or original(*args))
-    cases = [({}, [2, 6, 6, 6]), ({"own": [2]}, [2, 2, 2, 6]), ({"noise_scales": [0.0, 0.1, 0.8]}, [6] * 4)]
+    spy = lambda *args: rows.append((len(args[2]), len(args[3]))) or original(*args)  # noqa: E731
+    monkeypatch.setattr(S, "policy_mean", spy)
+    one, part, all_own = (2, 2), (6, 2), (6, 6)  # rows of views, and of references
+    cases = [({}, [one, part, part, part]), ({"own": [2]}, [one, one, one, part])]
+    cases += [({"noise_scales": [0.0, 0.1, 0.8]}, [all_own] * 4)]
     for how, expected in cases:
         rows.clear()
         S.sample(tiny, refs(2), [5, 6], 4, G=3, **how)
@@ -200,9 +203,8 @@ def test_a_trajectory_can_be_replayed_bit_by_bit(tiny):
     chain = S.sample(tiny, refs(2), [1, 2], 5, G=2, own=range(1, 5))
     with torch.no_grad():
         for k, (t, s) in enumerate(ours.timesteps(5)):
-            x, y, ref_noise = chain.states[:, k], *(z.repeat_interleave(2, 0) for z in chain[1:3])
-            if k < 2:  # one row for both candidates
-                x, y, ref_noise = x[::2], chain.y, chain.ref_noise
+            x, y, ref_noise = chain.states[:, k], chain.y, chain.ref_noise
+            x = x[::2] if k < 2 else x  # one row for both candidates
             times = torch.full((len(x),), t), torch.full((len(x),), s)
             mean, var = S.policy_mean(tiny, ours, x, y, ref_noise, *times)
             mean, var = (z.repeat_interleave(4 // len(x), 0) for z in (mean, var))
