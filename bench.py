@@ -1,7 +1,8 @@
 """How fast is it, how exact, does it fit? Against the published structure, and at the paper's scale.
 
-Measured: two forms of one computation, with equal weights and one batch. First both run once in float32:
-losses and gradients must be equal to 1e-4. Then they take turns, in bfloat16 where it is fast.
+Measured: two forms of one computation, with equal weights and one batch; what trains are the attention
+layers, as in the main job. First both run once in float32: losses and gradients must be equal to 1e-4. Then
+they take turns, in bfloat16 where it is fast.
 
     pair step     published order of calls: policy on the winner, frozen policy on the winner, the same two
                   on the loser. Ours: one forward (train_d3po.step_log_ratio); the frozen means are stored
@@ -26,7 +27,8 @@ Run:
     python bench.py --scaling True --out results/bench     # a minute
     python bench.py --count True --out results/memory      # a few minutes; also with --lora 16
 
-Letters: B objects, P pairs, G candidates, R states, V views. One object is V + 1 = 6 rows of the UNet.
+Letters: B objects, P pairs, G candidates, R states, V views. A state is V rows of the UNet; a reference is
+one more, which its candidates share.
 """
 
 import time
@@ -274,6 +276,7 @@ def measure(cfg: Config, device: torch.device) -> list[dict[str, Any]]:
     with torch.no_grad():  # a policy that has moved a little, or the loss would be log 2 whatever is computed
         for p in policy.parameters():
             p.add_(1e-3 * torch.randn(p.shape, generator=g).to(device) * p.std(unbiased=False))
+    policy.freeze(attention_only=True)  # as the main job does
 
     to_row = partial(compare, cfg, (policy, pre))
     for G in cfg.groups:
