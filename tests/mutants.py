@@ -393,6 +393,7 @@ FAULTS: list[tuple[str, str, str, str]] = [
     ("runs/table1", 'tried[rate]["psnr_unseen"]["after"])', "-rate)", "runs"),
     ("bench", "for pair in pairs[:limit]:", "for pair in pairs[:1]:", "runs"),
     ("bench", "(a - b).norm() > 1e-4", "(a - b).norm() > 1e4", "runs"),
+    ("bench", "policy.freeze(attention_only=True)", "pass", "runs"),
     # settings, logs, pictures
     (SFT, 'cfg.seed, cfg.num_steps, cfg.batch_size, "evaluate"', 'cfg.seed, 10, cfg.batch_size, "evaluate"', SFT),
     (SFT, "betas=(0.9, 0.99), weight_decay=0.0", "betas=(0.9, 0.99), weight_decay=0.01", SFT),
