@@ -144,23 +144,21 @@ class MultiViewAttention(nn.Module):
     def forward(
         self,
         x: Tensor,  # (B V + n, N, C)
-        layout: tuple[int, int],  # what the rows are: V views of each object, then n references
+        layout: tuple[Tensor, int, int],  # each row's label, V, n: V views of each object, then n references
         encoder_hidden_states: None = None,  # diffusers passes these two, always None
         attention_mask: None = None,
     ) -> Tensor:  # (B V + n, N, C)
         """The layout is an argument, no attribute: gradient checkpointing calls this again in the backward,
         when a forward with other rows may have come between."""
-        V, n = layout
-        placed, rows = x, len(x) - n
-        if self.position is not None:
-            placed = x + self.position[[*range(V)] * (rows // V) + [NUM_VIEWS] * n]
+        labels, V, n = layout
+        placed = x if self.position is None else x + self.position[labels]
         q, k, v = (
             rearrange(project(z), "rows N (H d) -> rows H N d", H=self.heads)
             for project, z in ((self.to_q, placed), (self.to_k, placed), (self.to_v, x))
         )
         # One projection served all rows; what is left to say is who attends to whom.
         V = V if self.cross_view else 1  # 1: each view by itself
-        (q, q_ref), (k, k_ref), (v, v_ref) = (z.split([rows, n]) for z in (q, k, v))
+        (q, q_ref), (k, k_ref), (v, v_ref) = (z.split([len(x) - n, n]) for z in (q, k, v))
         q, k, v = (rearrange(z, "(B V) H N d -> B H (V N) d", V=V) for z in (q, k, v))
         if n:  # N more keys, the reference's
             k, v = (
@@ -179,7 +177,7 @@ class MultiViewAttention(nn.Module):
 class PromptAttention(AttnProcessor2_0):
     """SDXL's stock attention to the prompt. diffusers hands it the layout too; it has no use for that."""
 
-    def __call__(self, *args: Any, layout: tuple[int, int] | None = None, **kwargs: Any) -> Tensor:
+    def __call__(self, *args: Any, layout: tuple[Tensor, int, int] | None = None, **kwargs: Any) -> Tensor:
         return super().__call__(*args, **kwargs)
 
 
@@ -328,11 +326,12 @@ class MultiViewUNet(nn.Module):
         rows, times = x_t.flatten(0, 1), t.repeat_interleave(V)
         if ref_t is not None:
             rows, times = torch.cat([rows, ref_t]), torch.cat([times, t[:: B // n]])
+        labels = torch.tensor([*range(V)] * B + [NUM_VIEWS] * n, device=rows.device)
         output = self.unet(
             rows,
             times,
-            class_labels=torch.tensor([*range(V)] * B + [NUM_VIEWS] * n, device=rows.device),
-            cross_attention_kwargs={"layout": (V, n)},  # reaches every MultiViewAttention
+            class_labels=labels,
+            cross_attention_kwargs={"layout": (labels, V, n)},  # reaches every MultiViewAttention
             **self.conditions(rows),
         ).sample
         output = output[: B * V].unflatten(0, (B, V)).float()

@@ -207,7 +207,7 @@ FAULTS: list[tuple[str, str, str, str]] = [
     ("scorer", "(images - self.mean) / self.std", "(images - self.mean)", "scorer"),
     # the network
     (MODEL, "if size:  # equal projections", "if not size:  # equal projections", MODEL),
-    (MODEL, "(rows // V) + [NUM_VIEWS] * n]", "(rows // V) + [0] * n]", MODEL),
+    (MODEL, "self.position[labels]", "self.position[labels % NUM_VIEWS]", MODEL),
     (MODEL, "t[:: B // n]", "t[:n]", MODEL),
     (MODEL, '"n ... -> (n g) ..."', '"n ... -> (g n) ..."', MODEL),
     (MODEL, "torch.meshgrid(-centre, centre", "torch.meshgrid(centre, centre", MODEL),

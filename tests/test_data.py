@@ -151,7 +151,10 @@ def test_names_and_lazy_reading_agree_with_the_split(source, tmp_path, monkeypat
             assert names == [data.toy_name(data.SPLITS[split], i) for i in range(2)]
         if source not in ("toys", "furniture"):
             assert [int(v.amax()) for v in views] == [int(name) for name in names]
-    with pytest.raises(InputError, match="split test: unknown, expected one of train"):
+    with pytest.raises(
+        InputError,
+        match="split test: unknown, expected one of train, preference, validation, heldout, or of a folder all",
+    ):
         data.load_split(source, "test", 2, 8)
 
 

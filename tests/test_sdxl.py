@@ -148,7 +148,7 @@ def test_the_prompt_attention_is_the_stock_one_and_does_not_complain(tiny, caplo
     assert not caplog.records
     layers = [m.attn2 for m in tiny.modules() if hasattr(m, "attn2")]
     z, prompt = torch.randn(2, 3, 64), torch.randn(2, 5, 64)
-    before = layers[0](z, prompt, layout=(1, True))
+    before = layers[0](z, prompt, layout=(torch.zeros(2), 1, 1))
     layers[0].set_processor(AttnProcessor2_0())
     assert before.equal(layers[0](z, prompt))
 
