@@ -3,6 +3,8 @@
     score_m = f(e(Y), e(X_m))        e: DINOv2 CLS embedding      f: linear, or bilinear (see `Scorer`)
     reward  = sum_{m=1..4} score_m   the paper's "contrastive score", the feedback of MV-D3PO-C
 
+Ours besides: e keeps what stands on each epipolar line, and f compares line by line (`Strips`).
+
 Images in, one number for each view out: near 1 for a view that looks like the reference's own object, near
 0 for a generated one. View 0 shows the reference itself, so the reward leaves it out.
 """
@@ -20,10 +22,11 @@ from transformers.utils import logging
 
 from common import InputError, explained, load_json, load_weights, located, pretrained, save_json
 from common import save_tensors, typed
+from render import VIEWS
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, deviation that published weights expect
 Colour = tuple[float, float, float]
-Head = Literal["bilinear", "concat"]
+Head = Literal["bilinear", "concat", "epipolar"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class EncoderConfig:
 class ScorerConfig:
     """What `config.json` holds: all that is needed to build the network again without its origin."""
 
-    head: Head = "bilinear"
+    head: Head = "bilinear"  # epipolar: with an encoder of its own, which asks for image_size alone
     image_size: int = 64  # side of the square that the encoder sees, a multiple of its patch
     resize: bool = False  # True: any image is brought to image_size; False: another size is an error
     mean: Colour = (1.0, 1.0, 1.0)  # subtracted from each colour channel: here, white becomes 0
@@ -72,6 +75,28 @@ class ScorerConfig:
             raise InputError(f"scorer std {self.std}: expected more than 0.")
 
 
+class Strips(nn.Module):
+    """e of `epipolar`: what stands on each row of pixels, and on each column.
+
+    Orthographic cameras along the axes have epipolar lines that need no search. What one side shows at a
+    height stands at this height in every other, the same row of pixels. A column of the top is one of the
+    front. A CLS token would have to learn where things are; here the largest value along the line is kept."""
+
+    def __init__(self, width: int = 32, dim: int = 16) -> None:
+        super().__init__()
+
+        def along(width: int) -> nn.Module:
+            return nn.Sequential(nn.Conv1d(width, width, 3, 1, 1), nn.GELU(), nn.Conv1d(width, dim, 1))
+
+        near = (nn.Conv2d(3, width, 3, 2, 1), nn.GELU(), nn.Conv2d(width, width, 3, 1, 1), nn.GELU())
+        self.near, self.rows, self.columns = nn.Sequential(*near), along(width), along(width)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, images: Tensor) -> Tensor:  # (N, 3, S, S) -> (N, 2, S / 2, dim): rows, then columns
+        x = self.near(images)
+        return self.norm(torch.stack([self.rows(x.amax(-1)).mT, self.columns(x.amax(-2)).mT], dim=1))
+
+
 class Scorer(nn.Module):
     """f(e_Y, e_X) with a DINOv2 encoder e, both trained.
 
@@ -84,8 +109,12 @@ class Scorer(nn.Module):
     W e_X, which changes that total by (e_Y1 - e_Y2)^T W (e_X1 - e_X2). `bilinear` adds it to the terms
     above; with W = 0 it is `concat`.
 
-    FORK: the paper's f does not see which view m is, so right and left exchanged score the same. A row of
-    w, u, b and a W for each m would see it."""
+    The paper's f does not see which view m is, so right and left exchanged score the same. `epipolar` does,
+    for which lines must agree depends on it:
+
+        f_m(Y, X) = b_m + mean over lines l of  e_Y,l^T A_m e_X,l       rows and columns with an A_m each
+
+    FORK: a row of w, u, b and a W for each m would let `bilinear` see m."""
 
     mean: Tensor
     std: Tensor
@@ -93,19 +122,25 @@ class Scorer(nn.Module):
     def __init__(self, cfg: ScorerConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self.encoder = Dinov2Model(Dinov2Config(**asdict(cfg.encoder)))
-        dim = cfg.encoder.hidden_size
         # f starts at 1/2, the best constant for targets 0 and 1: a random head would have to be unlearned.
-        self.linear = nn.Linear(2 * dim, 1)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.constant_(self.linear.bias, 0.5)
-        self.W = nn.Parameter(torch.zeros(dim, dim)) if cfg.head == "bilinear" else None
+        if cfg.head == "epipolar":
+            self.encoder = Strips()
+            (dim,) = self.encoder.norm.normalized_shape
+            self.A = nn.Parameter(torch.zeros(len(VIEWS), 2, dim, dim))
+            self.b = nn.Parameter(torch.full((len(VIEWS),), 0.5))
+        else:
+            self.encoder = Dinov2Model(Dinov2Config(**asdict(cfg.encoder)))
+            dim = cfg.encoder.hidden_size
+            self.linear = nn.Linear(2 * dim, 1)
+            nn.init.zeros_(self.linear.weight)
+            nn.init.constant_(self.linear.bias, 0.5)
+            self.W = nn.Parameter(torch.zeros(dim, dim)) if cfg.head == "bilinear" else None
         # Constants of the preprocessing, not weights.
         self.register_buffer("mean", torch.tensor(cfg.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(cfg.std).view(3, 1, 1), persistent=False)
 
     def embed(self, images: Tensor) -> Tensor:
-        """e: (N, 3, H, W) in [0, 1] -> (N, d), the CLS token after the last LayerNorm."""
+        """e: (N, 3, H, W) in [0, 1] -> (N, d), the CLS token after the last LayerNorm; or `Strips`."""
         size = self.cfg.image_size
         if images.shape[-2:] != (size, size):
             if not self.cfg.resize:  # trained at one size, it would return meaningless numbers at another
@@ -113,10 +148,14 @@ class Scorer(nn.Module):
                 raise InputError(f"scorer: images of {h} x {w} px, expected {size} x {size}, as in training.")
             # DINOv2's stock image processor would crop the edges of a centred object
             images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-        return self.encoder((images - self.mean) / self.std).pooler_output
+        e = self.encoder((images - self.mean) / self.std)
+        return e if isinstance(e, Tensor) else e.pooler_output
 
-    def head(self, e_ref: Tensor, e_views: Tensor) -> Tensor:
-        """f: e_Y (B, d) and e_X (B, V, d) -> (B, V)."""
+    def head(self, e_ref: Tensor, e_views: Tensor, m: Tensor) -> Tensor:
+        """f: e_Y (B, d) and e_X (B, V, d) -> (B, V). m (V,) says which of VIEWS each is: `epipolar` asks."""
+        if self.cfg.head == "epipolar":  # e_Y (B, 2, L, d), e_X (B, V, 2, L, d)
+            f = torch.einsum("b a l d, v a d e, b v a l e -> b v", e_ref, self.A[m], e_views)
+            return self.b[m] + f / e_ref.shape[2]
         e_ref = repeat(e_ref, "B d -> B V d", V=e_views.shape[1])
         f = self.linear(torch.cat([e_ref, e_views], dim=-1)).squeeze(-1)  # w.e_Y + u.e_X + b
         if self.W is not None:
@@ -127,8 +166,8 @@ class Scorer(nn.Module):
         """References Y (B, 3, H, W) and views X_m (B, V, 3, H, W), in [0, 1] -> a score a view (B, V)."""
         both = torch.cat([ref[:, None], views], dim=1)  # (B, 1+V, 3, H, W): one pass of the encoder for all
         e = self.embed(rearrange(both, "B R C H W -> (B R) C H W"))
-        e = rearrange(e, "(B R) d -> B R d", B=len(ref))
-        return self.head(e[:, 0], e[:, 1:])
+        e = rearrange(e, "(B R) ... -> B R ...", B=len(ref))
+        return self.head(e[:, 0], e[:, 1:], torch.arange(views.shape[1], device=e.device))
 
     @torch.no_grad()
     def score(self, ref: Tensor, views: Tensor) -> Tensor:
@@ -173,6 +212,8 @@ def small_scorer(
 
 def pretrained_scorer(backbone: str, head: Head, image_size: int = 224) -> Scorer:
     """A published DINOv2 (hub id or folder) and a new head; image_size is rounded down to whole patches."""
+    if head == "epipolar":
+        raise InputError(f"--backbone {backbone}: --head epipolar has its own, expected bilinear or concat.")
     expected = "expected a hub id such as facebook/dinov2-base, or a local folder with a whole DINOv2."
     logging.set_verbosity_error()
     logging.disable_progress_bar()

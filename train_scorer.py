@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 from tqdm import tqdm
@@ -44,7 +45,7 @@ from model import load
 from pictures import load_views
 from render import VIEWS
 from sample import sample
-from scorer import Scorer, pretrained_scorer, small_scorer
+from scorer import Head, Scorer, pretrained_scorer, small_scorer
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,11 @@ class Config:
     num_val: int = 64  # validation objects
     num_steps: int = 10  # network calls when the generator draws
 
-    head: Literal["bilinear", "concat"] = "bilinear"  # concat: the paper's, blind to whose view it is
+    head: Head = "bilinear"  # concat: the paper's, blind to whose view it is; epipolar: ours, line by line
     backbone: str = ""  # pretrained DINOv2, hub id or folder; empty: a small one from scratch
     image_size: int = 64  # pixels of the views
     backbone_size: int = 224  # pixels at which a pretrained backbone sees them
-    patch_size: int = 8  # of the small encoder, as the next three
+    patch_size: int = 8  # of the small DINOv2, as the next three
     hidden_size: int = 96  # width
     num_layers: int = 4  # transformer layers
     num_heads: int = 4  # attention heads
@@ -71,7 +72,9 @@ class Config:
     lr: float = 1e-3  # of the encoder; about 1e-5 for a pretrained one
     head_lr: float = 1e-3  # of f, which starts at zero also on a pretrained encoder
     weight_decay: float = 0.05  # of all weights
+    generated: float = 1.0  # weight of the second term; 0: of generated views nothing is learned
     mismatch: float = 1.0  # weight of the third term; 0 is the paper's loss
+    texture: float = 0.0  # strength of blotches and grain on all views but the reference
     twins: bool = True  # half of a batch are stretched copies of the other half
 
     seed: int = 0  # of weights, batches, frames and the generator
@@ -84,22 +87,26 @@ class Config:
 # --- the loss ---
 
 
-def consistency_loss(f_true: Tensor, f_fake: Tensor) -> Tensor:
-    """L_3D-Consistency, mean over objects and views; both (B, V-1)."""
-    return ((f_true - 1) ** 2).mean() + (f_fake**2).mean()
+def consistency_loss(f_true: Tensor, f_fake: Tensor, generated: float = 1.0) -> Tensor:
+    """L_3D-Consistency, mean over objects and views; both (B, V-1). generated: weight of the second term."""
+    return ((f_true - 1) ** 2).mean() + generated * (f_fake**2).mean()
 
 
-def scorer_loss(scorer: Scorer, images: Tensor, bf16: bool = False) -> tuple[Tensor, Tensor]:
+def scorer_loss(
+    scorer: Scorer, images: Tensor, bf16: bool = False, generated: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """L_3D-Consistency and the mismatch term of a batch (make_batch), from one pass of the encoder."""
     B, others = len(images), images.shape[1] // 2
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        e = rearrange(scorer.embed(images.flatten(0, 1)), "(B R) d -> B R d", B=B).float()
+        e = rearrange(scorer.embed(images.flatten(0, 1)), "(B R) ... -> B R ...", B=B).float()
     e_ref, e_true, e_fake = e[:, 0], e[:, 1 : 1 + others], e[:, 1 + others :]
     # f of every reference i with the true views of every object j: the encoder's work is done already.
-    every = scorer.head(e_ref, repeat(e_true, "O m d -> B (O m) d", B=B))
+    m = torch.arange(1, 1 + others, device=images.device)
+    every = scorer.head(e_ref, repeat(e_true, "O m ... -> B (O m) ...", B=B), m.repeat(B))
     every = rearrange(every, "B (O m) -> B O m", O=B)  # every[i, j] = f(Y_i, X_j)
     own = torch.eye(B, dtype=torch.bool, device=images.device)
-    return consistency_loss(every[own], scorer.head(e_ref, e_fake)), (every[~own] ** 2).mean()
+    loss = consistency_loss(every[own], scorer.head(e_ref, e_fake, m), generated)
+    return loss, (every[~own] ** 2).mean()
 
 
 # --- objects, negatives, batches ---
@@ -156,6 +163,16 @@ def twin(images: Tensor, g: torch.Generator, cameras: Sequence[int] = range(len(
     return stretch(images, 0.6 + 0.4 * torch.rand(3, generator=g), cameras)
 
 
+def texture(views: Tensor, strength: float, g: torch.Generator) -> Tensor:
+    """Blotches and grain, as a sampler's: on true views and wrong ones alike, they teach to look past both.
+
+    views (B, M, 3, S, S) in [0, 1]; a blotch is an eighth of the side, and leaves white white."""
+    smooth = torch.randn(*views.shape[:2], 3, 8, 8, generator=g).flatten(0, 1)
+    smooth = F.interpolate(smooth, views.shape[-2:], mode="bilinear").view_as(views)
+    grain = 0.15 * torch.randn(views.shape, generator=g)
+    return (1 - (1 - views) * (1 + strength * smooth) + strength * grain).clamp(0, 1)
+
+
 def make_batch(cfg: Config, truth: Tensor, fake: Tensor, step: int) -> Tensor:
     """(B, 1 + 2 (V-1), 3, S, S) in [0, 1]: reference, true and generated views; from (seed, step) alone."""
     g = keyed_generator(cfg.seed, step)
@@ -171,6 +188,8 @@ def make_batch(cfg: Config, truth: Tensor, fake: Tensor, step: int) -> Tensor:
     if torch.rand((), generator=g) < 0.5:
         order = MIRRORED_ORDER + [views - 1 + m for m in MIRRORED_ORDER[1:]]
         images = images[:, order].flip(-1)
+    if cfg.texture:
+        images = torch.cat([images[:, :1], texture(images[:, 1:], cfg.texture, g)], dim=1)
     return images
 
 
@@ -248,7 +267,7 @@ def run(scorer: Scorer, truth: Tensor, fake: Tensor, n: int, cfg: Config, folder
     for step in training_steps(state.get("step", 0), cfg.steps, "train_scorer", save):
         # batch, forward, backward
         images = make_batch(cfg, truth[:n], fake[:n], step).to(device)
-        loss, mismatch = scorer_loss(scorer, images, bf16)
+        loss, mismatch = scorer_loss(scorer, images, bf16, cfg.generated)
         (loss + cfg.mismatch * mismatch).backward()
 
         # step, log: short warm-up, then cosine to 0
@@ -267,14 +286,14 @@ def main(cfg: Config) -> dict[str, Any]:
     check_at_least(cfg, 1, "steps", "eval_every", "image_size", "backbone_size")
     check_at_least(cfg, 1, "patch_size", "hidden_size", "num_layers", "num_heads")
     check_at_least(cfg, 2, "num_references", "num_val", "batch_size", "num_steps")  # another object is needed
-    check_at_least(cfg, 0, "lr", "head_lr", "weight_decay", "mismatch")
+    check_at_least(cfg, 0, "lr", "head_lr", "weight_decay", "generated", "mismatch", "texture")
     out, made_on = check_link(Path(cfg.out)), machine(cfg)
     scorer = new_scorer(cfg)  # what is impossible shows now, not after the negatives
     truth, fake, n = make_pairs(cfg)
     local = cfg.backbone and Path(cfg.backbone).is_dir()
     made_by = settings(cfg, "eval_every", "bf16", "data", "negatives", "backbone") | {
         "truth": digest(truth),
-        "generated": digest(fake),
+        "negatives": digest(fake),
         "backbone": digest(Path(cfg.backbone)) if local else cfg.backbone,
         "code": code("data", "metrics", "scorer", "train_scorer"),
     }

@@ -37,6 +37,7 @@ from scorer import Scorer, contrastive_reward
 
 FORWARD = {"loss": "diffusion_dpo"}
 FRESH = {"num_references": 960, "steps": 240}
+EPIPOLAR = {"head": "epipolar", "generated": 0.0, "mismatch": 0.3, "texture": 0.3}  # of train_scorer.py
 
 
 class Row(NamedTuple):
@@ -68,11 +69,18 @@ ROWS = {
         "",
         "fresh_random",
     ),
+    "fresh_epipolar": Row(
+        "MV-D3PO-C, epipolar scorer (ours), 960 states",
+        {"feedback": "contrastive", "candidates": "branch", **FRESH},
+        "epipolar",
+        "fresh_random",
+    ),
 }
 FINISHED = {  # Diffusion-DPO on independent samples: name -> label, feedback, column of its reward
     "random": ("random preferences", "random", ""),
     "larger": ("larger silhouettes (control)", "larger", "covered"),
     "c": ("C", "contrastive", "contrastive"),
+    "epipolar": ("C, epipolar scorer (ours)", "contrastive", "epipolar"),
     "hull": ("hull (ours)", "hull", "hull"),
     "lean": ("geometry at equal size (ours)", "lean", ""),
     "geometry": ("geometry (ours)", "geometry", "geometry"),
@@ -101,6 +109,7 @@ METRICS = {  # column -> heading, digits, factor
     "covered": ("silhouettes cover, %", 1, 100),
     "contrastive": ("contrastive score", 2, 1),
     "contrastive_pre": ("score of C (pre)", 2, 1),
+    "epipolar": ("score of the epipolar scorer", 2, 1),
     "judge": ("score of a third scorer", 2, 1),
     "grey_levels": ("changed, grey levels", 1, 1),
 }
@@ -126,11 +135,12 @@ def job(cfg: Config, **options: Any) -> D.Config:
 
 
 def make_scorers(cfg: Config) -> dict[str, str]:
-    """C's, C (pre)'s, and a judge that no row is trained on: other seed, larger patches, no twins."""
+    """C's, C (pre)'s, ours, and a judge that no row is trained on: other seed, larger patches, no twins."""
     base = job(cfg)
     kinds: dict[str, dict[str, Any]] = {
         "contrastive": {"out": f"{cfg.out}/scorer"},
         "contrastive_pre": {"out": f"{cfg.out}/scorer_pre", "negatives": base.model},
+        "epipolar": {"out": f"{cfg.out}/scorer_epipolar", **EPIPOLAR},
         "judge": {"out": f"{cfg.out}/scorer_judge", "patch_size": 16, "twins": False, "seed": 1},
     }
     shared: dict[str, Any] = {"num_references": base.num_references, "num_steps": base.num_steps}
@@ -143,7 +153,7 @@ def train_row(row: str, seed: int, scorers: dict[str, str], cfg: Config) -> Path
     changes = ROWS[row].options
     if not changes:
         return located(job(cfg).model)
-    scorer = scorers["contrastive_pre" if row == "c_pre" else "contrastive"]
+    scorer = scorers.get(ROWS[row].own, scorers["contrastive"])
     options = job(cfg, seed=seed, scorer=scorer, **changes)
     if row == "sft":  # its rate is chosen once, on validation objects
         tried = {rate: D.main(replace(options, seed=cfg.seeds[0], lr=rate))["table"] for rate in cfg.rates}
@@ -203,12 +213,13 @@ def curves(path: Path, kls: dict[str, list[float]], measured: dict[str, dict[str
     columns = [c for c in METRICS if c in measured["pre"] and c not in ("grey_levels", "ssim_unseen")]
     figure = Figure(figsize=(17, 7), layout="constrained")
     axes = figure.subplots(2, -(-len(columns) // 2), squeeze=False)
-    feedbacks = list(dict.fromkeys(ROWS[row].options["feedback"] for row in kls))
+    rated = {r: "epipolar" if ROWS[r].own == "epipolar" else ROWS[r].options["feedback"] for r in kls}
+    feedbacks = list(dict.fromkeys(rated.values()))
     for axis, c in zip(axes.flat, columns):
         means: dict[str, list[tuple[float, float]]] = {}  # a curve for each feedback of Diffusion-DPO
         for row, runs in kls.items():
             change = (measured[row][c] - measured["pre"][c]).mean(1) * METRICS[c][2]  # (seeds,)
-            x, kind, feedback = [kl**0.5 for kl in runs], row.split("_")[0], ROWS[row].options["feedback"]
+            x, kind, feedback = [kl**0.5 for kl in runs], row.split("_")[0], rated[row]
             mark = {"forward": "o", "loose": "s"}.get(kind, "+" if row == "c_pre" else "x")
             axis.plot(x, change.tolist(), mark, color=f"C{feedbacks.index(feedback)}", label=feedback)
             if kind in KINDS:

@@ -228,10 +228,13 @@ def test_every_script_runs_through_the_command_line(tmp_path):
     assert again.returncode == 0 and "negatives: 100%" not in again.stderr and "reused" in again.stdout
 
 
+SCORERS = ("contrastive", "contrastive_pre", "epipolar", "judge")
+
+
 def test_table_1_on_tiny_numbers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     random_model(image_size=64, patch=16).save("model")
-    for seed, name in enumerate(("contrastive", "contrastive_pre", "judge")):
+    for seed, name in enumerate(SCORERS):
         torch.manual_seed(seed)
         scorer = small_scorer("bilinear", 64, 16, 32, 1, 2)
         torch.nn.init.normal_(scorer.linear.weight)
@@ -248,9 +251,7 @@ def test_table_1_on_tiny_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(
         table1, "job", lambda cfg, **options: table1.D.Config(model="model", out=cfg.out, **few, **options)
     )
-    monkeypatch.setattr(
-        table1, "make_scorers", lambda cfg: {n: n for n in ("contrastive", "contrastive_pre", "judge")}
-    )
+    monkeypatch.setattr(table1, "make_scorers", lambda cfg: {n: n for n in SCORERS})
     train, runs, after = table1.D.main, [], {1e-4: 1.0, 2e-4: 3.0, 3e-4: 2.0}
     split, draw, splits, drawn, kls = table1.load_split, table1.draw, [], {}, {}
 
@@ -331,11 +332,12 @@ def test_the_best_of_five_is_known_by_all_that_it_depends_on(tmp_path, monkeypat
 
 FEEDBACK = dict(sft="none", noised_random="random", least_noise="least_noise", m="matching")
 FEEDBACK |= dict(c_pre="contrastive", c="contrastive", random="random", geometry="geometry")
-FEEDBACK |= dict(fresh_random="random", fresh_agreement="agreement")
+FEEDBACK |= dict(fresh_random="random", fresh_agreement="agreement", fresh_epipolar="contrastive")
 FORWARD = dict(
     random="random",
     larger="larger",
     c="contrastive",
+    epipolar="contrastive",
     hull="hull",
     lean="lean",
     geometry="geometry",
@@ -352,8 +354,10 @@ def test_each_row_of_table_1_has_its_feedback_and_its_scorer(monkeypatch):
     assert FEEDBACK.keys() == {name for name, row in table1.ROWS.items() if row.options}
     for row, feedback in FEEDBACK.items():
         monkeypatch.setattr(table1.D, "main", lambda cfg, row=row: ran.update({row: cfg}) or told)
-        table1.train_row(row, 5, {"contrastive": "c", "contrastive_pre": "p"}, table1.Config())
-        assert (ran[row].feedback, ran[row].scorer) == (feedback, "p" if row == "c_pre" else "c"), row
+        scorers = {"contrastive": "c", "contrastive_pre": "p", "epipolar": "e"}
+        table1.train_row(row, 5, scorers, table1.Config())
+        scorer = "p" if row == "c_pre" else "e" if row.endswith("epipolar") else "c"
+        assert (ran[row].feedback, ran[row].scorer) == (feedback, scorer), row
         kind = row.split("_")[0]
         assert ran[row].kl == (0.2 if kind == "forward" else 0.05), row
         assert ran[row].loss == ("diffusion_dpo" if kind in ("forward", "loose") else "d3po"), row
@@ -363,6 +367,7 @@ def test_each_row_of_table_1_has_its_feedback_and_its_scorer(monkeypatch):
     assert asked == [(4, 1e-5), (4, 1e-4), (5, 1e-5)]  # the rate is chosen with the first seed
     judges = {"geometry": "geometry", "hull": "hull", "contrastive": "contrastive", "larger": "covered"}
     own = {row: judges[f] for row, f in FEEDBACK.items() if f in judges} | {"best": "contrastive"}
+    own |= {row: "epipolar" for row in FEEDBACK if row.endswith("epipolar")}
     marked = {name: row.own for name, row in table1.ROWS.items() if row.own}
     assert marked == own | {"c_pre": "contrastive_pre"}  # which the table marks
 
@@ -383,7 +388,11 @@ def test_the_scorers_of_table_1_differ_as_their_columns_say(monkeypatch):
     monkeypatch.setattr(table1, "job", lambda cfg: job(cfg, num_steps=7, num_references=9))
     monkeypatch.setattr(table1.S, "main", lambda cfg: made.append(cfg) or {"folder": cfg.out})
     folders = table1.make_scorers(table1.Config(out="o"))
-    assert folders == dict(contrastive="o/scorer", contrastive_pre="o/scorer_pre", judge="o/scorer_judge")
+    names = dict(contrastive="o/scorer", contrastive_pre="o/scorer_pre", judge="o/scorer_judge")
+    assert folders == names | {"epipolar": "o/scorer_epipolar"}
+    ours = made.pop(2)
+    assert (ours.head, ours.generated, ours.mismatch, ours.texture) == ("epipolar", 0, 0.3, 0.3)
+    assert all((x.head, x.generated, x.mismatch, x.texture) == ("bilinear", 1, 1, 0) for x in made)
     assert {(cfg.num_steps, cfg.num_references) for cfg in made} == {(7, 9)}
     told = [(cfg.negatives, cfg.seed, cfg.patch_size, cfg.twins) for cfg in made]
     usual = (plain.seed, plain.patch_size, True)

@@ -19,8 +19,8 @@ def tiny(head: str = "bilinear", size: int = 16) -> Scorer:
     """A scorer whose head is not at its zero start, so that every term of f counts."""
     torch.manual_seed(0)
     scorer = small_scorer(head, size, patch_size=8, hidden_size=16, num_layers=1, num_heads=2)
-    for parameter in (scorer.linear.weight, scorer.W):
-        if parameter is not None:
+    for name, parameter in scorer.named_parameters():
+        if name in ("linear.weight", "W", "A", "b"):
             torch.nn.init.normal_(parameter)
     return scorer.eval()
 
@@ -57,7 +57,46 @@ def test_head_by_hand():
     scorer.W.data = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     e_ref, e_view = torch.tensor([[1.0, -1.0]]), torch.tensor([[[2.0, 1.0], [0.0, 0.0]]])
     # w.e_Y = -1, u.e_X = 10, e_Y^T W e_X = (1-3, 2-4).(2, 1) = -6, b = .5
-    assert torch.allclose(scorer.head(e_ref, e_view), torch.tensor([[3.5, -0.5]]))
+    assert torch.allclose(scorer.head(e_ref, e_view, torch.tensor([1, 2])), torch.tensor([[3.5, -0.5]]))
+
+
+def test_epipolar_head_by_hand():
+    """Each view has a form for rows and one for columns, and each line meets its own alone."""
+    scorer = small_scorer("epipolar", 16, 8, 16, 1, 2)
+    dim = scorer.A.shape[-1]
+    e_ref, e_views = torch.zeros(1, 2, 2, dim), torch.zeros(1, 3, 2, 2, dim)
+    e_ref[0, 0, :, 0] = torch.tensor([1.0, 2.0])  # channel 0 of the two rows
+    e_ref[0, 1, :, 1] = torch.tensor([3.0, 4.0])  # channel 1 of the two columns
+    e_views[0, :, 0, :, 2] = torch.tensor([5.0, 6.0])
+    e_views[0, :, 1, :, 3] = torch.tensor([7.0, 8.0])
+    scorer.A.data[1, 0, 0, 2], scorer.A.data[1, 1, 1, 3] = 1, 10
+    scorer.A.data[4, 0, 0, 2], scorer.b.data[4] = -1, 2
+    # view 1: (1 5 + 2 6) / 2 of rows, 10 (3 7 + 4 8) / 2 of columns; view 4: rows alone; view 2: its start
+    want = torch.tensor([[0.5 + 8.5 + 265, 2 - 8.5, 0.5]])
+    assert torch.allclose(scorer.head(e_ref, e_views, torch.tensor([1, 4, 2])), want)
+
+
+def test_strips_keep_the_place_along_one_axis_and_forget_it_along_the_other():
+    scorer, x = tiny("epipolar", 32), torch.ones(1, 3, 32, 32)
+    x[..., 8:16, 12:20] = images(3, 8, 8)
+    rows, columns = scorer.embed(x)[0]
+    (right_rows, right_columns), (lower_rows, lower_columns) = (
+        scorer.embed(x.roll(4, axis))[0] for axis in (-1, -2)
+    )
+    assert torch.allclose(right_rows, rows, atol=1e-5) and torch.allclose(lower_columns, columns, atol=1e-5)
+    # two strips of two pixels each further on
+    assert torch.allclose(right_columns[4:-2], columns[2:-4], atol=1e-5)
+    assert torch.allclose(lower_rows[4:-2], rows[2:-4], atol=1e-5)
+    assert not torch.allclose(lower_rows, rows, atol=0.1)
+    assert not torch.allclose(right_columns, columns, atol=0.1)
+
+
+def test_epipolar_knows_which_view_it_sees_and_the_others_do_not():
+    y, x = images(2, 3, 16, 16), images(2, V, 3, 16, 16)
+    swapped = x[:, [0, 3, 2, 1, 4]]
+    for head, equal in (("bilinear", True), ("epipolar", False)):
+        scores, exchanged = (tiny(head).score(y, z) for z in (x, swapped))
+        assert torch.allclose(scores[:, [0, 3, 2, 1, 4]], exchanged, atol=1e-5) is equal
 
 
 # --- reward ---
@@ -80,7 +119,7 @@ def test_reward_leaves_out_the_view_of_the_reference():
 
 
 def test_save_and_load_change_nothing(tmp_path: Path):
-    for head in ("bilinear", "concat"):
+    for head in ("bilinear", "concat", "epipolar"):
         scorer, y, x = tiny(head), images(2, 3, 16, 16), images(2, V, 3, 16, 16)
         scorer.save(tmp_path / head)
         assert torch.equal(Scorer.load(tmp_path / head).score(y, x), scorer.score(y, x))
@@ -222,6 +261,8 @@ def test_wrong_backbone_gives_one_line(backbone: str, tmp_path: Path):
         pretrained_scorer(backbone, "bilinear")
     save_file(tensors, weights, metadata={"format": "pt"})
     assert pretrained_scorer(backbone, "bilinear").cfg.image_size == 224
+    with pytest.raises(InputError, match="--head epipolar has its own"):
+        pretrained_scorer(backbone, "epipolar")
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(InputError, match="expected a hub id"):
         pretrained_scorer(backbone, "bilinear")

@@ -71,6 +71,8 @@ def test_loss_by_hand():
     want = (0 + 0.25 + 1 + 1) / 4 + (0 + 1 + 4 + 0.25) / 4
     assert T.consistency_loss(f_true, f_fake).item() == pytest.approx(want)
     assert T.consistency_loss(torch.ones(3, 4), torch.zeros(3, 4)).item() == 0
+    third = T.consistency_loss(f_true, f_fake, 1 / 3).item()
+    assert third == pytest.approx((0 + 0.25 + 1 + 1) / 4 + (0 + 1 + 4 + 0.25) / 12)
 
 
 def test_auc_by_hand():
@@ -80,24 +82,31 @@ def test_auc_by_hand():
     assert T.auc(torch.zeros(3), torch.zeros(4)) == 0.5
 
 
-def test_own_and_other_views_go_into_their_own_terms(folders, tmp_path):
+@pytest.mark.parametrize("head, generated", [("bilinear", 1.0), ("epipolar", 0.5)])
+def test_own_and_other_views_go_into_their_own_terms(folders, tmp_path, head, generated):
     """The three terms against one call of the scorer for every pair of a reference and a view."""
-    scorer = T.new_scorer(config(folders, tmp_path))
-    torch.nn.init.normal_(scorer.linear.weight, std=0.1)
-    torch.nn.init.normal_(scorer.W, std=0.1)  # type: ignore
+    scorer = T.new_scorer(config(folders, tmp_path, head=head))
+    for name, parameter in scorer.named_parameters():
+        if name in ("linear.weight", "W", "A", "b"):
+            torch.nn.init.normal_(parameter, std=0.1)
     images = torch.rand(3, 9, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    loss, mismatch = T.scorer_loss(scorer, images)
-    f = lambda i, j, m: scorer.score(images[i : i + 1, 0], images[j : j + 1, m : m + 1]).item()  # noqa: E731
+    loss, mismatch = T.scorer_loss(scorer, images, False, generated)
+
+    def f(i: int, j: int, m: int) -> float:  # image m of object j at its place among the five
+        views = images[j, m].expand(1, 5, -1, -1, -1)
+        return scorer.score(images[i : i + 1, 0], views)[0, (m - 1) % 4 + 1].item()
+
     own = [(f(i, i, m) - 1) ** 2 for i in range(3) for m in range(1, 5)]
     fake = [f(i, i, m) ** 2 for i in range(3) for m in range(5, 9)]
     other = [f(i, j, m) ** 2 for i in range(3) for j in range(3) for m in range(1, 5) if i != j]
-    assert loss.item() == pytest.approx(sum(own) / 12 + sum(fake) / 12, rel=1e-4)
+    assert loss.item() == pytest.approx(sum(own) / 12 + generated * sum(fake) / 12, rel=1e-4)
     assert mismatch.item() == pytest.approx(sum(other) / 24, rel=1e-4)
 
 
-@pytest.mark.parametrize("mismatch", [0.0, 2.0])
-def test_the_gradient_is_that_of_all_terms(folders, tmp_path, monkeypatch, mismatch):
-    cfg = config(folders, tmp_path / "run" / "scorer", mismatch=mismatch, steps=2, lr=1e-3, head_lr=1e-2)
+@pytest.mark.parametrize("mismatch, generated", [(0.0, 1.0), (2.0, 1.0), (2.0, 0.5)])
+def test_the_gradient_is_that_of_all_terms(folders, tmp_path, monkeypatch, mismatch, generated):
+    weights = dict(mismatch=mismatch, generated=generated)
+    cfg = config(folders, tmp_path / "run" / "scorer", steps=2, lr=1e-3, head_lr=1e-2, **weights)
     seen = []
 
     def spy(optimizers, parameters, rate, step, clip=1.0):
@@ -109,7 +118,7 @@ def test_the_gradient_is_that_of_all_terms(folders, tmp_path, monkeypatch, misma
     T.main(cfg)
     truth, fake, n = T.make_pairs(cfg)
     scorer = T.new_scorer(cfg)
-    loss, other = T.scorer_loss(scorer, T.make_batch(cfg, truth[:n], fake[:n], 0))
+    loss, other = T.scorer_loss(scorer, T.make_batch(cfg, truth[:n], fake[:n], 0), False, generated)
     grads = torch.autograd.grad(loss + mismatch * other, list(scorer.parameters()), allow_unused=True)
     (rate, clip, first, lrs), (next_rate, *_) = seen
     for got, want in zip(first, grads):
@@ -189,6 +198,23 @@ def test_bfloat16_is_for_the_generator_but_on_a_cpu_not_for_the_scorer(
     monkeypatch.setattr(T, "scorer_loss", lambda *args: asked.append(args[2]) or loss(*args))
     T.main(config(folders, tmp_path / "run" / "scorer", bf16="on"))
     assert autocasts and all(autocasts) and asked and not any(asked)
+
+
+def test_texture_is_on_every_view_but_the_reference_and_white_stays_white(folders, tmp_path):
+    plain, truth = config(folders, tmp_path, batch_size=6), make_toys(6, 64, seed=7)
+    cfg = replace(plain, texture=0.3)
+    for step in range(3):
+        smooth, rough = (T.make_batch(c, truth, truth.flip(0), step) for c in (plain, cfg))
+        assert torch.equal(rough[:, 0], smooth[:, 0]) and 0 <= rough.min() and rough.max() <= 1
+        change = (rough - smooth)[:, 1:]
+        assert all(0.01 < c.abs().mean() < 0.3 for c in change.flatten(0, 1))  # of true and generated views
+        assert not torch.equal(change[:, 0], change[:, 4])
+    white, grey, g = torch.ones(1, 1, 3, 64, 64), torch.full((1, 1, 3, 64, 64), 0.5), T.keyed_generator
+    assert T.texture(white, 1.0, g(0)).mean() == pytest.approx(1 - 0.15 * 0.399, abs=2e-3)  # half a Gaussian
+    weak, strong = (T.texture(grey, s, g(0)) - 0.5 for s in (0.1, 0.2))
+    torch.testing.assert_close(strong, 2 * weak, atol=1e-5, rtol=0)
+    blotches = torch.nn.functional.avg_pool2d(weak[0], 8)  # grain has a mean near 0
+    assert blotches.std() > 0.02 and (weak[0, 0, :, :, 1:] - weak[0, 0, :, :, :-1]).std() < 0.03
 
 
 def test_augmentation_keeps_truth_and_generated_alike(folders, tmp_path):
@@ -278,7 +304,9 @@ def test_the_notes_tell_all_that_results_depend_on_and_nothing_else(folders, tmp
     both = dict(data="toys", num_references=3, num_steps=3, image_size=32, seed=1, bf16="on")
     scorers = dict(head="concat", backbone="dino", backbone_size=28, patch_size=8, hidden_size=8, steps=7)
     scorers |= dict(num_layers=2, num_heads=4, batch_size=3, lr=0.1, head_lr=0.1, weight_decay=0.1)
-    scorers |= dict(mismatch=0.5, twins=True, num_val=3)  # a third one is not there to be drawn
+    scorers |= dict(
+        mismatch=0.5, generated=0.5, texture=0.1, twins=True, num_val=3
+    )  # a third one is not there to be drawn
     options = both | scorers | dict(eval_every=3, out=str(tmp_path / "other"))
     assert {f.name for f in fields(T.Config)} == {*options, "negatives", "device"}  # by what they come to
     plain = notes()
