@@ -13,6 +13,9 @@ learns to tell. Half of a batch are stretched copies of its other half (data.str
 a reference's *twin*: true views that differ from the right ones in their proportions alone. Only they make
 the scorer look at geometry.
 
+DEVIATION: generated views are told by their texture, and nothing else need be learned. So the default encoder
+keeps epipolar lines apart (scorer.Strips), and all views are given a texture (`texture`).
+
 Run:
     python train_scorer.py                                     # negatives of the independent-view model ("C")
     python train_scorer.py --negatives checkpoints/objects     # of the multi-view model itself ("C (pre)")
@@ -58,7 +61,7 @@ class Config:
     num_val: int = 64  # validation objects
     num_steps: int = 10  # network calls when the generator draws
 
-    head: Head = "bilinear"  # concat: the paper's, blind to whose view it is; epipolar: ours, line by line
+    head: Head = "epipolar"  # ours, line by line; concat: the paper's, blind to whose view it is; bilinear
     backbone: str = ""  # pretrained DINOv2, hub id or folder; empty: a small one from scratch
     image_size: int = 64  # pixels of the views
     backbone_size: int = 224  # pixels at which a pretrained backbone sees them
@@ -74,7 +77,7 @@ class Config:
     weight_decay: float = 0.05  # of all weights
     generated: float = 1.0  # weight of the second term; 0: of generated views nothing is learned
     mismatch: float = 1.0  # weight of the third term; 0 is the paper's loss
-    texture: float = 0.0  # strength of blotches and grain on all views but the reference
+    texture: float = 0.3  # strength of blotches and grain on all views but the reference
     twins: bool = True  # half of a batch are stretched copies of the other half
 
     seed: int = 0  # of weights, batches, frames and the generator

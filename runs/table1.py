@@ -37,7 +37,7 @@ from scorer import Scorer, contrastive_reward
 
 FORWARD = {"loss": "diffusion_dpo"}
 FRESH = {"num_references": 960, "steps": 240}
-EPIPOLAR = {"head": "epipolar", "generated": 0.0, "mismatch": 0.3, "texture": 0.3}  # of train_scorer.py
+PAPER = {"head": "bilinear", "texture": 0.0}  # train_scorer.py's encoder with a CLS token, as in the paper
 
 
 class Row(NamedTuple):
@@ -70,7 +70,7 @@ ROWS = {
         "fresh_random",
     ),
     "fresh_epipolar": Row(
-        "MV-D3PO-C, epipolar scorer (ours), 960 states",
+        "MV-D3PO-C, epipolar lines (ours), 960 states",
         {"feedback": "contrastive", "candidates": "branch", **FRESH},
         "epipolar",
         "fresh_random",
@@ -80,7 +80,8 @@ FINISHED = {  # Diffusion-DPO on independent samples: name -> label, feedback, c
     "random": ("random preferences", "random", ""),
     "larger": ("larger silhouettes (control)", "larger", "covered"),
     "c": ("C", "contrastive", "contrastive"),
-    "epipolar": ("C, epipolar scorer (ours)", "contrastive", "epipolar"),
+    "epipolar": ("C, epipolar lines (ours)", "contrastive", "epipolar"),
+    "epipolar_true": ("C, epipolar lines, true views alone (ours)", "contrastive", "epipolar_true"),
     "hull": ("hull (ours)", "hull", "hull"),
     "lean": ("geometry at equal size (ours)", "lean", ""),
     "geometry": ("geometry (ours)", "geometry", "geometry"),
@@ -109,7 +110,8 @@ METRICS = {  # column -> heading, digits, factor
     "covered": ("silhouettes cover, %", 1, 100),
     "contrastive": ("contrastive score", 2, 1),
     "contrastive_pre": ("score of C (pre)", 2, 1),
-    "epipolar": ("score of the epipolar scorer", 2, 1),
+    "epipolar": ("score of epipolar lines", 2, 1),
+    "epipolar_true": ("the same, true views alone", 2, 1),
     "judge": ("score of a third scorer", 2, 1),
     "grey_levels": ("changed, grey levels", 1, 1),
 }
@@ -135,13 +137,16 @@ def job(cfg: Config, **options: Any) -> D.Config:
 
 
 def make_scorers(cfg: Config) -> dict[str, str]:
-    """C's, C (pre)'s, ours, and a judge that no row is trained on: other seed, larger patches, no twins."""
+    """The paper's C and C (pre), ours, and a judge of no row: other seed, larger patches, no twins.
+
+    Ours comes twice: the default, and one for which generated views are no negatives."""
     base = job(cfg)
     kinds: dict[str, dict[str, Any]] = {
-        "contrastive": {"out": f"{cfg.out}/scorer"},
-        "contrastive_pre": {"out": f"{cfg.out}/scorer_pre", "negatives": base.model},
-        "epipolar": {"out": f"{cfg.out}/scorer_epipolar", **EPIPOLAR},
-        "judge": {"out": f"{cfg.out}/scorer_judge", "patch_size": 16, "twins": False, "seed": 1},
+        "contrastive": {"out": f"{cfg.out}/scorer", **PAPER},
+        "contrastive_pre": {"out": f"{cfg.out}/scorer_pre", "negatives": base.model, **PAPER},
+        "epipolar": {"out": f"{cfg.out}/scorer_epipolar"},
+        "epipolar_true": {"out": f"{cfg.out}/scorer_epipolar_true", "generated": 0.0, "mismatch": 0.3},
+        "judge": {"out": f"{cfg.out}/scorer_judge", **PAPER, "patch_size": 16, "twins": False, "seed": 1},
     }
     shared: dict[str, Any] = {"num_references": base.num_references, "num_steps": base.num_steps}
     shared |= {"device": cfg.device, "bf16": cfg.bf16}
@@ -213,7 +218,8 @@ def curves(path: Path, kls: dict[str, list[float]], measured: dict[str, dict[str
     columns = [c for c in METRICS if c in measured["pre"] and c not in ("grey_levels", "ssim_unseen")]
     figure = Figure(figsize=(17, 7), layout="constrained")
     axes = figure.subplots(2, -(-len(columns) // 2), squeeze=False)
-    rated = {r: "epipolar" if ROWS[r].own == "epipolar" else ROWS[r].options["feedback"] for r in kls}
+    ours = ("epipolar", "epipolar_true")
+    rated = {r: ROWS[r].own if ROWS[r].own in ours else ROWS[r].options["feedback"] for r in kls}
     feedbacks = list(dict.fromkeys(rated.values()))
     for axis, c in zip(axes.flat, columns):
         means: dict[str, list[tuple[float, float]]] = {}  # a curve for each feedback of Diffusion-DPO

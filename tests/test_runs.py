@@ -228,7 +228,7 @@ def test_every_script_runs_through_the_command_line(tmp_path):
     assert again.returncode == 0 and "negatives: 100%" not in again.stderr and "reused" in again.stdout
 
 
-SCORERS = ("contrastive", "contrastive_pre", "epipolar", "judge")
+SCORERS = ("contrastive", "contrastive_pre", "epipolar", "epipolar_true", "judge")
 
 
 def test_table_1_on_tiny_numbers(tmp_path, monkeypatch):
@@ -338,6 +338,7 @@ FORWARD = dict(
     larger="larger",
     c="contrastive",
     epipolar="contrastive",
+    epipolar_true="contrastive",
     hull="hull",
     lean="lean",
     geometry="geometry",
@@ -354,9 +355,10 @@ def test_each_row_of_table_1_has_its_feedback_and_its_scorer(monkeypatch):
     assert FEEDBACK.keys() == {name for name, row in table1.ROWS.items() if row.options}
     for row, feedback in FEEDBACK.items():
         monkeypatch.setattr(table1.D, "main", lambda cfg, row=row: ran.update({row: cfg}) or told)
-        scorers = {"contrastive": "c", "contrastive_pre": "p", "epipolar": "e"}
+        scorers = {name: name for name in SCORERS}
         table1.train_row(row, 5, scorers, table1.Config())
-        scorer = "p" if row == "c_pre" else "e" if row.endswith("epipolar") else "c"
+        ours = next((name for name in ("epipolar", "epipolar_true") if row.endswith(name)), "contrastive")
+        scorer = "contrastive_pre" if row == "c_pre" else ours
         assert (ran[row].feedback, ran[row].scorer) == (feedback, scorer), row
         kind = row.split("_")[0]
         assert ran[row].kl == (0.2 if kind == "forward" else 0.05), row
@@ -367,7 +369,7 @@ def test_each_row_of_table_1_has_its_feedback_and_its_scorer(monkeypatch):
     assert asked == [(4, 1e-5), (4, 1e-4), (5, 1e-5)]  # the rate is chosen with the first seed
     judges = {"geometry": "geometry", "hull": "hull", "contrastive": "contrastive", "larger": "covered"}
     own = {row: judges[f] for row, f in FEEDBACK.items() if f in judges} | {"best": "contrastive"}
-    own |= {row: "epipolar" for row in FEEDBACK if row.endswith("epipolar")}
+    own |= {row: name for row in FEEDBACK for name in SCORERS[2:4] if row.endswith(name)}
     marked = {name: row.own for name, row in table1.ROWS.items() if row.own}
     assert marked == own | {"c_pre": "contrastive_pre"}  # which the table marks
 
@@ -389,10 +391,11 @@ def test_the_scorers_of_table_1_differ_as_their_columns_say(monkeypatch):
     monkeypatch.setattr(table1.S, "main", lambda cfg: made.append(cfg) or {"folder": cfg.out})
     folders = table1.make_scorers(table1.Config(out="o"))
     names = dict(contrastive="o/scorer", contrastive_pre="o/scorer_pre", judge="o/scorer_judge")
-    assert folders == names | {"epipolar": "o/scorer_epipolar"}
-    ours = made.pop(2)
-    assert (ours.head, ours.generated, ours.mismatch, ours.texture) == ("epipolar", 0, 0.3, 0.3)
-    assert all((x.head, x.generated, x.mismatch, x.texture) == ("bilinear", 1, 1, 0) for x in made)
+    assert folders == names | {n: f"o/scorer_{n}" for n in ("epipolar", "epipolar_true")}
+    kinds = [(x.head, x.texture, x.generated, x.mismatch) for x in made]
+    papers = ("bilinear", 0, 1, 1)
+    assert kinds == [papers, papers, ("epipolar", 0.3, 1, 1), ("epipolar", 0.3, 0, 0.3), papers]
+    del made[2:4]
     assert {(cfg.num_steps, cfg.num_references) for cfg in made} == {(7, 9)}
     told = [(cfg.negatives, cfg.seed, cfg.patch_size, cfg.twins) for cfg in made]
     usual = (plain.seed, plain.patch_size, True)

@@ -36,7 +36,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(folders: Path, out: Path, **changes) -> T.Config:
     small = dict(num_references=4, num_val=2, image_size=16, patch_size=4, hidden_size=16, num_layers=1)
-    small |= dict(num_heads=2, steps=6, batch_size=2, eval_every=4, device="cpu", bf16="off", twins=False)
+    small |= dict(
+        head="bilinear",
+        texture=0.0,
+        num_heads=2,
+        steps=6,
+        batch_size=2,
+        eval_every=4,
+        device="cpu",
+        bf16="off",
+        twins=False,
+    )
     small |= dict(data=str(folders / "true"), negatives=str(folders / "model"), num_steps=2, out=str(out))
     return T.Config(**{**small, **changes})
 
