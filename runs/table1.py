@@ -58,6 +58,9 @@ ROWS = {
     "m": Row("MV-D3PO-M", {"feedback": "matching"}, "", "noised_random"),
     "c_pre": Row("MV-D3PO-C (pre)", {"feedback": "contrastive"}, "contrastive_pre", "noised_random"),
     "c": Row("MV-D3PO-C", {"feedback": "contrastive"}, "contrastive", "noised_random"),
+    "c_epipolar": Row(
+        "MV-D3PO-C, epipolar lines (ours)", {"feedback": "contrastive"}, "epipolar", "noised_random"
+    ),
     # Eq. (2) on branches: one action
     "random": Row("control: random preferences, branches", {"feedback": "random"}),
     "geometry": Row("MV-D3PO, geometry (ours)", {"feedback": "geometry"}, "geometry", "random"),

@@ -333,6 +333,7 @@ def test_the_best_of_five_is_known_by_all_that_it_depends_on(tmp_path, monkeypat
 FEEDBACK = dict(sft="none", noised_random="random", least_noise="least_noise", m="matching")
 FEEDBACK |= dict(c_pre="contrastive", c="contrastive", random="random", geometry="geometry")
 FEEDBACK |= dict(fresh_random="random", fresh_agreement="agreement", fresh_epipolar="contrastive")
+FEEDBACK |= dict(c_epipolar="contrastive")
 FORWARD = dict(
     random="random",
     larger="larger",
