@@ -435,7 +435,7 @@ def find_scorer(cfg: Config, model: ModelConfig) -> str:
     if cfg.scorer or cfg.feedback != "contrastive":
         return str(located(cfg.scorer)) if cfg.scorer else ""
     if model.is_sdxl:
-        raise InputError("--feedback contrastive: expected --scorer. Make one: train_scorer.py --backbone")
+        raise InputError("--feedback contrastive: expected --scorer. Make one as runs/paper.sh does.")
     names = ("negatives", "data", "num_references", "num_steps", "bf16", "device", "seed")
     shared: dict[str, Any] = {name: getattr(cfg, name) for name in names} | {"image_size": model.image_size}
     return train_scorer.main(train_scorer.Config(**shared, out=str(Path(cfg.out) / "scorer")))["folder"]

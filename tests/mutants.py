@@ -432,7 +432,7 @@ FAULTS: list[tuple[str, str, str, str]] = [
     ("runs/table1", '"geometry", "random")', '"geometry", "noised_random")', "runs"),
     ("runs/table1", "if sign and low * high > 0 else cell", "if sign and low * high < 0 else cell", "runs"),
     ("runs/table1", 'scorers.get(ROWS[row].own, scorers["contrastive"])', 'scorers["contrastive"]', "runs"),
-    ("runs/table1", '"negatives": base.model}', '"negatives": base.negatives}', "runs"),
+    ("runs/table1", '"negatives": base.model, **PAPER}', '"negatives": base.negatives}', "runs"),
     ("runs/table1", '"ref": digest(ref), "seed": seed, "num_steps"', '"ref": digest(ref), "seed": 0, "num_steps"', "runs"),
     ("runs/table1", 'json.loads(last)["kl"]', 'json.loads(last)["margin"]', "runs"),
     ("runs/table1", 'load_split("furniture", "heldout"', 'load_split("furniture", "validation"', "runs"),
