@@ -86,11 +86,11 @@ class Strips(nn.Module):
     def __init__(self, width: int = 32, dim: int = 16) -> None:
         super().__init__()
 
-        def along(width: int) -> nn.Module:
+        def along() -> nn.Module:
             return nn.Sequential(nn.Conv1d(width, width, 3, 1, 1), nn.GELU(), nn.Conv1d(width, dim, 1))
 
         near = (nn.Conv2d(3, width, 3, 2, 1), nn.GELU(), nn.Conv2d(width, width, 3, 1, 1), nn.GELU())
-        self.near, self.rows, self.columns = nn.Sequential(*near), along(width), along(width)
+        self.near, self.rows, self.columns = nn.Sequential(*near), along(), along()
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, images: Tensor) -> Tensor:  # (N, 3, S, S) -> (N, 2, S / 2, dim): rows, then columns
@@ -99,7 +99,7 @@ class Strips(nn.Module):
 
 
 class Scorer(nn.Module):
-    """f(e_Y, e_X) with a DINOv2 encoder e, both trained.
+    """f(e_Y, e_X), both trained.
 
     The paper's f is "a linear layer" on the two embeddings. On their concatenation it is additive,
 
