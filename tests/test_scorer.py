@@ -89,6 +89,10 @@ def test_strips_keep_the_place_along_one_axis_and_forget_it_along_the_other():
     assert torch.allclose(lower_rows[4:-2], rows[2:-4], atol=1e-5)
     assert not torch.allclose(lower_rows, rows, atol=0.1)
     assert not torch.allclose(right_columns, columns, atol=0.1)
+    for parameter in scorer.encoder.columns.parameters():  # rows and columns have weights of their own
+        parameter.data.zero_()
+    still, nothing = scorer.embed(x)[0]
+    assert torch.equal(still, rows) and not nothing.any()
 
 
 def test_epipolar_knows_which_view_it_sees_and_the_others_do_not():

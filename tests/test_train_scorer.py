@@ -219,6 +219,8 @@ def test_texture_is_on_every_view_but_the_reference_and_white_stays_white(folder
         change = (rough - smooth)[:, 1:]
         assert all(0.01 < c.abs().mean() < 0.3 for c in change.flatten(0, 1))  # of true and generated views
         assert not torch.equal(change[:, 0], change[:, 4])
+        third = T.make_batch(replace(cfg, texture=0.1), truth, truth.flip(0), step)[:, 1:] - smooth[:, 1:]
+        assert 2.2 < change.abs().mean() / third.abs().mean() < 3.1  # less than 3 where it is clamped
     white, grey, g = torch.ones(1, 1, 3, 64, 64), torch.full((1, 1, 3, 64, 64), 0.5), T.keyed_generator
     assert T.texture(white, 1.0, g(0)).mean() == pytest.approx(1 - 0.15 * 0.399, abs=2e-3)  # half a Gaussian
     weak, strong = (T.texture(grey, s, g(0)) - 0.5 for s in (0.1, 0.2))
