@@ -3,8 +3,8 @@
     score_m = f(e(Y), e(X_m))        e: an encoder                f: linear, or bilinear (see `Scorer`)
     reward  = sum_{m=1..4} score_m   the paper's "contrastive score", the feedback of MV-D3PO-C
 
-The paper's e is the CLS token of DINOv2. Ours keeps what stands on each epipolar line (`Strips`): trained
-from nothing, in minutes, only this one comes to see shapes.
+The paper's e is the CLS token of DINOv2. Ours keeps what stands on each epipolar line (`Strips`): of the two,
+trained from nothing in minutes, only this one comes to see shapes (LOG.md, 2026-11-30).
 
 Images in, one number for each view out: near 1 for a view that looks like the reference's own object, near
 0 for a generated one. View 0 shows the reference itself, so the reward leaves it out.

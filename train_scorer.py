@@ -13,8 +13,9 @@ learns to tell. Half of a batch are stretched copies of its other half (data.str
 a reference's *twin*: true views that differ from the right ones in their proportions alone. Only they make
 the scorer look at geometry.
 
-DEVIATION: generated views are told by their texture, and nothing else need be learned. So the default encoder
-keeps epipolar lines apart (scorer.Strips), and all views are given a texture (`texture`).
+DEVIATION: generated views are told by their texture, and nothing else need be learned of them. So the default
+encoder keeps epipolar lines apart (scorer.Strips), and all views are given a texture (`texture`). With
+--generated 0 nothing is learned of generated views at all: they are drawn for the evaluation alone.
 
 Run:
     python train_scorer.py                                     # negatives of the independent-view model ("C")
@@ -169,7 +170,8 @@ def twin(images: Tensor, g: torch.Generator, cameras: Sequence[int] = range(len(
 def texture(views: Tensor, strength: float, g: torch.Generator) -> Tensor:
     """Blotches and grain, as a sampler's: on true views and wrong ones alike, they teach to look past both.
 
-    views (B, M, 3, S, S) in [0, 1]; a blotch is an eighth of the side, and leaves white white."""
+    views (B, M, 3, S, S) in [0, 1]. A blotch is an eighth of the side, has its own colour, and leaves white
+    white: strength is its deviation, relative to how dark the view is. Grain, .15 of that, is everywhere."""
     smooth = torch.randn(*views.shape[:2], 3, 8, 8, generator=g).flatten(0, 1)
     smooth = F.interpolate(smooth, views.shape[-2:], mode="bilinear").view_as(views)
     grain = 0.15 * torch.randn(views.shape, generator=g)

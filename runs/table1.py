@@ -72,12 +72,6 @@ ROWS = {
         "",
         "fresh_random",
     ),
-    "fresh_epipolar": Row(
-        "MV-D3PO-C, epipolar lines (ours), 960 states",
-        {"feedback": "contrastive", "candidates": "branch", **FRESH},
-        "epipolar",
-        "fresh_random",
-    ),
 }
 FINISHED = {  # Diffusion-DPO on independent samples: name -> label, feedback, column of its reward
     "random": ("random preferences", "random", ""),

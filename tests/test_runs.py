@@ -332,8 +332,7 @@ def test_the_best_of_five_is_known_by_all_that_it_depends_on(tmp_path, monkeypat
 
 FEEDBACK = dict(sft="none", noised_random="random", least_noise="least_noise", m="matching")
 FEEDBACK |= dict(c_pre="contrastive", c="contrastive", random="random", geometry="geometry")
-FEEDBACK |= dict(fresh_random="random", fresh_agreement="agreement", fresh_epipolar="contrastive")
-FEEDBACK |= dict(c_epipolar="contrastive")
+FEEDBACK |= dict(fresh_random="random", fresh_agreement="agreement", c_epipolar="contrastive")
 FORWARD = dict(
     random="random",
     larger="larger",
@@ -433,3 +432,11 @@ def test_the_curves_of_table_1_show_what_rose_and_at_which_kl(monkeypatch):
         (2.0, 3.0, [25.0, 50.0], "s"),
     ]
     assert drawn[2:] == [((1.5, 2.5), (0.0, 37.5), "-")]
+    labels = []  # a scorer of ours is a feedback of its own
+    monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: labels.append(k["label"]) or plot(self, *a, **k))
+    table1.curves(
+        Path("curves.png"),
+        {"c": [4.0, 9.0], "c_epipolar": [4.0, 9.0]},
+        {"pre": {"contradiction": old}, "c": {"contradiction": new}, "c_epipolar": {"contradiction": new}},
+    )
+    assert labels == ["contrastive", "epipolar"]

@@ -210,7 +210,7 @@ def test_bfloat16_is_for_the_generator_but_on_a_cpu_not_for_the_scorer(
     assert autocasts and all(autocasts) and asked and not any(asked)
 
 
-def test_texture_is_on_every_view_but_the_reference_and_white_stays_white(folders, tmp_path):
+def test_texture_is_on_every_view_but_the_reference_and_blotches_leave_white_white(folders, tmp_path):
     plain, truth = config(folders, tmp_path, batch_size=6), make_toys(6, 64, seed=7)
     cfg = replace(plain, texture=0.3)
     for step in range(3):
@@ -316,9 +316,8 @@ def test_the_notes_tell_all_that_results_depend_on_and_nothing_else(folders, tmp
     both = dict(data="toys", num_references=3, num_steps=3, image_size=32, seed=1, bf16="on")
     scorers = dict(head="concat", backbone="dino", backbone_size=28, patch_size=8, hidden_size=8, steps=7)
     scorers |= dict(num_layers=2, num_heads=4, batch_size=3, lr=0.1, head_lr=0.1, weight_decay=0.1)
-    scorers |= dict(
-        mismatch=0.5, generated=0.5, texture=0.1, twins=True, num_val=3
-    )  # a third one is not there to be drawn
+    scorers |= dict(mismatch=0.5, generated=0.5, texture=0.1, twins=True)
+    scorers |= dict(num_val=3)  # a third one is not there to be drawn
     options = both | scorers | dict(eval_every=3, out=str(tmp_path / "other"))
     assert {f.name for f in fields(T.Config)} == {*options, "negatives", "device"}  # by what they come to
     plain = notes()
