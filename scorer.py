@@ -7,7 +7,7 @@ The paper's e is the CLS token of DINOv2. Ours keeps what stands on each epipola
 trained from nothing in minutes, only this one comes to see shapes (LOG.md, 2026-11-30).
 
 Images in, one number for each view out: near 1 for a view that looks like the reference's own object, near
-0 for a generated one. View 0 shows the reference itself, so the reward leaves it out.
+0 for a wrong one. View 0 shows the reference itself, so the reward leaves it out.
 """
 
 from dataclasses import asdict, dataclass, field, fields

@@ -74,7 +74,7 @@ class Config:
     eval_objects: int = 64  # validation objects
     out: str = "out"  # where everything goes
     scorer: str = ""  # a trained scorer's folder; empty: --feedback contrastive trains one
-    negatives: str = "checkpoints/objects_independent"  # that scorer's: train_scorer.py --negatives
+    negatives: str = ""  # that scorer's: train_scorer.py --negatives
     matcher: str = "sift"  # sift, loftr, or a file of LoFTR weights, for --feedback matching
     loss: Literal["d3po", "diffusion_dpo", "both"] = "d3po"  # which log-ratio Eq. (2) compares; both: in turn
     candidates: Literal["auto", "branch", "noised", "independent"] = "auto"  # by feedback and loss

@@ -1,25 +1,25 @@
-"""Stage 2: train the contrastive 3D-consistency scorer, truth against generated views (paper Sec. 5).
+"""Stage 2: train the contrastive 3D-consistency scorer, true views against wrong ones (paper Sec. 5).
 
     L_3D-Consistency = |f(e_Y, e_X_GT^m) - 1|^2  +  |f(e_Y, e_X_gen^m) - 0|^2          views m = 1..4
+    L                = L_3D-Consistency  +  mismatch |f(e_Y, e_X_other^m) - 0|^2
 
-First a generator draws five views for each reference, once, kept as 8-bit images like the ground truth: any
-difference in number format would be a trivial cue. Then encoder and head learn to tell them apart. The
-objects are those of the preference split, which the generator has not seen (of a folder of renders it has):
-its images of its own training objects are better than of new ones.
+DEVIATION: the last term, for true views of ANOTHER object. In the paper's two terms, true and generated views
+come with the same, right reference, so nothing asks whether a view belongs to it, and no head learns to tell.
+Half of a batch are stretched copies of its other half (data.stretch). So one of the others is a reference's
+*twin*: true views that differ from the right ones in their proportions alone. Only they make the scorer look
+at geometry.
 
-DEVIATION: a third term, with target 0 for true views of ANOTHER object. In the paper's two terms, true and
-generated views come with the same, right reference, so nothing asks whether a view belongs to it, and no head
-learns to tell. Half of a batch are stretched copies of its other half (data.stretch). So one of the others is
-a reference's *twin*: true views that differ from the right ones in their proportions alone. Only they make
-the scorer look at geometry.
+DEVIATION: without --negatives the middle term is left out. A generator gives itself away by its texture, and
+a scorer that has learned it finds less of what samples of one model differ by (LOG.md, 2026-11-30). So the
+default learns from true views alone, line by line (scorer.Strips), all with some texture (`texture`).
 
-DEVIATION: generated views are told by their texture, and nothing else need be learned of them. So the default
-encoder keeps epipolar lines apart (scorer.Strips), and all views are given a texture (`texture`). With
---generated 0 nothing is learned of generated views at all: they are drawn for the evaluation alone.
+With --negatives a generator draws five views for each reference, once, kept as 8-bit images like the ground
+truth: any difference in number format would be a trivial cue. The objects are those of the preference split,
+which the generator has not seen (of a folder of renders it has): it draws what it was trained on better.
 
 Run:
-    python train_scorer.py                                     # negatives of the independent-view model ("C")
-    python train_scorer.py --negatives checkpoints/objects     # of the multi-view model itself ("C (pre)")
+    python train_scorer.py
+    python train_scorer.py --negatives checkpoints/objects_independent --head bilinear --texture 0    # paper
     python train_scorer.py --negatives DIR --data RENDERS      # of any other model: its views of the renders
 
     Writes out/scorer-<content>/{config.json, model.safetensors, log.jsonl, results.json}, and negatives-*/
@@ -57,7 +57,7 @@ class Config:
     """Defaults train the scorer that train_d3po.py --feedback contrastive asks for."""
 
     data: str = "furniture"  # furniture, toys, or a folder of renders
-    negatives: str = "checkpoints/objects_independent"  # the model that draws them, or a folder of views
+    negatives: str = ""  # who draws generated views: a model, or a folder of views; empty: there are none
     num_references: int = 240  # of the preference split
     num_val: int = 64  # validation objects
     num_steps: int = 10  # network calls when the generator draws
@@ -72,12 +72,11 @@ class Config:
     num_heads: int = 4  # attention heads
 
     steps: int = 600  # optimizer steps
-    batch_size: int = 8  # objects; each is one reference, its true and its generated views
+    batch_size: int = 8  # objects; each is one reference, its true and any generated views
     lr: float = 1e-3  # of the encoder; about 1e-5 for a pretrained one
     head_lr: float = 1e-3  # of f, which starts at zero also on a pretrained encoder
     weight_decay: float = 0.05  # of all weights
-    generated: float = 1.0  # weight of the second term; 0: of generated views nothing is learned
-    mismatch: float = 1.0  # weight of the third term; 0 is the paper's loss
+    mismatch: float = 0.3  # weight of the last term; 0, with --negatives, is the paper's loss
     texture: float = 0.3  # strength of blotches and grain on all views but the reference
     twins: bool = True  # half of a batch are stretched copies of the other half
 
@@ -91,16 +90,15 @@ class Config:
 # --- the loss ---
 
 
-def consistency_loss(f_true: Tensor, f_fake: Tensor, generated: float = 1.0) -> Tensor:
-    """L_3D-Consistency, mean over objects and views; both (B, V-1). generated: weight of the second term."""
-    return ((f_true - 1) ** 2).mean() + generated * (f_fake**2).mean()
+def consistency_loss(f_true: Tensor, f_fake: Tensor) -> Tensor:
+    """L_3D-Consistency, mean over objects and views: (B, V-1), and (B, V-1) or, of no generator, (B, 0)."""
+    loss = ((f_true - 1) ** 2).mean()
+    return loss + (f_fake**2).mean() if f_fake.numel() else loss
 
 
-def scorer_loss(
-    scorer: Scorer, images: Tensor, bf16: bool = False, generated: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def scorer_loss(scorer: Scorer, images: Tensor, bf16: bool = False) -> tuple[Tensor, Tensor]:
     """L_3D-Consistency and the mismatch term of a batch (make_batch), from one pass of the encoder."""
-    B, others = len(images), images.shape[1] // 2
+    B, others = len(images), len(VIEWS) - 1
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         e = rearrange(scorer.embed(images.flatten(0, 1)), "(B R) ... -> B R ...", B=B).float()
     e_ref, e_true, e_fake = e[:, 0], e[:, 1 : 1 + others], e[:, 1 + others :]
@@ -109,7 +107,7 @@ def scorer_loss(
     every = scorer.head(e_ref, repeat(e_true, "O m ... -> B (O m) ...", B=B), m.repeat(B))
     every = rearrange(every, "B (O m) -> B O m", O=B)  # every[i, j] = f(Y_i, X_j)
     own = torch.eye(B, dtype=torch.bool, device=images.device)
-    loss = consistency_loss(every[own], scorer.head(e_ref, e_fake, m), generated)
+    loss = consistency_loss(every[own], scorer.head(e_ref, e_fake, m[: e_fake.shape[1]]))
     return loss, (every[~own] ** 2).mean()
 
 
@@ -134,15 +132,18 @@ def generate(cfg: Config, references: Tensor, folder: Path) -> None:
 
 
 def make_pairs(cfg: Config) -> tuple[Tensor, Tensor, int]:
-    """True and generated views, both (N, V, 3, S, S) uint8, and how many of N are to train on.
+    """True and generated views, both (N, V, 3, S, S) uint8, and how many of N are to train on. Without
+    --negatives the second are the references alone (N, 1, 3, S, S).
 
     An object has one reference, any of its four sides, and it stands in its positive and in its negative
     pairs. Were the truth shown in other frames too, f could learn which references come with the truth."""
-    if not (located(cfg.negatives) / "model.safetensors").is_file():
+    if cfg.negatives and not (located(cfg.negatives) / "model.safetensors").is_file():
         return read_pairs(cfg)
     train = load_split(cfg.data, "preference", cfg.num_references, cfg.image_size)
     train = make_references(train, cfg.num_references, cfg.seed)
     truth = torch.cat([train, load_split(cfg.data, "validation", cfg.num_val, cfg.image_size)])
+    if not cfg.negatives:
+        return truth, truth[:, :1], len(train)
     made_by = {"generator": digest(Path(cfg.negatives)), "references": digest(truth[:, 0])}
     made_by |= {"num_steps": cfg.num_steps, "seed": cfg.seed, "code": code("model", "sample")}
     make = partial(generate, cfg, truth[:, 0])
@@ -179,20 +180,21 @@ def texture(views: Tensor, strength: float, g: torch.Generator) -> Tensor:
 
 
 def make_batch(cfg: Config, truth: Tensor, fake: Tensor, step: int) -> Tensor:
-    """(B, 1 + 2 (V-1), 3, S, S) in [0, 1]: reference, true and generated views; from (seed, step) alone."""
+    """(B, 1 + 2 (V-1), 3, S, S) in [0, 1]: reference, true and generated views; from (seed, step) alone.
+    Without generated views (B, V, 3, S, S)."""
     g = keyed_generator(cfg.seed, step)
     size, views = min(cfg.batch_size, len(truth)), truth.shape[1]
     chosen = torch.randperm(len(truth), generator=g)[: size // 2 if cfg.twins else size]
     images = torch.cat([truth[chosen], fake[chosen, 1:]], dim=1).float() / 255
     if cfg.twins:  # another object with the same face: its own truth, and a wrong one for its twin
-        cameras = [*range(views), *range(1, views)]
+        cameras = [*range(views), *range(1, fake.shape[1])]
         images = torch.cat([images, torch.stack([twin(x, g, cameras) for x in images])])
     # Only what keeps five views five views of one object is allowed, and it is done to true and generated
     # ones alike: renaming the colour channels and mirroring the world. A crop, a shift or a turn is not.
     images = images[:, :, torch.randperm(3, generator=g)]
     if torch.rand((), generator=g) < 0.5:
         order = MIRRORED_ORDER + [views - 1 + m for m in MIRRORED_ORDER[1:]]
-        images = images[:, order].flip(-1)
+        images = images[:, order[: images.shape[1]]].flip(-1)
     if cfg.texture:
         images = torch.cat([images[:, :1], texture(images[:, 1:], cfg.texture, g)], dim=1)
     return images
@@ -213,7 +215,8 @@ def evaluate(scorer: Scorer, truth: Tensor, fake: Tensor) -> dict[str, float]:
     """Truth against wrong views: AUC over single views, and how often the truth has the higher reward."""
     g = keyed_generator(0)
     twins = torch.stack([(twin(x.float() / 255, g) * 255).round().to(torch.uint8) for x in truth])
-    wrong = {"generated": fake, "stretched": twins, **spoilt_views(truth)}
+    wrong = {"stretched": twins, **spoilt_views(truth)}
+    wrong |= {"generated": fake} if fake.shape[1] > 1 else {}
 
     def scores(views: Tensor) -> Tensor:  # (B, V, 3, S, S) uint8 -> (B, V-1)
         pairs = zip(truth[:, :1].float() / 255, views.float() / 255)
@@ -272,7 +275,7 @@ def run(scorer: Scorer, truth: Tensor, fake: Tensor, n: int, cfg: Config, folder
     for step in training_steps(state.get("step", 0), cfg.steps, "train_scorer", save):
         # batch, forward, backward
         images = make_batch(cfg, truth[:n], fake[:n], step).to(device)
-        loss, mismatch = scorer_loss(scorer, images, bf16, cfg.generated)
+        loss, mismatch = scorer_loss(scorer, images, bf16)
         (loss + cfg.mismatch * mismatch).backward()
 
         # step, log: short warm-up, then cosine to 0
@@ -291,7 +294,9 @@ def main(cfg: Config) -> dict[str, Any]:
     check_at_least(cfg, 1, "steps", "eval_every", "image_size", "backbone_size")
     check_at_least(cfg, 1, "patch_size", "hidden_size", "num_layers", "num_heads")
     check_at_least(cfg, 2, "num_references", "num_val", "batch_size", "num_steps")  # another object is needed
-    check_at_least(cfg, 0, "lr", "head_lr", "weight_decay", "generated", "mismatch", "texture")
+    check_at_least(cfg, 0, "lr", "head_lr", "weight_decay", "mismatch", "texture")
+    if not (cfg.negatives or cfg.mismatch):
+        raise InputError("--mismatch 0: nothing is wrong then, expected --negatives, or more than 0.")
     out, made_on = check_link(Path(cfg.out)), machine(cfg)
     scorer = new_scorer(cfg)  # what is impossible shows now, not after the negatives
     truth, fake, n = make_pairs(cfg)

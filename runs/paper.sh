@@ -47,8 +47,9 @@ python train_sft.py $sft $memory --out $out/base
 python train_sft.py $sft $memory --cross_view False --out $out/zero123
 
 # Stage 2: the scorer, against Zero123-style views, and against the multi-view model's own: C (pre)
-# (Ours, where cameras are orthographic: without --backbone, --head and --texture.)
-scorer="--backbone $dino --head bilinear --texture 0 --lr 1e-5 --data $data --image_size $size $scorer"
+# (Ours, where cameras are orthographic: --data and --image_size alone, without --negatives.)
+scorer="--head bilinear --texture 0 --mismatch 1 --lr 1e-5 --image_size $size $scorer"
+scorer="--backbone $dino --data $data $scorer"
 python train_scorer.py $scorer --negatives $out/zero123 --out $out/scorer
 python train_scorer.py $scorer --negatives $out/base --out $out/scorer_pre
 

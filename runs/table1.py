@@ -37,7 +37,8 @@ from scorer import Scorer, contrastive_reward
 
 FORWARD = {"loss": "diffusion_dpo"}
 FRESH = {"num_references": 960, "steps": 240}
-PAPER = {"head": "bilinear", "texture": 0.0}  # train_scorer.py's encoder with a CLS token, as in the paper
+GENERATED = {"negatives": "checkpoints/objects_independent", "mismatch": 1.0}  # Zero123-style, App. B
+PAPER = {"head": "bilinear", "texture": 0.0, **GENERATED}  # a CLS token, as in the paper; twins are ours
 
 
 class Row(NamedTuple):
@@ -61,6 +62,12 @@ ROWS = {
     "c_epipolar": Row(
         "MV-D3PO-C, epipolar lines (ours)", {"feedback": "contrastive"}, "epipolar", "noised_random"
     ),
+    "c_epipolar_generated": Row(
+        "the same, generated views as negatives",
+        {"feedback": "contrastive"},
+        "epipolar_generated",
+        "noised_random",
+    ),
     # Eq. (2) on branches: one action
     "random": Row("control: random preferences, branches", {"feedback": "random"}),
     "geometry": Row("MV-D3PO, geometry (ours)", {"feedback": "geometry"}, "geometry", "random"),
@@ -78,7 +85,7 @@ FINISHED = {  # Diffusion-DPO on independent samples: name -> label, feedback, c
     "larger": ("larger silhouettes (control)", "larger", "covered"),
     "c": ("C", "contrastive", "contrastive"),
     "epipolar": ("C, epipolar lines (ours)", "contrastive", "epipolar"),
-    "epipolar_true": ("C, epipolar lines, true views alone (ours)", "contrastive", "epipolar_true"),
+    "epipolar_generated": ("the same, generated views as negatives", "contrastive", "epipolar_generated"),
     "hull": ("hull (ours)", "hull", "hull"),
     "lean": ("geometry at equal size (ours)", "lean", ""),
     "geometry": ("geometry (ours)", "geometry", "geometry"),
@@ -108,7 +115,7 @@ METRICS = {  # column -> heading, digits, factor
     "contrastive": ("contrastive score", 2, 1),
     "contrastive_pre": ("score of C (pre)", 2, 1),
     "epipolar": ("score of epipolar lines", 2, 1),
-    "epipolar_true": ("the same, true views alone", 2, 1),
+    "epipolar_generated": ("the same, generated negatives", 2, 1),
     "judge": ("score of a third scorer", 2, 1),
     "grey_levels": ("changed, grey levels", 1, 1),
 }
@@ -136,13 +143,13 @@ def job(cfg: Config, **options: Any) -> D.Config:
 def make_scorers(cfg: Config) -> dict[str, str]:
     """The paper's C and C (pre), ours, and a judge of no row: other seed, larger patches, no twins.
 
-    Ours comes twice: the default, and one for which generated views are no negatives."""
+    Ours comes twice: the default, and one for which generated views are negatives, too, as in the paper."""
     base = job(cfg)
     kinds: dict[str, dict[str, Any]] = {
         "contrastive": {"out": f"{cfg.out}/scorer", **PAPER},
-        "contrastive_pre": {"out": f"{cfg.out}/scorer_pre", "negatives": base.model, **PAPER},
+        "contrastive_pre": {**PAPER, "out": f"{cfg.out}/scorer_pre", "negatives": base.model},
         "epipolar": {"out": f"{cfg.out}/scorer_epipolar"},
-        "epipolar_true": {"out": f"{cfg.out}/scorer_epipolar_true", "generated": 0.0, "mismatch": 0.3},
+        "epipolar_generated": {"out": f"{cfg.out}/scorer_epipolar_generated", **GENERATED},
         "judge": {"out": f"{cfg.out}/scorer_judge", **PAPER, "patch_size": 16, "twins": False, "seed": 1},
     }
     shared: dict[str, Any] = {"num_references": base.num_references, "num_steps": base.num_steps}
@@ -215,7 +222,7 @@ def curves(path: Path, kls: dict[str, list[float]], measured: dict[str, dict[str
     columns = [c for c in METRICS if c in measured["pre"] and c not in ("grey_levels", "ssim_unseen")]
     figure = Figure(figsize=(17, 7), layout="constrained")
     axes = figure.subplots(2, -(-len(columns) // 2), squeeze=False)
-    ours = ("epipolar", "epipolar_true")
+    ours = ("epipolar", "epipolar_generated")
     rated = {r: ROWS[r].own if ROWS[r].own in ours else ROWS[r].options["feedback"] for r in kls}
     feedbacks = list(dict.fromkeys(rated.values()))
     for axis, c in zip(axes.flat, columns):

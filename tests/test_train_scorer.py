@@ -81,8 +81,7 @@ def test_loss_by_hand():
     want = (0 + 0.25 + 1 + 1) / 4 + (0 + 1 + 4 + 0.25) / 4
     assert T.consistency_loss(f_true, f_fake).item() == pytest.approx(want)
     assert T.consistency_loss(torch.ones(3, 4), torch.zeros(3, 4)).item() == 0
-    third = T.consistency_loss(f_true, f_fake, 1 / 3).item()
-    assert third == pytest.approx((0 + 0.25 + 1 + 1) / 4 + (0 + 1 + 4 + 0.25) / 12)
+    assert T.consistency_loss(f_true, f_fake[:, :0]).item() == pytest.approx((0 + 0.25 + 1 + 1) / 4)
 
 
 def test_auc_by_hand():
@@ -92,7 +91,8 @@ def test_auc_by_hand():
     assert T.auc(torch.zeros(3), torch.zeros(4)) == 0.5
 
 
-@pytest.mark.parametrize("head, generated", [("bilinear", 1.0), ("epipolar", 0.5)])
+@pytest.mark.parametrize("head", ["bilinear", "epipolar"])
+@pytest.mark.parametrize("generated", [True, False])
 def test_own_and_other_views_go_into_their_own_terms(folders, tmp_path, head, generated):
     """The three terms against one call of the scorer for every pair of a reference and a view."""
     scorer = T.new_scorer(config(folders, tmp_path, head=head))
@@ -100,7 +100,7 @@ def test_own_and_other_views_go_into_their_own_terms(folders, tmp_path, head, ge
         if name in ("linear.weight", "W", "A", "b"):
             torch.nn.init.normal_(parameter, std=0.1)
     images = torch.rand(3, 9, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    loss, mismatch = T.scorer_loss(scorer, images, False, generated)
+    loss, mismatch = T.scorer_loss(scorer, images if generated else images[:, :5])
 
     def f(i: int, j: int, m: int) -> float:  # image m of object j at its place among the five
         views = images[j, m].expand(1, 5, -1, -1, -1)
@@ -113,10 +113,10 @@ def test_own_and_other_views_go_into_their_own_terms(folders, tmp_path, head, ge
     assert mismatch.item() == pytest.approx(sum(other) / 24, rel=1e-4)
 
 
-@pytest.mark.parametrize("mismatch, generated", [(0.0, 1.0), (2.0, 1.0), (2.0, 0.5)])
+@pytest.mark.parametrize("mismatch, generated", [(0.0, True), (2.0, True), (2.0, False)])
 def test_the_gradient_is_that_of_all_terms(folders, tmp_path, monkeypatch, mismatch, generated):
-    weights = dict(mismatch=mismatch, generated=generated)
-    cfg = config(folders, tmp_path / "run" / "scorer", steps=2, lr=1e-3, head_lr=1e-2, **weights)
+    cfg = config(folders, tmp_path / "run" / "scorer", steps=2, lr=1e-3, head_lr=1e-2, mismatch=mismatch)
+    cfg = cfg if generated else replace(cfg, negatives="")
     seen = []
 
     def spy(optimizers, parameters, rate, step, clip=1.0):
@@ -128,7 +128,7 @@ def test_the_gradient_is_that_of_all_terms(folders, tmp_path, monkeypatch, misma
     T.main(cfg)
     truth, fake, n = T.make_pairs(cfg)
     scorer = T.new_scorer(cfg)
-    loss, other = T.scorer_loss(scorer, T.make_batch(cfg, truth[:n], fake[:n], 0), False, generated)
+    loss, other = T.scorer_loss(scorer, T.make_batch(cfg, truth[:n], fake[:n], 0))
     grads = torch.autograd.grad(loss + mismatch * other, list(scorer.parameters()), allow_unused=True)
     (rate, clip, first, lrs), (next_rate, *_) = seen
     for got, want in zip(first, grads):
@@ -242,6 +242,17 @@ def test_augmentation_keeps_truth_and_generated_alike(folders, tmp_path):
     assert all(f in whole for f in found) and len(set(found)) > 2
 
 
+def test_without_a_generator_a_batch_holds_true_views_alone(folders, tmp_path):
+    cfg = config(folders, tmp_path / "run" / "scorer", negatives="", batch_size=4)
+    truth, fake, n = T.make_pairs(cfg)
+    assert torch.equal(fake, truth[:, :1]) and n == 4 and not (tmp_path / "run").exists()  # nothing drawn
+    for each in (cfg, replace(cfg, twins=True)):
+        alone, whole = ([T.make_batch(each, truth, f, step) for step in range(8)] for f in (fake, truth))
+        assert all(a.shape[1] == 5 and torch.equal(a, w[:, :5]) for a, w in zip(alone, whole))
+    metrics = T.evaluate(T.new_scorer(cfg), truth[n:], fake[n:])
+    assert "auc_stretched" in metrics and "auc_generated" not in metrics
+
+
 def test_twins_are_the_same_object_in_other_proportions(folders, tmp_path, monkeypatch):
     cfg, truth = config(folders, tmp_path, batch_size=4, twins=True), make_toys(6, 64, seed=7)
     batch = T.make_batch(cfg, truth, truth, 0)
@@ -316,7 +327,7 @@ def test_the_notes_tell_all_that_results_depend_on_and_nothing_else(folders, tmp
     both = dict(data="toys", num_references=3, num_steps=3, image_size=32, seed=1, bf16="on")
     scorers = dict(head="concat", backbone="dino", backbone_size=28, patch_size=8, hidden_size=8, steps=7)
     scorers |= dict(num_layers=2, num_heads=4, batch_size=3, lr=0.1, head_lr=0.1, weight_decay=0.1)
-    scorers |= dict(mismatch=0.5, generated=0.5, texture=0.1, twins=True)
+    scorers |= dict(mismatch=0.5, texture=0.1, twins=True)
     scorers |= dict(num_val=3)  # a third one is not there to be drawn
     options = both | scorers | dict(eval_every=3, out=str(tmp_path / "other"))
     assert {f.name for f in fields(T.Config)} == {*options, "negatives", "device"}  # by what they come to
@@ -325,6 +336,8 @@ def test_the_notes_tell_all_that_results_depend_on_and_nothing_else(folders, tmp
     assert changed == {k: [k in both, k in both or k in scorers] for k in options}
     fewer, more = (notes(data="toys", num_val=n)[0] for n in (2, 3))
     assert fewer != more  # of validation objects, too, there are negatives
+    (alone,) = notes(negatives="")  # or none at all, and that is another scorer
+    assert alone["steps"] == 6 and alone != plain[1]
     for module in "model sample data metrics scorer train_scorer".split():
         with monkeypatch.context() as edited:
             edited.setitem(cache.SOURCES, module, cache.SOURCES[module] + "\nx = 1\n")
@@ -390,6 +403,7 @@ def test_changed_inputs_are_another_scorer(folders, tmp_path, what):
         ({"steps": 0}, "--steps"),
         ({"mismatch": float("inf")}, "--mismatch"),
         ({"negatives": "nowhere"}, "--negatives nowhere: expected a model's folder, or views"),
+        ({"negatives": "", "mismatch": 0.0}, "--mismatch 0: nothing is wrong then, expected --negatives"),
         ({"image_size": 0}, "--image_size 0: expected 1 or more"),
         ({"hidden_size": 15}, "hidden_size|width"),
         ({"patch_size": 3}, "patch"),
