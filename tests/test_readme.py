@@ -203,7 +203,9 @@ def test_the_numbers_shown_are_those_of_the_defaults(file):
     how |= {"kl": 0.05} if "diffusion_dpo" in how.values() else {}  # as README says
     how |= {"num_references": 32, "eval_objects": 16} if file == "redder.json" else {}
     now = json.loads(json.dumps(asdict((train_scorer if "scorer" in file else D).Config(**how))))
-    names = {"out", "scorer"} | ({"negatives"} if how.get("feedback", "contrastive") != "contrastive" else set())
+    names = {"out", "scorer"} | (
+        {"negatives"} if how.get("feedback", "contrastive") != "contrastive" else set()
+    )
     assert {k: v for k, v in now.items() if k not in names}.items() <= then.items()
 
 
