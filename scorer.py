@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from common import InputError, explained, load_json, load_weights, located, pretrained, save_json
 from common import save_tensors, typed
-from render import VIEWS
+from render import CAMERAS, VIEWS
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, deviation that published weights expect
 Colour = tuple[float, float, float]
@@ -70,18 +70,23 @@ class ScorerConfig:
 
     def __post_init__(self) -> None:
         size, patch = self.image_size, self.encoder.patch_size
-        if size < patch or size % patch:
+        if self.head != "epipolar" and (size < patch or size % patch):
             raise InputError(f"scorer image_size {size}: expected a multiple of the patch, {patch}.")
         if min(self.std) <= 0:
             raise InputError(f"scorer std {self.std}: expected more than 0.")
+
+
+# Do a view's rows (up to down), its columns (left to right) run against the front's? The back's columns do.
+REVERSED = (CAMERAS[:, [1, 0]] * CAMERAS[0, [1, 0]]).sum(-1) < 0  # (V, 2)
 
 
 class Strips(nn.Module):
     """e of `epipolar`: what stands on each row of pixels, and on each column.
 
     Orthographic cameras along the axes have epipolar lines that need no search. What one side shows at a
-    height stands at this height in every other, the same row of pixels. A column of the top is one of the
-    front. A CLS token would have to learn where things are; here the largest value along the line is kept."""
+    height stands at this height in every other, the same row of pixels. A column of the front is one of the
+    top and, in reverse, of the back (`REVERSED`). A CLS token would have to learn where things are; here the
+    largest value along the line is kept."""
 
     def __init__(self, width: int = 32, dim: int = 16) -> None:
         super().__init__()
@@ -111,9 +116,9 @@ class Scorer(nn.Module):
     above; with W = 0 it is `concat`.
 
     The paper's f does not see which view m is, so right and left exchanged score the same. `epipolar` does,
-    for which lines must agree depends on it:
+    for which lines must agree depends on it. Rows and columns have a form A_m each:
 
-        f_m(Y, X) = b_m + mean over lines l of  e_Y,l^T A_m e_X,l       rows and columns with an A_m each
+        f_m(Y, X) = b_m + sum over both of  mean over lines l of  e_Y,l^T A_m e_X,l
 
     FORK: a row of w, u, b and a W for each m would let `bilinear` see m."""
 
@@ -155,6 +160,8 @@ class Scorer(nn.Module):
     def head(self, e_ref: Tensor, e_views: Tensor, m: Tensor) -> Tensor:
         """f: e_Y (B, d) and e_X (B, V, d) -> (B, V). m (V,) says which of VIEWS each is: `epipolar` asks."""
         if self.cfg.head == "epipolar":  # e_Y (B, 2, L, d), e_X (B, V, 2, L, d)
+            reverse = REVERSED.to(m.device)[m, :, None, None]
+            e_views = torch.where(reverse, e_views.flip(3), e_views)
             f = torch.einsum("b a l d, v a d e, b v a l e -> b v", e_ref, self.A[m], e_views)
             return self.b[m] + f / e_ref.shape[2]
         e_ref = repeat(e_ref, "B d -> B V d", V=e_views.shape[1])

@@ -300,6 +300,8 @@ def main(cfg: Config) -> dict[str, Any]:
     out, made_on = check_link(Path(cfg.out)), machine(cfg)
     scorer = new_scorer(cfg)  # what is impossible shows now, not after the negatives
     truth, fake, n = make_pairs(cfg)
+    if n < 2:
+        raise InputError(f"--data {cfg.data}: one object to train on, expected another.")
     local = cfg.backbone and Path(cfg.backbone).is_dir()
     made_by = settings(cfg, "eval_every", "bf16", "data", "negatives", "backbone") | {
         "truth": digest(truth),

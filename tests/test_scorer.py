@@ -10,7 +10,9 @@ from transformers import Dinov2Config, Dinov2Model
 
 from common import InputError
 from data import VIEWS
-from scorer import EncoderConfig, Scorer, ScorerConfig, contrastive_reward, pretrained_scorer, small_scorer
+from render import project
+from scorer import REVERSED, EncoderConfig, Scorer, ScorerConfig, contrastive_reward
+from scorer import pretrained_scorer, small_scorer
 
 V = len(VIEWS)
 
@@ -71,8 +73,10 @@ def test_epipolar_head_by_hand():
     e_views[0, :, 1, :, 3] = torch.tensor([7.0, 8.0])
     scorer.A.data[1, 0, 0, 2], scorer.A.data[1, 1, 1, 3] = 1, 10
     scorer.A.data[4, 0, 0, 2], scorer.b.data[4] = -1, 2
-    # view 1: (1 5 + 2 6) / 2 of rows, 10 (3 7 + 4 8) / 2 of columns; view 4: rows alone; view 2: its start
-    want = torch.tensor([[0.5 + 8.5 + 265, 2 - 8.5, 0.5]])
+    scorer.A.data[2, 0, 0, 2], scorer.A.data[2, 1, 1, 3] = 1, 10
+    # view 1: (1 5 + 2 6) / 2 of rows, 10 (3 7 + 4 8) / 2 of columns; view 4: rows alone; view 2, the back: its
+    # first column is the front's last, 10 (3 8 + 4 7) / 2
+    want = torch.tensor([[0.5 + 8.5 + 265, 2 - 8.5, 0.5 + 8.5 + 260]])
     assert torch.allclose(scorer.head(e_ref, e_views, torch.tensor([1, 4, 2])), want)
 
 
@@ -101,6 +105,18 @@ def test_epipolar_knows_which_view_it_sees_and_the_others_do_not():
     for head, equal in (("bilinear", True), ("epipolar", False)):
         scores, exchanged = (tiny(head).score(y, z) for z in (x, swapped))
         assert torch.allclose(scores[:, [0, 3, 2, 1, 4]], exchanged, atol=1e-5) is equal
+
+
+def test_epipolar_lines_are_those_of_the_cameras():
+    """A point at a height, to the right, marks one line of the front; where is it in the other views?"""
+    point = torch.tensor([[0.3, 0.6, 0.4]])
+    (x, y), *others = project(point, 64)[0][:, 0].long().tolist()
+    assert not REVERSED[0].any() and REVERSED.sum() == 1
+    for m, (u, v) in enumerate(others, 1):
+        reverse = REVERSED[m].tolist()
+        row, column = (63 - k if r else k for k, r in zip((v, u), reverse))
+        assert (row == y) is (m < 4), m  # heights: all sides
+        assert (column == x) is (m in (2, 4)), m  # the front's left to right: the back and the top
 
 
 # --- reward ---
@@ -197,6 +213,8 @@ def test_a_small_encoder_reads_64_pixels_in_65_tokens():
         small_scorer("bilinear", 16, 8, hidden_size=8, num_layers=1, num_heads=3)
     with pytest.raises(InputError, match="multiple of the patch, 8"):
         small_scorer("bilinear", 60, 8, hidden_size=8, num_layers=1, num_heads=1)
+    strips = small_scorer("epipolar", 60, 8, hidden_size=8, num_layers=1, num_heads=1)  # has no patches
+    assert strips.score(images(1, 3, 60, 60), images(1, V, 3, 60, 60)).shape == (1, V)
 
 
 def test_a_small_scorer_starts_at_one_half_with_white_as_zero_and_weights_that_pass_the_image_on():

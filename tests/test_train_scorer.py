@@ -300,7 +300,7 @@ def test_each_negative_has_its_noise_and_stands_beside_its_truth(folders, tmp_pa
 
 def test_a_local_backbone_counts_by_content(folders, tmp_path, monkeypatch):
     found, cfg = [], config(folders, tmp_path / "scorer", backbone=str(tmp_path / "dino"))
-    monkeypatch.setattr(T, "make_pairs", lambda *_: (torch.zeros(1), torch.zeros(1), 1))
+    monkeypatch.setattr(T, "make_pairs", lambda *_: (torch.zeros(1), torch.zeros(1), 2))
     monkeypatch.setattr(T, "new_scorer", lambda _: None)
     monkeypatch.setattr(T, "cached", lambda root, name, note, make: found.append(note) or tmp_path)
     save_json(tmp_path / "results.json", {})
@@ -413,6 +413,15 @@ def test_wrong_input_is_one_line(folders, tmp_path, changes, message):
     with pytest.raises(InputError, match=message):
         T.main(config(folders, tmp_path / "run" / "scorer", **changes))
     assert not list((tmp_path / "run").glob("*"))  # no negatives either, which take long
+
+
+def test_one_object_has_no_other(folders, tmp_path):
+    for i in range(3):
+        shutil.copytree(folders / "true" / f"object_{i}", tmp_path / "few" / f"object_{i}")
+    few = str(tmp_path / "few")  # of another model's pictures no augmented copies are made
+    for twins in (True, False):
+        with pytest.raises(InputError, match="few: one object to train on"):
+            T.main(config(folders, tmp_path / "run" / "scorer", data=few, negatives=few, twins=twins))
 
 
 def test_accuracy_counts_objects_whose_truth_has_the_higher_reward(monkeypatch):
