@@ -37,8 +37,13 @@ from scorer import Scorer, contrastive_reward
 
 FORWARD = {"loss": "diffusion_dpo"}
 FRESH = {"num_references": 960, "steps": 240}
-GENERATED = {"negatives": "checkpoints/objects_independent", "mismatch": 1.0}  # Zero123-style, App. B
-PAPER = {"head": "bilinear", "texture": 0.0, **GENERATED}  # a CLS token, as in the paper; twins are ours
+C = {"feedback": "contrastive"}
+ONE_TOKEN = {  # the paper's e, and its negatives (Zero123-style, Sec. 5); f and other objects are ours
+    "head": "bilinear",
+    "texture": 0.0,
+    "negatives": "checkpoints/objects_independent",
+    "mismatch": 1.0,
+}
 
 
 class Row(NamedTuple):
@@ -57,27 +62,16 @@ ROWS = {
     ),
     "least_noise": Row("control: least noise", {"feedback": "least_noise"}, "", "noised_random"),
     "m": Row("MV-D3PO-M", {"feedback": "matching"}, "", "noised_random"),
-    "c_pre": Row("MV-D3PO-C (pre)", {"feedback": "contrastive"}, "contrastive_pre", "noised_random"),
-    "c": Row("MV-D3PO-C", {"feedback": "contrastive"}, "contrastive", "noised_random"),
-    "c_epipolar": Row(
-        "MV-D3PO-C, epipolar lines (ours)", {"feedback": "contrastive"}, "epipolar", "noised_random"
-    ),
-    "c_epipolar_generated": Row(
-        "the same, generated views as negatives",
-        {"feedback": "contrastive"},
-        "epipolar_generated",
-        "noised_random",
-    ),
+    "c_pre": Row("MV-D3PO-C (pre)", C, "contrastive_pre", "noised_random"),
+    "c": Row("MV-D3PO-C", C, "contrastive", "noised_random"),
+    "c_epipolar": Row("MV-D3PO-C, epipolar lines (ours)", C, "epipolar", "noised_random"),
     # Eq. (2) on branches: one action
     "random": Row("control: random preferences, branches", {"feedback": "random"}),
     "geometry": Row("MV-D3PO, geometry (ours)", {"feedback": "geometry"}, "geometry", "random"),
     # the same from four times as many states, each seen twice, not four times
     "fresh_random": Row("control: random preferences, 960 branched states", {"feedback": "random", **FRESH}),
     "fresh_agreement": Row(
-        "MV-D3PO, geometry and colours (ours), 960 states",
-        {"feedback": "agreement", **FRESH},
-        "",
-        "fresh_random",
+        "agreement (ours), 960 states", {"feedback": "agreement", **FRESH}, "", "fresh_random"
     ),
 }
 FINISHED = {  # Diffusion-DPO on independent samples: name -> label, feedback, column of its reward
@@ -85,7 +79,6 @@ FINISHED = {  # Diffusion-DPO on independent samples: name -> label, feedback, c
     "larger": ("larger silhouettes (control)", "larger", "covered"),
     "c": ("C", "contrastive", "contrastive"),
     "epipolar": ("C, epipolar lines (ours)", "contrastive", "epipolar"),
-    "epipolar_generated": ("the same, generated views as negatives", "contrastive", "epipolar_generated"),
     "hull": ("hull (ours)", "hull", "hull"),
     "lean": ("geometry at equal size (ours)", "lean", ""),
     "geometry": ("geometry (ours)", "geometry", "geometry"),
@@ -115,7 +108,6 @@ METRICS = {  # column -> heading, digits, factor
     "contrastive": ("contrastive score", 2, 1),
     "contrastive_pre": ("score of C (pre)", 2, 1),
     "epipolar": ("score of epipolar lines", 2, 1),
-    "epipolar_generated": ("the same, generated negatives", 2, 1),
     "judge": ("score of a third scorer", 2, 1),
     "grey_levels": ("changed, grey levels", 1, 1),
 }
@@ -141,16 +133,13 @@ def job(cfg: Config, **options: Any) -> D.Config:
 
 
 def make_scorers(cfg: Config) -> dict[str, str]:
-    """The paper's C and C (pre), ours, and a judge of no row: other seed, larger patches, no twins.
-
-    Ours comes twice: the default, and one for which generated views are negatives, too, as in the paper."""
+    """The paper's C and C (pre), ours, and a judge of no row: other seed, larger patches, no twins."""
     base = job(cfg)
     kinds: dict[str, dict[str, Any]] = {
-        "contrastive": {"out": f"{cfg.out}/scorer", **PAPER},
-        "contrastive_pre": {**PAPER, "out": f"{cfg.out}/scorer_pre", "negatives": base.model},
+        "contrastive": {"out": f"{cfg.out}/scorer", **ONE_TOKEN},
+        "contrastive_pre": {**ONE_TOKEN, "out": f"{cfg.out}/scorer_pre", "negatives": base.model},
         "epipolar": {"out": f"{cfg.out}/scorer_epipolar"},
-        "epipolar_generated": {"out": f"{cfg.out}/scorer_epipolar_generated", **GENERATED},
-        "judge": {"out": f"{cfg.out}/scorer_judge", **PAPER, "patch_size": 16, "twins": False, "seed": 1},
+        "judge": {**ONE_TOKEN, "out": f"{cfg.out}/scorer_judge", "patch_size": 16, "twins": False, "seed": 1},
     }
     shared: dict[str, Any] = {"num_references": base.num_references, "num_steps": base.num_steps}
     shared |= {"device": cfg.device, "bf16": cfg.bf16}
@@ -222,8 +211,7 @@ def curves(path: Path, kls: dict[str, list[float]], measured: dict[str, dict[str
     columns = [c for c in METRICS if c in measured["pre"] and c not in ("grey_levels", "ssim_unseen")]
     figure = Figure(figsize=(17, 7), layout="constrained")
     axes = figure.subplots(2, -(-len(columns) // 2), squeeze=False)
-    ours = ("epipolar", "epipolar_generated")
-    rated = {r: ROWS[r].own if ROWS[r].own in ours else ROWS[r].options["feedback"] for r in kls}
+    rated = {r: "epipolar" if ROWS[r].own == "epipolar" else ROWS[r].options["feedback"] for r in kls}
     feedbacks = list(dict.fromkeys(rated.values()))
     for axis, c in zip(axes.flat, columns):
         means: dict[str, list[tuple[float, float]]] = {}  # a curve for each feedback of Diffusion-DPO

@@ -228,7 +228,7 @@ def test_every_script_runs_through_the_command_line(tmp_path):
     assert again.returncode == 0 and "negatives: 100%" not in again.stderr and "reused" in again.stdout
 
 
-SCORERS = ("contrastive", "contrastive_pre", "epipolar", "epipolar_generated", "judge")
+SCORERS = ("contrastive", "contrastive_pre", "epipolar", "judge")
 
 
 def test_table_1_on_tiny_numbers(tmp_path, monkeypatch):
@@ -332,14 +332,12 @@ def test_the_best_of_five_is_known_by_all_that_it_depends_on(tmp_path, monkeypat
 
 FEEDBACK = dict(sft="none", noised_random="random", least_noise="least_noise", m="matching")
 FEEDBACK |= dict(c_pre="contrastive", c="contrastive", random="random", geometry="geometry")
-FEEDBACK |= dict(fresh_random="random", fresh_agreement="agreement")
-FEEDBACK |= dict(c_epipolar="contrastive", c_epipolar_generated="contrastive")
+FEEDBACK |= dict(fresh_random="random", fresh_agreement="agreement", c_epipolar="contrastive")
 FORWARD = dict(
     random="random",
     larger="larger",
     c="contrastive",
     epipolar="contrastive",
-    epipolar_generated="contrastive",
     hull="hull",
     lean="lean",
     geometry="geometry",
@@ -358,7 +356,7 @@ def test_each_row_of_table_1_has_its_feedback_and_its_scorer(monkeypatch):
         monkeypatch.setattr(table1.D, "main", lambda cfg, row=row: ran.update({row: cfg}) or told)
         scorers = {name: name for name in SCORERS}
         table1.train_row(row, 5, scorers, table1.Config())
-        ours = next((name for name in SCORERS[2:4] if row.endswith(name)), "contrastive")
+        ours = "epipolar" if row.endswith("epipolar") else "contrastive"
         scorer = "contrastive_pre" if row == "c_pre" else ours
         assert (ran[row].feedback, ran[row].scorer) == (feedback, scorer), row
         kind = row.split("_")[0]
@@ -370,7 +368,7 @@ def test_each_row_of_table_1_has_its_feedback_and_its_scorer(monkeypatch):
     assert asked == [(4, 1e-5), (4, 1e-4), (5, 1e-5)]  # the rate is chosen with the first seed
     judges = {"geometry": "geometry", "hull": "hull", "contrastive": "contrastive", "larger": "covered"}
     own = {row: judges[f] for row, f in FEEDBACK.items() if f in judges} | {"best": "contrastive"}
-    own |= {row: name for row in FEEDBACK for name in SCORERS[2:4] if row.endswith(name)}
+    own |= {row: "epipolar" for row in FEEDBACK if row.endswith("epipolar")}
     marked = {name: row.own for name, row in table1.ROWS.items() if row.own}
     assert marked == own | {"c_pre": "contrastive_pre"}  # which the table marks
 
@@ -392,14 +390,14 @@ def test_the_scorers_of_table_1_differ_as_their_columns_say(monkeypatch):
     monkeypatch.setattr(table1.S, "main", lambda cfg: made.append(cfg) or {"folder": cfg.out})
     folders = table1.make_scorers(table1.Config(out="o"))
     names = dict(contrastive="o/scorer", contrastive_pre="o/scorer_pre", judge="o/scorer_judge")
-    assert folders == names | {n: f"o/scorer_{n}" for n in ("epipolar", "epipolar_generated")}
+    assert folders == names | {"epipolar": "o/scorer_epipolar"}
     kinds = [(x.head, x.texture, x.negatives, x.mismatch) for x in made]
     papers, single = ("bilinear", 0.0), "checkpoints/objects_independent"
-    assert kinds[:2] + kinds[4:] == [(*papers, single, 1), (*papers, model, 1), (*papers, single, 1)]
-    assert kinds[2:4] == [("epipolar", 0.3, "", 0.3), ("epipolar", 0.3, single, 1)]
+    told = [(*papers, single, 1), (*papers, model, 1), ("epipolar", 0.3, "", 0.3), (*papers, single, 1)]
+    assert kinds == told
     assert {(cfg.num_steps, cfg.num_references) for cfg in made} == {(7, 9)}
     told, usual = ([(x.seed, x.patch_size, x.twins) for x in y] for y in (made, [plain]))
-    assert told == [*usual * 4, (1, 16, False)]
+    assert told == [*usual * 3, (1, 16, False)]
 
 
 def test_table_1_prints_percentages_and_marks_differences_and_own_rewards():
