@@ -1,7 +1,7 @@
 """One rule for all that is kept: a result is found by the content of what made it.
 
 A stage is a function make(folder), and `made_by`: settings, inputs by their content, code. Equal ones find
-the same folder, others make another beside it. So nothing is refused, mixed or stale, and the same command
+the same folder, others make another beside it. So nothing is mixed or stale, and the same command
 goes on where it stopped.
 """
 

@@ -1,21 +1,17 @@
 """Candidates of one reference: what a feedback chooses from (paper App. B).
 
 Preferences can only teach what candidates differ in. They share x_T and the reference's forward noise, and
-have of their own
+differ by
 
-    noised       noise on the reference, of a scale each (the paper's); all step noises are shared
-    branch       the step noise of one call k: one state x_t, an action each, equal noise afterwards
+    noised       the noise on their reference, each at its own scale (the paper's)
+    branch       the step noise of one call: one state x_t, an action each, equal noises afterwards
     independent  all step noises
 
-"noised" contrasts conditions: whoever wins, the loser tends to be what a blurred reference gives. That is
-Section 4's guidance, and it raises the contrastive score most, but little of an object's shape is at
-stake.
-
-Under "branch" two candidates differ by ONE action: what came of it is its own doing, and Eq. (2) knows whom
-to thank. Under the others the whole chain differs, and a trained call is praised for what other calls did.
-
-"independent" shows the most different shapes. Diffusion-DPO, which asks for no action, can use them.
-results/README.md shows what the best of G gains under each, and what training makes of it.
+"noised" contrasts conditions: the loser tends to be what a blurred reference gives. That is Section 4's
+guidance, but little of an object's shape is at stake. Under "branch" ONE action differs, and Eq. (2) knows
+what to praise; under the others a trained call is praised for what other calls did. "independent" shows the
+most different shapes, and Diffusion-DPO, which asks for no action, can use them. results/README.md has what
+the best of G gains under each, and what training makes of it.
 
 Letters: N references, B of them at a time, G candidates of each (from `read_rollouts` on: those compared),
 J trained calls, R states of a reference (1 if its candidates share it, otherwise G), V views, c h w latent

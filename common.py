@@ -1,7 +1,6 @@
-"""Plumbing that every script shares: command line, keyed randomness, files, results by content, loops.
+"""Plumbing that every script shares: command line, keyed randomness, files, digests, loops.
 
-Nothing in here knows of diffusion, views or preferences: an equation that needs it is in the wrong file.
-"""
+Nothing in here knows of diffusion, views or preferences: an equation that needs it is in the wrong file."""
 
 import ctypes
 import functools
@@ -115,7 +114,7 @@ def explained(message: str) -> Iterator[None]:
 
 
 def same_place(a: str | Path, b: str | Path) -> bool:
-    """Are two paths one, links not followed: a run moves the link to its result."""
+    """Links not followed: a run moves the link to its result."""
     return os.path.abspath(a) == os.path.abspath(b)
 
 
@@ -357,14 +356,13 @@ def provenance(cfg: Any) -> dict[str, Any]:
     }
 
 
-# --- what something is, in 16 digits ---
+# --- what something is, in 16 hexadecimal digits ---
 
 
 def digest(what: Any) -> str:
-    """16 hexadecimal digits of the SHA-256 of a tensor, a file (Path), a folder of weights (Path; its
-    config.json and model.safetensors, and of a local folder that the config names as its base vae/ and the
-    architecture of unet/), or anything JSON can say. A missing file raises InputError. Also of a function:
-    code, defaults, what it closes over and global constants that it names, not functions that it calls."""
+    """16 digits of the SHA-256 of a tensor, a file (Path), a folder of weights (Path: config.json, weights;
+    of a local SDXL base vae/ and unet/config.json, too), a function (code, defaults, closure, constants it
+    names, not what it calls), or what JSON can say. A missing file raises InputError."""
     if isinstance(what, Tensor):
         plain = what.detach().cpu().contiguous().flatten().view(torch.uint8)  # numpy has no bfloat16
         return hashlib.sha256(plain.numpy().data).hexdigest()[:16]
@@ -416,10 +414,10 @@ def checksum(path: Path, content: bytes) -> bytes:  # 32 of them
     return hashlib.sha256(path.parent.name.encode() + content).digest()
 
 
-def save_state(path: Path, held: dict[str, Any], **rest: Any) -> None:
-    """What a killed run goes on from: state dicts of its parts, and plain values."""
+def save_state(path: Path, held: dict[str, Any], step: int, **rest: Any) -> None:
+    """What a killed run goes on from: state dicts of its parts, steps done, and plain values."""
     buffer = io.BytesIO()
-    torch.save({**held, **rest}, buffer)
+    torch.save({**held, "step": step, **rest}, buffer)
     content = buffer.getvalue()
     write_atomic(path, lambda p: p.write_bytes(checksum(path, content) + content))
 
@@ -441,6 +439,8 @@ SAVE_SECONDS = 120.0  # a killed run loses no more than this
 def training_steps(start: int, total: int, label: str, save: Callable[[int], None]) -> Iterator[int]:
     """The numbers start .. total - 1, with a progress bar. `save(done)` is called every SAVE_SECONDS, after
     the last and, when Ctrl-C or SIGTERM asks to stop, after the step under way: what is saved is whole."""
+    if start:
+        print(f"{label}: goes on at step {start}")
     asked: list[int] = []
 
     def handler(number: int, frame: Any) -> None:

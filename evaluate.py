@@ -49,7 +49,7 @@ class Config:
     model: str = ""  # model folder to sample from
     images: str = ""  # or: folder of views, <object>/{front,right,back,left,top}.png, named as in --data
     data: str = "furniture"  # ground truth: furniture, toys, or a folder of renders in the same format
-    split: Literal["all", "train", "preference", "validation", "heldout"] = "validation"  # heldout: tables
+    split: Literal["all", "train", "preference", "validation", "heldout"] = "validation"  # tables: heldout
     n: int = 200  # objects, the first ones (paper: 200)
     seed: int = 0  # first seed of the sampler
     seeds: int = 1  # samples of each object, with seeds seed, seed + 1, ...

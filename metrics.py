@@ -133,8 +133,8 @@ def silhouette_iou(x: Tensor, y: Tensor) -> Tensor:  # (B, 3, S, S), the same or
 
 
 def covered(views: Tensor) -> Tensor:  # (B, V, 3, S, S) -> (B,)
-    """Share of the unseen views that is object, not background. Fat views fit each other: read a
-    contradiction rate beside it."""
+    """Share of the unseen views that is object, not background. Fat views fit each other: read it beside
+    the contradiction rate."""
     return silhouettes(views[:, 1:]).float().mean((1, 2, 3))
 
 
@@ -211,8 +211,8 @@ def no_object(views: Tensor) -> Tensor:  # (B, V, 3, S, S) -> (B,) bool
     """Two tricks that agree with themselves and show nothing: a filled frame, one picture in all views.
 
     Objects end at .9 of the frame: a true view leaves its edge white. Each of 713 true objects has a view
-    that differs from the front by 21 grey levels or more, on average where either shows it. The limit is 8:
-    a copy with more noise of its own in every view is not found."""
+    that differs from the front by 21 grey levels or more, in the mean over pixels where either shows it. The
+    limit is 8: copies with stronger noise of their own pass."""
     seen = silhouettes(views)
     edge = torch.cat([seen[..., 0, :], seen[..., -1, :], seen[..., :, 0], seen[..., :, -1]], -1)
     either = seen[:, 1:] | seen[:, :1]  # (B, V-1, S, S)

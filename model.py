@@ -13,7 +13,7 @@ no keys; and candidates of one reference share its row. A pre-trained UNet keeps
 a view embedding and, for small networks, position tables. So the same class holds a toy that learns from
 nothing and SDXL (Sec. 6.1), which starts out as the stock model.
 
-Letters: B objects, V views, n references (n = B, or fewer: each of B / n objects in a row), N tokens of one
+Letters: B objects, V views, n references (n = B, or fewer, each shared by B / n neighbours), N tokens of one
 image, C channels of a layer, c h w latent sizes.
 """
 

@@ -144,7 +144,7 @@ def policy_mean(
     model: MultiViewUNet,
     schedule: Schedule,
     x_t: Tensor,
-    y: Tensor,  # what the policy is shown: (B, c, h, w), or fewer if B / n rows in a row share it, and t
+    y: Tensor,  # the reference as shown (n, c, h, w): n = B, or fewer if B / n neighbours share it and t
     ref_noise: Tensor,  # of each y
     t: Tensor,
     s: Tensor,

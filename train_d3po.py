@@ -5,14 +5,14 @@
 
     pi(a|s) = N(a; mean(x_t, Y, t), var)     one denoising step: the state s is x_t, the action a its x_s
 
-1. collect: for each reference the policy draws G candidates. In what they differ candidates.py explains.
+1. collect: for each reference the policy draws G candidates. candidates.py says how they differ.
 2. prefer: a feedback rates the finished images (feedback.py). The best beats the worst; or all pairs count.
 3. train: Eq. (2), at calls of the first half of the chain, which decides the shape, moves the policy towards
    winners' actions. If candidates share a state, one forward serves all their pairs.
 4. report: validation objects before and after, from equal noise.
 
 D3PO's own code (yk7333/d3po, which the paper builds on) takes the elements' mean for a log-ratio, and clips.
-Unlike in the paper the trained calls are early and a KL holds the policy. (The paper leaves open what pairs.)
+Unlike the paper we train early calls and add a KL. (It does not say which candidates make a pair.)
 
 Run:
     python train_d3po.py --feedback contrastive --loss both     # the main job: Eq. (2), then Diffusion-DPO
@@ -64,8 +64,9 @@ Preferences = tuple[Path, Tensor] | None  # what `collect` and `prefer` return; 
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are Eq. (2) on a CPU; the comments name the paper's. `collect` prints what RECIPES came to.
-    They are filled in at once: dataclasses.replace with another loss keeps them. Make a new Config."""
+    """Defaults are Eq. (2) on a CPU; the comments name the paper's. Options left open are filled in from
+    RECIPES at once, and printed by `collect`. dataclasses.replace keeps them: for another loss, make a new
+    Config."""
 
     feedback: str = "contrastive"  # a name in feedback.FEEDBACKS, or none: the SFT baseline
     model: str = "checkpoints/objects"  # pi_pre: a folder that train_sft.py wrote
@@ -345,7 +346,6 @@ def run(
     if state := load_state(folder / STATE):
         policy.load_state_dict(state["model"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
-        print(f"{folder}: goes on at step {state['step']}")
     log = Log(folder / "log.jsonl", 10, cfg.steps, state.get("log"))
 
     def save(done: int) -> None:

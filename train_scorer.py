@@ -19,8 +19,10 @@ which the generator has not seen (of a folder of renders it has): it draws what 
 
 Run:
     python train_scorer.py
-    python train_scorer.py --negatives checkpoints/objects_independent --head bilinear --texture 0    # paper
-    python train_scorer.py --negatives DIR --data RENDERS      # of any other model: its views of the renders
+    python train_scorer.py --negatives checkpoints/objects_independent --mismatch 1    # both kinds
+    python train_scorer.py --negatives DIR --data RENDERS    # any other model's views of the renders
+    python train_scorer.py --negatives checkpoints/objects_independent --head concat --texture 0 \
+        --mismatch 0 --twins False    # the paper's loss and f
 
     Writes out/scorer-<content>/{config.json, model.safetensors, log.jsonl, results.json}, and negatives-*/
 """
@@ -169,7 +171,7 @@ def twin(images: Tensor, g: torch.Generator, cameras: Sequence[int] = range(len(
 
 
 def texture(views: Tensor, strength: float, g: torch.Generator) -> Tensor:
-    """Blotches and grain, as a sampler's: on true views and wrong ones alike, they teach to look past both.
+    """Blotches and grain such as a sampler leaves: true and wrong views get them alike, to be ignored.
 
     views (B, M, 3, S, S) in [0, 1]. A blotch is an eighth of the side, has its own colour, and leaves white
     white: strength is its deviation, relative to how dark the view is. Grain, .15 of that, is everywhere."""
@@ -258,7 +260,6 @@ def run(scorer: Scorer, truth: Tensor, fake: Tensor, n: int, cfg: Config, folder
     if state := load_state(folder / STATE):
         scorer.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        print(f"{folder}: goes on at step {state['step']}")
     log = Log(folder / "log.jsonl", 10, cfg.steps, state.get("log"))
     clock = time.time() - state.get("seconds", 0)
 

@@ -239,7 +239,6 @@ def run(model: MultiViewUNet, sources: list[Any], val_views: Tensor, cfg: Config
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         ema = {k: v.to(device) for k, v in state["ema"].items()}
-        print(f"{folder}: goes on at step {state['step']}")
     log = Log(folder / "log.jsonl", 50, cfg.steps, state.get("log"))
     clock = time.time() - state.get("seconds", 0)
 
