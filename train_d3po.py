@@ -15,7 +15,7 @@ D3PO's own code (yk7333/d3po, which the paper builds on) takes the elements' mea
 Unlike the paper we train early calls and add a KL. (It does not say which candidates make a pair.)
 
 Run:
-    python train_d3po.py --feedback contrastive --loss both     # the main job: Eq. (2), then Diffusion-DPO
+    python train_d3po.py --feedback contrastive --loss both --kl 0.05    # main job: Eq. (2), Diffusion-DPO
     python train_d3po.py --feedback agreement           # or geometry, hull, matching, redder: no scorer
     python train_d3po.py --feedback none                # L_simple-MV alone: the SFT baseline
 
