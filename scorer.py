@@ -124,6 +124,7 @@ class Scorer(nn.Module):
 
     mean: Tensor
     std: Tensor
+    reverse: Tensor
 
     def __init__(self, cfg: ScorerConfig) -> None:
         super().__init__()
@@ -141,7 +142,8 @@ class Scorer(nn.Module):
             nn.init.zeros_(self.linear.weight)
             nn.init.constant_(self.linear.bias, 0.5)
             self.W = nn.Parameter(torch.zeros(dim, dim)) if cfg.head == "bilinear" else None
-        # Constants of the preprocessing, not weights.
+        # Constants, not weights.
+        self.register_buffer("reverse", REVERSED[..., None, None], persistent=False)
         self.register_buffer("mean", torch.tensor(cfg.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(cfg.std).view(3, 1, 1), persistent=False)
 
@@ -160,8 +162,7 @@ class Scorer(nn.Module):
     def head(self, e_ref: Tensor, e_views: Tensor, m: Tensor) -> Tensor:
         """f: e_Y (B, d) and e_X (B, V, d) -> (B, V). m (V,) says which of VIEWS each is: `epipolar` asks."""
         if self.cfg.head == "epipolar":  # e_Y (B, 2, L, d), e_X (B, V, 2, L, d)
-            reverse = REVERSED.to(m.device)[m, :, None, None]
-            e_views = torch.where(reverse, e_views.flip(3), e_views)
+            e_views = torch.where(self.reverse[m], e_views.flip(3), e_views)
             f = torch.einsum("b a l d, v a d e, b v a l e -> b v", e_ref, self.A[m], e_views)
             return self.b[m] + f / e_ref.shape[2]
         e_ref = repeat(e_ref, "B d -> B V d", V=e_views.shape[1])

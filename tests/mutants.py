@@ -326,7 +326,7 @@ FAULTS: list[tuple[str, str, str, str]] = [
     ("scorer", "self.b[m] + f", "self.b[0] + f", "scorer"),
     ("scorer", ".sum(-1) < 0", ".sum(-1) < -1", "scorer"),
     ("scorer", "e_views.flip(3), e_views)", "e_views.flip(2), e_views)", "scorer"),
-    ("scorer", "[m, :, None, None]", "[m].flip(1)[..., None, None]", "scorer"),
+    ("scorer", "torch.where(self.reverse[m]", "torch.where(self.reverse[m].flip(1)", "scorer"),
     ("scorer", "CAMERAS[:, [1, 0]] * CAMERAS[0, [1, 0]]", "CAMERAS[:, [0, 1]] * CAMERAS[0, [0, 1]]", "scorer"),
     ("scorer", 'self.head != "epipolar" and', 'self.head == "epipolar" and', "scorer"),
     (SCORER, "if n < 2:", "if n < 1:", SCORER),
