@@ -15,9 +15,9 @@ D3PO's own code (yk7333/d3po, which the paper builds on) takes the elements' mea
 Unlike the paper we train early calls and add a KL. (It does not say which candidates make a pair.)
 
 Run:
-    python train_d3po.py --feedback contrastive --loss both --kl 0.05    # main job: Eq. (2), Diffusion-DPO
-    python train_d3po.py --feedback agreement           # or geometry, hull, matching, redder: no scorer
-    python train_d3po.py --feedback none                # L_simple-MV alone: the SFT baseline
+    python train_d3po.py --feedback contrastive --loss both    # main job: Eq. (2), then Diffusion-DPO
+    python train_d3po.py --feedback agreement    # or geometry, hull, matching, redder: no scorer
+    python train_d3po.py --feedback none         # L_simple-MV alone: the SFT baseline
 
     Writes out/<loss>_<feedback>-<content>/ (none: out/sft_baseline-<content>/): the model, log.jsonl,
     report/results.json, report/grid.png"""
@@ -56,8 +56,8 @@ RECIPES: dict[str, dict[str, Any]] = {  # values of options left at their defaul
     "branch": {"num_candidates": 8, "pairs": "all"},  # one forward serves all pairs
     "noised": {"num_candidates": len(NOISE_SCALES), "pairs": "extremes"},
     "independent": {"num_candidates": 5, "pairs": "extremes"},
-    "d3po": {"beta_dpo": 1.0, "kl": 0.05},
-    "diffusion_dpo": {"beta_dpo": 0.02, "kl": 0.2},
+    "d3po": {"beta_dpo": 1.0},
+    "diffusion_dpo": {"beta_dpo": 0.02},
 }
 Preferences = tuple[Path, Tensor] | None  # what `collect` and `prefer` return; None: there are none, SFT
 
@@ -81,7 +81,7 @@ class Config:
     candidates: Literal["auto", "branch", "noised", "independent"] = "auto"  # by feedback and loss
     num_candidates: int = 0  # G (noised: one for each scale of App. B); 0: RECIPES
     beta_dpo: float = 0.0  # beta of Eq. 2 on the log-ratio SUMMED over V c h w; 0: RECIPES
-    kl: float = -1.0  # weight of KL(pi_theta || pi_pre), in betas (paper: 0); -1: RECIPES
+    kl: float = 0.05  # weight of KL(pi_theta || pi_pre), in betas (paper: 0)
     num_steps: int = 10  # network calls K of the sampler (paper: 50)
     trained_calls: tuple[int, int] = (0, 4)  # first and last call that Eq. (2) trains (paper: last 40 of 50)
     lambda_simple: float = 1.0  # weight of L_simple-MV (paper: 1)
@@ -117,7 +117,8 @@ class Config:
 
 def collect(policy: Path, references: Tensor, cfg: Config, round: int) -> Path:
     """Candidates of all references (N, V, 3, S, S) uint8; returns a folder, a file for every few of them."""
-    print(*(f"--{k} {getattr(cfg, k)}" for k in ("candidates", *RECIPES["branch"], *RECIPES["d3po"])))
+    chosen = ("candidates", *RECIPES["branch"], *RECIPES["d3po"], "kl")
+    print(*(f"--{name} {getattr(cfg, name)}" for name in chosen))
     device, bf16 = hardware(cfg)
     options = ("candidates", "num_candidates", "loss", "num_steps", "trained_calls", "seed", "batch_size")
     made_by = {name: getattr(cfg, name) for name in options} | {"policy": digest(policy), "round": round}

@@ -85,10 +85,10 @@ FINISHED = {  # Diffusion-DPO on independent samples: name -> label, feedback, c
     "colours": ("colours (ours)", "colours", ""),
     "agreement": ("geometry and colours (ours)", "agreement", ""),
 }
-# The start of a row's name -> the start of its label, options. Loose: a quarter of the default KL.
+# The start of a row's name -> the start of its label, options. Loose: the default KL, a quarter of the other.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "forward": ("Diffusion-DPO", FORWARD),
-    "loose": ("Diffusion-DPO, --kl .05", {**FORWARD, "kl": 0.05}),
+    "forward": ("Diffusion-DPO", {**FORWARD, "kl": 0.2}),
+    "loose": ("Diffusion-DPO, --kl .05", FORWARD),
 }
 for kind, (how, options) in KINDS.items():
     for name, (label, feedback, own) in FINISHED.items():

@@ -602,13 +602,13 @@ def test_recipes_fill_what_is_not_said():
     for name in ("contrastive", "matching", "least_noise"):
         assert recipe(feedback=name) == ("noised", 5, "extremes", 1.0, 0.05)
     assert recipe(feedback="geometry", beta_dpo=0.5, kl=0.0) == ("branch", 8, "all", 0.5, 0.0)
-    assert recipe(loss="diffusion_dpo", num_candidates=3) == ("independent", 3, "extremes", 0.02, 0.2)
+    assert recipe(loss="diffusion_dpo", num_candidates=3) == ("independent", 3, "extremes", 0.02, 0.05)
     # candidates that are said bring their own number
     assert recipe(feedback="contrastive", candidates="branch") == ("branch", 8, "all", 1.0, 0.05)
     said = recipe(candidates="noised", loss="diffusion_dpo", beta_dpo=0.5)
-    assert said == ("noised", 5, "extremes", 0.5, 0.2)
+    assert said == ("noised", 5, "extremes", 0.5, 0.05)
     assert recipe(feedback="geometry", pairs="extremes")[2] == "extremes"
-    assert recipe(loss="both") == ("auto", 0, "auto", 0.0, -1.0)  # filled for each of the two
+    assert recipe(loss="both") == ("auto", 0, "auto", 0.0, 0.05)  # filled for each of the two
 
 
 @pytest.mark.parametrize(("seed", "round"), [(0, 0), (3, 0), (3, 2)])
