@@ -3,15 +3,16 @@
 Preferences can only teach what candidates differ in. They share x_T and the reference's forward noise, and
 differ by
 
-    noised       the noise on their reference, each at its own scale (the paper's)
     branch       the step noise of one call: one state x_t, an action each, equal noises afterwards
     independent  all step noises
+    noised       the noise on their reference, each at its own scale (the paper's)
 
-"noised" contrasts conditions: the loser tends to be what a blurred reference gives. That is Section 4's
-guidance, but little of an object's shape is at stake. Under "branch" ONE action differs, and Eq. (2) knows
-what to praise; under the others a trained call is praised for what other calls did. "independent" shows the
-most different shapes, and Diffusion-DPO, which asks for no action, can use them. results/README.md has what
-the best of G gains under each, and what training makes of it.
+Under "branch" ONE action differs, and Eq. (2) knows what to praise; under the others a trained call is
+praised for what other calls did. "independent" shows the most different shapes, and Diffusion-DPO, which asks
+for no action, can use them. "noised" contrasts conditions: the loser tends to be what a blurred reference
+gives. That is Section 4's guidance, but little of an object's shape is at stake, and a feedback that looks at
+likeness takes the less noised. results/README.md has what the best of G gains under each, and what training
+makes of it.
 
 Letters: N references, B of them at a time, G candidates of each (from `read_rollouts` on: those compared),
 J trained calls, R states of a reference (1 if its candidates share it, otherwise G), V views, c h w latent

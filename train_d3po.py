@@ -12,7 +12,8 @@
 4. report: validation objects before and after, from equal noise.
 
 D3PO's own code (yk7333/d3po, which the paper builds on) takes the elements' mean for a log-ratio, and clips.
-Unlike the paper we train early calls and add a KL. (It does not say which candidates make a pair.)
+Unlike the paper's, candidates share a state, early calls train, and a KL is added. --candidates noised,
+--trained_calls and --kl 0 are the paper's. (It does not say which candidates make a pair.)
 
 Run:
     python train_d3po.py --feedback contrastive --loss both    # main job: Eq. (2), then Diffusion-DPO
@@ -52,12 +53,12 @@ from sample import sample_images, split_prediction
 from scorer import Scorer
 from train_sft import simple_loss, trained_parameters, training_batch
 
-RECIPES: dict[str, dict[str, Any]] = {  # values of options left at their default, by candidates and by loss
+RECIPES: dict[str, dict[str, Any]] = {  # values of options left at their default, by loss, then candidates
+    "d3po": {"candidates": "branch", "beta_dpo": 1.0},
+    "diffusion_dpo": {"candidates": "independent", "beta_dpo": 0.02},
     "branch": {"num_candidates": 8, "pairs": "all"},  # one forward serves all pairs
     "noised": {"num_candidates": len(NOISE_SCALES), "pairs": "extremes"},
     "independent": {"num_candidates": 5, "pairs": "extremes"},
-    "d3po": {"beta_dpo": 1.0},
-    "diffusion_dpo": {"beta_dpo": 0.02},
 }
 Preferences = tuple[Path, Tensor] | None  # what `collect` and `prefer` return; None: there are none, SFT
 
@@ -78,7 +79,7 @@ class Config:
     negatives: str = ""  # that scorer's: train_scorer.py --negatives
     matcher: str = "sift"  # sift, loftr, or a file of LoFTR weights, for --feedback matching
     loss: Literal["d3po", "diffusion_dpo", "both"] = "d3po"  # which log-ratio Eq. (2) compares; both: in turn
-    candidates: Literal["auto", "branch", "noised", "independent"] = "auto"  # by feedback and loss
+    candidates: Literal["auto", "branch", "noised", "independent"] = "auto"  # by loss (paper: noised)
     num_candidates: int = 0  # G (noised: one for each scale of App. B); 0: RECIPES
     beta_dpo: float = 0.0  # beta of Eq. 2 on the log-ratio SUMMED over V c h w; 0: RECIPES
     kl: float = 0.05  # weight of KL(pi_theta || pi_pre), in betas (paper: 0)
@@ -104,12 +105,10 @@ class Config:
     def __post_init__(self) -> None:
         if self.loss == "both":  # two configs, filled when they are made
             return
-        papers = self.feedback in ("contrastive", "matching", "least_noise")
-        suits = {"d3po": "noised" if papers else "branch", "diffusion_dpo": "independent"}[self.loss]
-        chosen = suits if self.candidates == "auto" else self.candidates
-        for name, value in ({"candidates": chosen} | RECIPES[chosen] | RECIPES[self.loss]).items():
-            if getattr(self, name) == getattr(type(self), name):
-                object.__setattr__(self, name, value)  # the dataclass is frozen
+        for by in ("loss", "candidates"):
+            for name, value in RECIPES[getattr(self, by)].items():
+                if getattr(self, name) == getattr(type(self), name):
+                    object.__setattr__(self, name, value)  # the dataclass is frozen
 
 
 # --- 1. collect: candidates of every reference ---
@@ -117,7 +116,7 @@ class Config:
 
 def collect(policy: Path, references: Tensor, cfg: Config, round: int) -> Path:
     """Candidates of all references (N, V, 3, S, S) uint8; returns a folder, a file for every few of them."""
-    chosen = ("candidates", *RECIPES["branch"], *RECIPES["d3po"], "kl")
+    chosen = (*RECIPES[cfg.loss], *RECIPES[cfg.candidates], "kl")
     print(*(f"--{name} {getattr(cfg, name)}" for name in chosen))
     device, bf16 = hardware(cfg)
     options = ("candidates", "num_candidates", "loss", "num_steps", "trained_calls", "seed", "batch_size")

@@ -37,6 +37,7 @@ from scorer import Scorer, contrastive_reward
 
 FORWARD = {"loss": "diffusion_dpo"}
 FRESH = {"num_references": 960, "steps": 240}
+NOISED = {"candidates": "noised"}  # App. B
 C = {"feedback": "contrastive"}
 ONE_TOKEN = {  # the paper's e, and its negatives (Zero123-style, Sec. 5); f and other objects are ours
     "head": "bilinear",
@@ -57,22 +58,23 @@ ROWS = {
     "pre": Row("pre-trained"),
     "sft": Row("SFT", {"feedback": "none"}),
     # Eq. (2) on App. B's candidates: noise on the reference
-    "noised_random": Row(
-        "control: random preferences, noised", {"feedback": "random", "candidates": "noised"}
-    ),
-    "least_noise": Row("control: least noise", {"feedback": "least_noise"}, "", "noised_random"),
-    "m": Row("MV-D3PO-M", {"feedback": "matching"}, "", "noised_random"),
-    "c_pre": Row("MV-D3PO-C (pre)", C, "contrastive_pre", "noised_random"),
-    "c": Row("MV-D3PO-C", C, "contrastive", "noised_random"),
-    "c_epipolar": Row("MV-D3PO-C, epipolar lines (ours)", C, "epipolar", "noised_random"),
+    "noised_random": Row("control: random preferences, noised", {"feedback": "random", **NOISED}),
+    "least_noise": Row("control: least noise", {"feedback": "least_noise", **NOISED}, "", "noised_random"),
+    "m": Row("MV-D3PO-M", {"feedback": "matching", **NOISED}, "", "noised_random"),
+    "c_pre": Row("MV-D3PO-C (pre)", {**C, **NOISED}, "contrastive_pre", "noised_random"),
+    "c": Row("MV-D3PO-C", {**C, **NOISED}, "contrastive", "noised_random"),
+    "c_epipolar": Row("MV-D3PO-C, epipolar lines (ours)", {**C, **NOISED}, "epipolar", "noised_random"),
     # Eq. (2) on branches: one action
     "random": Row("control: random preferences, branches", {"feedback": "random"}),
+    "larger": Row("control: larger silhouettes, branches", {"feedback": "larger"}, "covered", "random"),
+    "branch_epipolar": Row("C, epipolar lines (ours), branches", C, "epipolar", "random"),
     "geometry": Row("MV-D3PO, geometry (ours)", {"feedback": "geometry"}, "geometry", "random"),
     # the same from four times as many states, each seen twice, not four times
     "fresh_random": Row("control: random preferences, 960 branched states", {"feedback": "random", **FRESH}),
     "fresh_agreement": Row(
         "agreement (ours), 960 states", {"feedback": "agreement", **FRESH}, "", "fresh_random"
     ),
+    "fresh_epipolar": Row("C, epipolar lines (ours), 960 states", {**C, **FRESH}, "epipolar", "fresh_random"),
 }
 FINISHED = {  # Diffusion-DPO on independent samples: name -> label, feedback, column of its reward
     "random": ("random preferences", "random", ""),

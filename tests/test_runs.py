@@ -332,7 +332,9 @@ def test_the_best_of_five_is_known_by_all_that_it_depends_on(tmp_path, monkeypat
 
 FEEDBACK = dict(sft="none", noised_random="random", least_noise="least_noise", m="matching")
 FEEDBACK |= dict(c_pre="contrastive", c="contrastive", random="random", geometry="geometry")
-FEEDBACK |= dict(fresh_random="random", fresh_agreement="agreement", c_epipolar="contrastive")
+FEEDBACK |= dict(fresh_random="random", fresh_agreement="agreement", fresh_epipolar="contrastive")
+FEEDBACK |= dict(c_epipolar="contrastive", branch_epipolar="contrastive", larger="larger")
+NOISED = ("noised_random", "least_noise", "m", "c_pre", "c", "c_epipolar")
 FORWARD = dict(
     random="random",
     larger="larger",
@@ -362,6 +364,8 @@ def test_each_row_of_table_1_has_its_feedback_and_its_scorer(monkeypatch):
         kind = row.split("_")[0]
         assert ran[row].kl == (0.2 if kind == "forward" else 0.05), row
         assert ran[row].loss == ("diffusion_dpo" if kind in ("forward", "loose") else "d3po"), row
+        own = {"d3po": "branch", "diffusion_dpo": "independent"}[ran[row].loss]
+        assert ran[row].candidates == ("noised" if row in NOISED else own), row
     asked = []
     monkeypatch.setattr(table1.D, "main", lambda cfg: asked.append((cfg.seed, cfg.lr)) or told)
     table1.train_row("sft", 5, {"contrastive": "c"}, table1.Config(seeds=(4, 5), rates=(1e-5, 1e-4)))

@@ -43,7 +43,7 @@ def config(tmp_path, **changes) -> D.Config:
         model=str(tmp_path / "pre"), out=str(tmp_path / "out"), data="toys", bf16="off", feedback="oracle"
     )
     options = {**SMALL, **where, "steps": 2, "batch_objects": 2, **changes}
-    if options["feedback"] in ("contrastive", "matching", "least_noise"):  # noised: always five
+    if options.get("candidates") == "noised":  # always five
         options |= {"num_candidates": changes.get("num_candidates", 0)}
     return D.Config(**options)
 
@@ -597,14 +597,11 @@ def test_recipes_fill_what_is_not_said():
         cfg = D.Config(**options)
         return cfg.candidates, cfg.num_candidates, cfg.pairs, cfg.beta_dpo, cfg.kl
 
-    for name in ("geometry", "redder"):
-        assert recipe(feedback=name) == ("branch", 8, "all", 1.0, 0.05)
-    for name in ("contrastive", "matching", "least_noise"):
-        assert recipe(feedback=name) == ("noised", 5, "extremes", 1.0, 0.05)
+    assert recipe() == recipe(feedback="redder") == ("branch", 8, "all", 1.0, 0.05)
+    assert recipe(candidates="noised") == ("noised", 5, "extremes", 1.0, 0.05)
     assert recipe(feedback="geometry", beta_dpo=0.5, kl=0.0) == ("branch", 8, "all", 0.5, 0.0)
     assert recipe(loss="diffusion_dpo", num_candidates=3) == ("independent", 3, "extremes", 0.02, 0.05)
     # candidates that are said bring their own number
-    assert recipe(feedback="contrastive", candidates="branch") == ("branch", 8, "all", 1.0, 0.05)
     said = recipe(candidates="noised", loss="diffusion_dpo", beta_dpo=0.5)
     assert said == ("noised", 5, "extremes", 0.5, 0.05)
     assert recipe(feedback="geometry", pairs="extremes")[2] == "extremes"
@@ -735,7 +732,7 @@ def test_main_writes_everything_and_reuses_it(tmp_path, capsys):
     again = D.main(cfg)
     assert again["table"] == result["table"] and again["folder"] == result["folder"]
     out = capsys.readouterr().out
-    assert "--candidates branch --num_candidates 3 --pairs all --beta_dpo 1.0 --kl 0.05\n" in out
+    assert "--candidates branch --beta_dpo 1.0 --num_candidates 3 --pairs all --kl 0.05\n" in out
     assert (
         len([line for line in out.splitlines() if line.endswith("reused") and "toys_" not in line]) == 6
     )  # candidates, rewards, run, two sets of validation images, report
