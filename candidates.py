@@ -46,16 +46,15 @@ class Rollouts(NamedTuple):
 def draw_candidates(
     model: MultiViewUNet, ref: Tensor, seeds: list[int], call: int, cfg: Any, bf16: bool
 ) -> tuple[Rollouts, Tensor]:  # of B references (B, 3, S, S); images (B, G, V, 3, S, S)
-    """G candidates of each. cfg.candidates says which noises are a candidate's own, and which calls are kept
-    for training."""
-    first, last = cfg.trained_calls
-    scales, G, trained = (), cfg.num_candidates, range(first, last + 1)
-    if cfg.candidates == "noised":  # its reference's noise, and no step noise
-        scales, G, own = NOISE_SCALES, len(NOISE_SCALES), range(0)
-    elif cfg.candidates == "branch":  # the noise of one call, which is the one to train
-        own = trained = range(call, call + 1)
-    else:  # all step noises
-        own = range(cfg.num_steps)
+    """G candidates of each, and what training needs of them: state and action of the trained calls."""
+    one, every = range(call, call + 1), range(cfg.trained_calls[0], cfg.trained_calls[1] + 1)
+    # calls whose noise is a candidate's own; calls to train; scales of noise on the reference
+    own, trained, scales = {
+        "branch": (one, one, ()),
+        "independent": (range(cfg.num_steps), every, ()),
+        "noised": (range(0), every, NOISE_SCALES),
+    }[cfg.candidates]
+    G = len(scales) or cfg.num_candidates
     if cfg.loss == "diffusion_dpo":  # it reads finished candidates, one state is enough
         trained = trained[:1]
     chain = sample(model, ref, seeds, cfg.num_steps, G, own, scales, bf16)

@@ -1,6 +1,6 @@
 """Plumbing that every script shares: command line, keyed randomness, files, digests, loops.
 
-Nothing in here knows of diffusion, views or preferences: an equation that needs it is in the wrong file."""
+No equation stands in here, and nothing that a reader of the method needs."""
 
 import ctypes
 import functools

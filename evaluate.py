@@ -62,7 +62,7 @@ class Config:
     against: str = ""  # JSON file of an earlier run on the same objects: adds paired differences to it
     out: str = "out/evaluation.json"  # JSON file to write
     grid: str = ""  # picture of the first objects to write (PNG)
-    device: str = "auto"  # auto | cpu | cuda
+    device: str = "auto"  # auto, cpu or cuda
 
 
 # --- numbers ---

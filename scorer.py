@@ -61,7 +61,7 @@ class EncoderConfig:
 class ScorerConfig:
     """What `config.json` holds: all that is needed to build the network again without its origin."""
 
-    head: Head = "bilinear"  # epipolar: with an encoder of its own, which asks for image_size alone
+    head: Head  # epipolar has an encoder of its own, which asks for image_size alone
     image_size: int = 64  # side of the square that the encoder sees, a multiple of its patch
     resize: bool = False  # True: any image is brought to image_size; False: another size is an error
     mean: Colour = (1.0, 1.0, 1.0)  # subtracted from each colour channel: here, white becomes 0

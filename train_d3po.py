@@ -13,7 +13,7 @@
 
 D3PO's own code (yk7333/d3po, which the paper builds on) takes the elements' mean for a log-ratio, and clips.
 Unlike the paper's, candidates share a state, early calls train, and a KL is added. --candidates noised,
---trained_calls and --kl 0 are the paper's. (It does not say which candidates make a pair.)
+--trained_calls and --kl 0 are the paper's. (The paper does not say which candidates make a pair.)
 
 Run:
     python train_d3po.py --feedback contrastive --loss both    # main job: Eq. (2), then Diffusion-DPO
@@ -76,7 +76,7 @@ class Config:
     eval_objects: int = 64  # validation objects
     out: str = "out"  # where everything goes
     scorer: str = ""  # a trained scorer's folder; empty: --feedback contrastive trains one
-    negatives: str = ""  # that scorer's: train_scorer.py --negatives
+    negatives: str = ""  # of the scorer that is trained here: train_scorer.py --negatives
     matcher: str = "sift"  # sift, loftr, or a file of LoFTR weights, for --feedback matching
     loss: Literal["d3po", "diffusion_dpo", "both"] = "d3po"  # which log-ratio Eq. (2) compares; both: in turn
     candidates: Literal["auto", "branch", "noised", "independent"] = "auto"  # by loss (paper: noised)
@@ -245,8 +245,9 @@ def forward_log_ratio(
         w_t [ |x0 - x0_pre(x_t)|^2 - |x0 - x0_theta(x_t)|^2 ],     w_t as in L_simple-MV, halved
 
     at one draw of t and noise, the same for all candidates of a reference. Eq. (2) then asks: whose picture
-    does the policy denoise better than pi_pre? No action is needed, but pi_pre's network. The second number
-    is w_t |x0_theta - x0_pre|^2, in place of a KL."""
+    does the policy denoise better than pi_pre? No action is needed, but pi_pre's network. t leaves out both
+    ends: there nothing of the shape is at stake, or hardly anything is seen. The second number is
+    w_t |x0_theta - x0_pre|^2, in place of a KL."""
     schedule, (B, G), g = Schedule(policy.cfg), batch.x0.shape[:2], keyed_generator(seed, 11, step)
     t = torch.randint(100, 951, (B,), generator=g).to(batch.t)
     noise, ref_noise = (torch.randn(z.shape, generator=g).to(t.device) for z in (batch.x0[:, 0], batch.y))
@@ -332,8 +333,8 @@ def run(
         compared, wins = preference_pairs(preferences[1], cfg.pairs)
         rollouts = read_rollouts(preferences[0], compared)
         usable = wins.flatten(1).any(1).nonzero()[:, 0]  # references whose candidates do not all tie
-        equal = digest(pre) == digest(start)
-        frozen = policy if equal else prepare(pre, cfg)[0]
+        at_pre = digest(pre) == digest(start)  # the policy starts as pi_pre
+        frozen = policy if at_pre else prepare(pre, cfg)[0]
         drawn = draw_states(usable, rollouts.call.shape[1], cfg, round)
         if cfg.loss == "d3po":
             mean_pre = frozen_means(frozen, rollouts, drawn.flatten(0, 1).unique(dim=0), cfg, bf16, device)
@@ -364,7 +365,7 @@ def run(
                 ratio, kl = step_log_ratio(policy, schedule, batch, mean_pre[chosen, js].to(device), bf16)
             else:
                 ratio, kl = forward_log_ratio(policy, frozen, batch, cfg.seed, n, bf16)
-            if equal and step == 0 and (top := ratio.abs().max()) * cfg.beta_dpo > 1e-3:
+            if at_pre and step == 0 and (top := ratio.abs().max()) * cfg.beta_dpo > 1e-3:
                 raise InputError(f"before the first update the log-ratio is {top:.2g}, expected 0.")
             b, w, l = wins[chosen].nonzero(as_tuple=True)  # noqa: E741
             loss_d3po, metrics = d3po_loss(ratio[b, w], ratio[b, l], cfg.beta_dpo)

@@ -5,9 +5,9 @@
 
 DEVIATION: the last term, for true views of ANOTHER object. In the paper's two terms, true and generated views
 come with the same, right reference, so nothing asks whether a view belongs to it, and no head learns to tell.
-Half of a batch are stretched copies of its other half (data.stretch). So one of the others is a reference's
-*twin*: true views that differ from the right ones in their proportions alone. Only they make the scorer look
-at geometry.
+Half of a batch are stretched copies of its other half (--twins, data.stretch). So one of the others is a
+reference's *twin*: true views that differ from the right ones in their proportions alone. Only they make the
+scorer look at geometry.
 
 DEVIATION: without --negatives the middle term is left out. A generator gives itself away by its texture, and
 a scorer that has learned it finds less of what samples of one model differ by (LOG.md, 2026-11-30). So the
@@ -74,11 +74,11 @@ class Config:
     num_heads: int = 4  # attention heads
 
     steps: int = 600  # optimizer steps
-    batch_size: int = 8  # objects; each is one reference, its true and any generated views
+    batch_size: int = 8  # objects, twins among them; each is a reference, its true and any generated views
     lr: float = 1e-3  # of the encoder; about 1e-5 for a pretrained one
     head_lr: float = 1e-3  # of f, which starts at zero also on a pretrained encoder
     weight_decay: float = 0.05  # of all weights
-    mismatch: float = 0.3  # weight of the last term; 0, with --negatives, is the paper's loss
+    mismatch: float = 0.3  # weight of the last term (paper: 0, with --negatives)
     texture: float = 0.3  # strength of blotches and grain on all views but the reference
     twins: bool = True  # half of a batch are stretched copies of the other half
 

@@ -1,8 +1,8 @@
 """The method in one picture, in the manner of the paper's Figure 2: results/method.svg, written from strings.
 
-It shows the branch design (candidates.py); C's differs by noise on Y instead, and has no common state. The
-pictures are drawn for the eye: a true object, its right and left stretched to be worse, noise.
-The numbers beside them are real: metrics.hull_iou of what is shown.
+It shows Eq. (2) with the default candidates, branches of one state (candidates.py). The pictures are drawn
+for the eye: a true object, its right and left stretched to be worse, noise. The numbers beside them are real:
+metrics.hull_iou of what is shown.
 
 Run:
     python -m runs.diagram

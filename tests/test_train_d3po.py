@@ -529,7 +529,13 @@ def test_the_gradient_is_that_of_the_sum(tmp_path, monkeypatch, kl, lambda_simpl
     g = D.keyed_generator(0, 6, 1)
     chosen, js = torch.randint(5, (2,), generator=g), torch.randint(1, (2,), generator=g)
     batch = D.make_batch(rollouts, chosen, js, schedule, 5, CPU)
-    ratio, divergence = D.step_log_ratio(policy, schedule, batch, means[chosen, js], False)
+    mean, var = D.policy_mean(policy, schedule, batch.x_t[:, 0], *batch[2:4], batch.t, batch.s)
+    now, before = (
+        torch.distributions.Normal(m.double(), var.double().sqrt()) for m in (mean, means[chosen, js][:, 0])
+    )
+    actions = batch.action.double().unbind(1)
+    ratio = torch.stack([now.log_prob(a) - before.log_prob(a) for a in actions], 1).flatten(2).sum(2)
+    divergence = torch.distributions.kl_divergence(now, before).flatten(1).sum(1)
     b, w, l = wins[chosen].nonzero(as_tuple=True)  # noqa: E741
     preference = -torch.log(torch.sigmoid(beta * (ratio[b, w] - ratio[b, l]))).mean()
     real = D.training_batch(policy, schedule, [D.load_split("toys", "preference", 5, 16)], 2, 0, 1, CPU)
