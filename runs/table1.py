@@ -290,7 +290,7 @@ def main(cfg: Config) -> dict:
     save_json(results / "table.json", result)
     write_atomic(results / "table.md", lambda p: p.write_text("\n".join(text) + "\n"))
     # the first ten objects, as they come
-    order = ("truth", "pre", "forward_c", "forward_geometry", "loose_epipolar", "loose_agreement")
+    order = "truth pre forward_c forward_geometry branch_epipolar loose_epipolar loose_agreement".split()
     pictures = {ROWS[row].label: first[row][:10] for row in order if row in first}
     grid(results / "grid.png", pictures, truth[:10, 0], side=64)
     if kls:

@@ -466,6 +466,32 @@ def test_a_mesh_is_centred_and_what_is_no_surface_is_passed_over(tmp_path):
     assert torch.equal(render_mesh(tmp_path / "box.glb"), render_mesh(tmp_path / "moved.glb"))
 
 
+def test_a_part_is_turned_as_its_node_says(tmp_path):
+    turn = trimesh.transformations.rotation_matrix(
+        1.0, [1, 0.3, 0.2], [0.5, 0, 0]
+    )  # its inverse looks otherwise
+    cone = trimesh.creation.cone(0.3, 1)
+    trimesh.Scene([cone.copy().apply_transform(turn)]).export(tmp_path / "turned.glb")
+    scene = trimesh.Scene()
+    scene.add_geometry(cone, transform=turn)
+    scene.export(tmp_path / "node.glb")
+    difference = (render_mesh(tmp_path / "turned.glb").int() - render_mesh(tmp_path / "node.glb").int()).abs()
+    assert difference.float().mean() < 0.5
+
+
+def test_of_surfaces_that_cross_each_is_seen_where_it_is_in_front(tmp_path):
+    wall = trimesh.Trimesh([[-1, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]], [[0, 1, 2], [0, 2, 3]])
+    slope = trimesh.Trimesh(wall.vertices + wall.vertices[:, :1] * [0, 0, 1], wall.faces)  # z = x
+    for mesh, color in ((wall, RED), (slope, BLUE)):
+        mesh.visual.vertex_colors = [*color, 255]
+    trimesh.Scene([wall, slope]).export(tmp_path / "crossing.glb")
+    front = render_mesh(tmp_path / "crossing.glb")[0]
+    left, right = (mask(front) & (torch.arange(SIZE) < n) for n in (SIZE // 2 - 1, SIZE))
+    right = right & (torch.arange(SIZE) > SIZE // 2)
+    assert (front[0] > front[2])[left].all() and (front[2] > front[0])[right].all()
+    assert left.sum() > 200 < right.sum()
+
+
 def test_alpha_is_tested_before_depth(tmp_path):
     textured_box(alphaMode="MASK").export(tmp_path / "mask.glb")
     front = quarters(render_mesh(tmp_path / "mask.glb")[0])

@@ -163,6 +163,8 @@ def test_grid_shows_each_image_where_it_belongs(tmp_path, monkeypatch) -> None:
     torch.testing.assert_close(at(0, picture.shape[1] - 128), images[2, 4], atol=0.003, rtol=0)  # ours, top
     written = [label for _, label in sorted(labels)]  # from left to right
     assert written == ["input", "front", "truth", *VIEWS, "ours", *VIEWS]
+    grid(tmp_path / "shorter.png", {"ours": images[:2], "truth": images}, images[:, 0])  # it may be the first
+    assert Image.open(tmp_path / "shorter.png").size == picture.shape[1::-1]
     grid(tmp_path / "96.png", {"truth": rand(1, 5, 3, 96, 96)}, rand(1, 3, 96, 96))  # twice, not once
     assert Image.open(tmp_path / "96.png").size == (192 + 12 + 5 * 192, 96 + 192)
     assert picture[:64].min() < 0.1 and picture[64 + 2 * 128 :, -640:].min() == 1  # labels; a shorter column

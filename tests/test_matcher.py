@@ -69,6 +69,14 @@ def test_grey_weighs_the_colours_as_the_eye_does() -> None:
         assert torch.allclose(matcher.to_grey(image) * 255, torch.tensor(float(grey)), atol=0.51)
 
 
+def test_descriptors_are_those_of_keypoints_alone() -> None:
+    """kornia fills up to 500 with rows whose response is zero."""
+    toy = matcher.to_grey(toys(1)[0, :1])
+    _, response, _ = matcher.sift_model(toy.device)(toy)
+    assert 0 < len(matcher.describe(toy)) == (response > 0).sum() < 500
+    assert len(matcher.describe(torch.ones_like(toy))) == 0
+
+
 @pytest.mark.parametrize(("second", "matched"), [(12.0, 1), (11.0, 0)])
 def test_a_match_is_plainly_nearer_than_the_second_nearest(second, matched, monkeypatch) -> None:
     """The nearest is 10 away: 10 / 12 is below the ratio of 0.85, 10 / 11 above it."""

@@ -74,6 +74,17 @@ def test_bench_refuses_forms_that_differ(tiny_folder, monkeypatch):
     with pytest.raises(InputError, match="differs by more than 1e-4"):
         bench.main(bench.Config(tiny_folder, groups=(2,), repeats=1, device="cpu"))
 
+    def other_gradient(policy, *rest):
+        loss = original(policy, *rest)
+        for p in policy.parameters():
+            if p.grad is not None:
+                p.grad *= 1.01
+        return loss
+
+    monkeypatch.setattr(bench, "our_step", other_gradient)
+    with pytest.raises(InputError, match="the gradient of the two forms differs"):
+        bench.main(bench.Config(tiny_folder, groups=(2,), repeats=1, device="cpu"))
+
 
 def test_bench_times_each_form_by_itself_and_scales_the_one_it_cut_short(tiny_folder, monkeypatch):
     cpu, took = torch.device("cpu"), iter([5.0, 4.0, 8.0, 100.0, 100.0, 6.0, 2.0])

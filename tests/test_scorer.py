@@ -66,17 +66,17 @@ def test_epipolar_head_by_hand():
     """Each view has a form for rows and one for columns, and each line meets its own alone."""
     scorer = small_scorer("epipolar", 16, 8, 16, 1, 2)
     dim = scorer.A.shape[-1]
-    e_ref, e_views = torch.zeros(1, 2, 2, dim), torch.zeros(1, 3, 2, 2, dim)
-    e_ref[0, 0, :, 0] = torch.tensor([1.0, 2.0])  # channel 0 of the two rows
-    e_ref[0, 1, :, 1] = torch.tensor([3.0, 4.0])  # channel 1 of the two columns
-    e_views[0, :, 0, :, 2] = torch.tensor([5.0, 6.0])
-    e_views[0, :, 1, :, 3] = torch.tensor([7.0, 8.0])
+    e_ref, e_views = torch.zeros(1, 2, 3, dim), torch.zeros(1, 3, 2, 3, dim)
+    e_ref[0, 0, :, 0] = torch.tensor([1.0, 2.0, 0.0])  # channel 0 of the three rows
+    e_ref[0, 1, :, 1] = torch.tensor([3.0, 4.0, 0.0])  # channel 1 of the three columns
+    e_views[0, :, 0, :, 2] = torch.tensor([5.0, 6.0, 0.0])
+    e_views[0, :, 1, :, 3] = torch.tensor([7.0, 8.0, 0.0])
     scorer.A.data[1, 0, 0, 2], scorer.A.data[1, 1, 1, 3] = 1, 10
     scorer.A.data[4, 0, 0, 2], scorer.b.data[4] = -1, 2
     scorer.A.data[2, 0, 0, 2], scorer.A.data[2, 1, 1, 3] = 1, 10
-    # view 1: (1 5 + 2 6) / 2 of rows, 10 (3 7 + 4 8) / 2 of columns; view 4: rows alone; view 2, the back: its
-    # first column is the front's last, 10 (3 8 + 4 7) / 2
-    want = torch.tensor([[0.5 + 8.5 + 265, 2 - 8.5, 0.5 + 8.5 + 260]])
+    # view 1: (1 5 + 2 6) / 3 of rows, 10 (3 7 + 4 8) / 3 of columns; view 4: rows alone; view 2, the back: its
+    # first column is the front's last, 10 (3 0 + 4 8 + 0 7) / 3
+    want = torch.tensor([[0.5 + 17 / 3 + 530 / 3, 2 - 17 / 3, 0.5 + 17 / 3 + 320 / 3]])
     assert torch.allclose(scorer.head(e_ref, e_views, torch.tensor([1, 4, 2])), want)
 
 
@@ -150,6 +150,9 @@ def test_wrong_files_and_sizes_give_one_line(tmp_path: Path):
     scorer.save(tmp_path)
     with pytest.raises(InputError, match="32 x 32 px, expected 16 x 16"):
         scorer.score(images(1, 3, 32, 32), images(1, V, 3, 32, 32))
+    for shape in ((24, 16), (16, 24)):  # also if one side alone differs
+        with pytest.raises(InputError, match=f"{shape[0]} x {shape[1]} px, expected 16 x 16"):
+            scorer.score(images(1, 3, *shape), images(1, V, 3, *shape))
     with pytest.raises(InputError, match="not finite"):  # one of two is enough
         scorer.score(images(2, 3, 16, 16) / torch.tensor([1, 0]).view(2, 1, 1, 1), images(2, V, 3, 16, 16))
     weights = tmp_path / "model.safetensors"

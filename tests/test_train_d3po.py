@@ -439,7 +439,7 @@ def test_feedbacks_prefer_the_truth(tmp_path, feedback):
 
 def test_controls_by_hand(tmp_path):
     cfg, images = config(tmp_path), torch.rand(3, 5, 3, 8, 8)
-    images[:, :, 1:] = 0.5
+    images[:, :, 1], images[:, :, 2] = 0.3, 0.7  # mean .5
     images[:, :, 0] = torch.tensor([0.2, 0.9, 0.5]).view(3, 1, 1, 1)
     args = (images[0, 0], images, images[0], cfg)
     torch.testing.assert_close(D.FEEDBACKS["redder"](*args), torch.tensor([-0.3, 0.4, 0.0]))
@@ -897,11 +897,17 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch):
 
 
 def test_training_refuses_means_of_another_policy(tmp_path, monkeypatch):
-    original = D.frozen_means
+    original, ratios = D.frozen_means, D.step_log_ratio
     monkeypatch.setattr(D, "frozen_means", lambda *args: original(*args) * 1.01)
     with pytest.raises(InputError, match="before the first update"):
         D.main(config(tmp_path))
     D.main(config(tmp_path, beta_dpo=1e-9))  # beta times the log-ratio is what the loss sees
+    for sign in (-1, 1):
+        monkeypatch.setattr(
+            D, "step_log_ratio", lambda *args, sign=sign: [sign * z.abs() for z in ratios(*args)]
+        )
+        with pytest.raises(InputError, match="before the first update"):
+            D.main(config(tmp_path))
 
 
 def test_without_feedback_it_is_sft_and_needs_no_candidates(tmp_path, monkeypatch):
