@@ -48,8 +48,8 @@ def locked(folder: Path, finished: Path | None = None) -> Iterator[None]:
         lock = os.open(folder / ".lock", os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o666)
     try:
         try:
-            wait = 0 if finished and finished.is_file() else fcntl.LOCK_NB
-            fcntl.flock(lock, fcntl.LOCK_EX | wait)  # the system lets go of it when a run is killed
+            refuse = 0 if finished and finished.is_file() else fcntl.LOCK_NB
+            fcntl.flock(lock, fcntl.LOCK_EX | refuse)  # the system lets go of it when a run is killed
         except BlockingIOError:
             raise InputError(f"{folder}: another run writes there. Wait, or take another --out.") from None
         yield

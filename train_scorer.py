@@ -195,7 +195,7 @@ def make_batch(cfg: Config, truth: Tensor, fake: Tensor, step: int) -> Tensor:
     # ones alike: renaming the colour channels and mirroring the world. A crop, a shift or a turn is not.
     images = images[:, :, torch.randperm(3, generator=g)]
     if torch.rand((), generator=g) < 0.5:
-        order = MIRRORED_ORDER + [views - 1 + m for m in MIRRORED_ORDER[1:]]
+        order = MIRRORED_ORDER + [views - 1 + m for m in MIRRORED_ORDER[1:]]  # generated ones stand behind
         images = images[:, order[: images.shape[1]]].flip(-1)
     if cfg.texture:
         images = torch.cat([images[:, :1], texture(images[:, 1:], cfg.texture, g)], dim=1)

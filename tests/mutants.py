@@ -374,7 +374,7 @@ FAULTS: list[tuple[str, str, str, str]] = [
     (COMMON, "Path(v).resolve() in Path(out)", "Path(v) in Path(out)", COMMON),
     (COMMON, "                saved = time.time()\n", "", COMMON),
     (COMMON, '"--always", "--dirty"', '"--always"', COMMON),
-    ("cache", "wait = 0 if finished and finished.is_file() else fcntl.LOCK_NB", "wait = fcntl.LOCK_NB", COMMON),
+    ("cache", "refuse = 0 if finished and finished.is_file() else fcntl.LOCK_NB", "refuse = fcntl.LOCK_NB", COMMON),
     (COMMON, 'Path(base).glob("vae/*.*")', 'Path(base).glob("vae/*.json")', COMMON),
     (COMMON, 'Path(base).glob("unet/config.json")', 'Path(base).glob("vae/*.json")', COMMON),
     (COMMON, "checksum(path, content) + content", "hashlib.sha256(content).digest() + content", COMMON),
