@@ -12,8 +12,8 @@
 4. report: validation objects before and after, from equal noise.
 
 D3PO's own code (yk7333/d3po, which the paper builds on) takes the elements' mean for a log-ratio, and clips.
-Unlike the paper's, candidates share a state, early calls train, and a KL is added: --candidates noised, late
---trained_calls and --kl 0 are the paper's. (It does not say which candidates make a pair.)
+Ours: candidates share a state, early calls train, and a KL is added. The paper's: --candidates noised, late
+--trained_calls, --kl 0. (Which candidates make a pair it does not say.)
 
 Run:
     python train_d3po.py --feedback contrastive --loss both    # main job: Eq. (2), then Diffusion-DPO

@@ -603,11 +603,13 @@ def test_recipes_fill_what_is_not_said():
         cfg = D.Config(**options)
         return cfg.candidates, cfg.num_candidates, cfg.pairs, cfg.beta_dpo, cfg.kl
 
-    assert recipe() == recipe(feedback="redder") == ("branch", 8, "all", 1.0, 0.05)
-    assert recipe(candidates="noised") == ("noised", 5, "extremes", 1.0, 0.05)
+    for name in ("contrastive", "matching", "geometry", "redder"):
+        assert recipe(feedback=name) == ("branch", 8, "all", 1.0, 0.05)
+        assert recipe(feedback=name, candidates="noised") == ("noised", 5, "extremes", 1.0, 0.05)
     assert recipe(feedback="geometry", beta_dpo=0.5, kl=0.0) == ("branch", 8, "all", 0.5, 0.0)
     assert recipe(loss="diffusion_dpo", num_candidates=3) == ("independent", 3, "extremes", 0.02, 0.05)
     # candidates that are said bring their own number
+    assert recipe(candidates="branch", loss="diffusion_dpo") == ("branch", 8, "all", 0.02, 0.05)
     said = recipe(candidates="noised", loss="diffusion_dpo", beta_dpo=0.5)
     assert said == ("noised", 5, "extremes", 0.5, 0.05)
     assert recipe(feedback="geometry", pairs="extremes")[2] == "extremes"
